@@ -1,0 +1,1 @@
+"""The vocabulary that every layer shares: dtypes, tensor types, errors. Imports nothing of FLAME above it."""
