@@ -1,0 +1,1 @@
+"""Devices: memory, text to machine code, launch."""

@@ -1,0 +1,217 @@
+"""LLVM IR text to machine code. Invariant: an address returned by `load` is callable until the process ends.
+
+Code is never unloaded, so a finalizer that runs late at interpreter exit can still launch. Each text
+becomes a library of its own: symbols of different texts never meet.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from flame.core.errors import CompileError
+from flame.runtime.cpu.cache import FORMAT_VERSION, DiskCache, Entry, default_directory
+
+
+@dataclass
+class Statistics:
+    """How kernels were obtained, and the seconds spent on everything but memory hits."""
+
+    compiled: int = 0
+    disk_hits: int = 0
+    memory_hits: int = 0
+    seconds: float = 0.0
+
+
+class Compiler:
+    """llvmlite with the host's CPU, a memory cache and a disk cache. Safe to use from several threads."""
+
+    def __init__(self, disk: DiskCache) -> None:
+        # llvmlite takes tens of milliseconds to import: only the first kernel pays for it.
+        import llvmlite
+        from llvmlite import binding
+
+        binding.initialize_native_target()
+        binding.initialize_native_asmprinter()
+        self.disk = disk
+        self.statistics = Statistics()
+        self.cpu_name: str = binding.get_host_cpu_name()
+        self.cpu_features: str = binding.get_host_cpu_features().flatten()
+        llvm_version = ".".join(map(str, binding.llvm_version_info))
+        self.version = f"llvmlite {llvmlite.__version__}, LLVM {llvm_version}"
+        self._identity = "\n".join(
+            (str(FORMAT_VERSION), self.version, self.cpu_name, self.cpu_features)
+        )
+        self._binding: Any = binding
+        self._machine: Any = binding.Target.from_default_triple().create_target_machine(
+            cpu=self.cpu_name,
+            features=self.cpu_features,
+            opt=2,
+            codemodel="jitdefault",
+            jit=True,
+        )
+        self._linker: Any = binding.create_lljit_compiler(self._machine)
+        _keep_forever(self._linker)
+        self._addresses: dict[tuple[str, tuple[str, ...], bool], tuple[int, ...]] = {}
+        self._libraries = 0
+        self.lock = threading.RLock()
+
+    def load(
+        self, source: str, symbols: tuple[str, ...], *, optimize: bool = False
+    ) -> tuple[int, ...]:
+        """The addresses of `symbols`, functions or globals that `source` defines."""
+        identity = (source, symbols, optimize)
+        with self.lock:
+            if (known := self._addresses.get(identity)) is not None:
+                self.statistics.memory_hits += 1
+                return known
+            started = time.perf_counter()
+            key = self._key(source, optimize=optimize)
+            entry = self.disk.read(key)
+            if entry is not None:
+                self.statistics.disk_hits += 1
+            else:
+                entry = self._compile(source, symbols, optimize=optimize)
+                self.statistics.compiled += 1
+                self.disk.write(key, entry)
+            addresses = self._link(entry, source, symbols)
+            self._addresses[identity] = addresses
+            self.statistics.seconds += time.perf_counter() - started
+            return addresses
+
+    def _key(self, source: str, *, optimize: bool) -> str:
+        text = f"{self._identity}\n{'optimized' if optimize else 'plain'}\n{source}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _compile(self, source: str, symbols: tuple[str, ...], *, optimize: bool) -> Entry:
+        try:
+            module = self._binding.parse_assembly(source)
+            module.verify()
+        except RuntimeError as error:
+            raise CompileError(_refusal(symbols[0], source, str(error))) from None
+        values = [*module.functions, *module.global_variables]
+        defined = {value.name for value in values if not value.is_declaration}
+        for symbol in symbols:
+            if symbol not in defined:
+                raise CompileError(
+                    f"kernel {symbol}: the source does not define this symbol; it defines "
+                    f"{sorted(defined)}"
+                )
+        externals = tuple(
+            sorted(
+                value.name
+                for value in values
+                if value.is_declaration and not value.name.startswith("llvm.")
+            )
+        )
+        for name in externals:
+            self._resolve(name, symbols[0])
+        if optimize:
+            options = self._binding.create_pipeline_tuning_options(speed_level=2)
+            builder = self._binding.create_pass_builder(self._machine, options)
+            builder.getModulePassManager().run(module, builder)
+        return Entry(self._machine.emit_object(module), externals)
+
+    def _resolve(self, name: str, symbol: str) -> int | None:
+        """The address of a registered name; None for one that the process itself has."""
+        if (provider := _providers.get(name)) is not None:
+            return provider()
+        if self._binding.address_of_symbol(name) is None:
+            raise CompileError(
+                f"kernel {symbol}: it declares {name}, which neither this process nor the runtime "
+                f"has; the runtime offers {sorted(_providers)} and what libc and libm export"
+            )
+        return None
+
+    def _link(self, entry: Entry, source: str, symbols: tuple[str, ...]) -> tuple[int, ...]:
+        library = self._binding.JITLibraryBuilder().add_object_img(entry.machine_code)
+        library.add_current_process()
+        for name in entry.externals:
+            if (address := self._resolve(name, symbols[0])) is not None:
+                library.import_symbol(name, address)
+        for symbol in symbols:
+            library.export_symbol(symbol)
+        self._libraries += 1
+        try:
+            tracker = library.link(self._linker, f"flame_{os.getpid()}_{self._libraries}")
+        except RuntimeError as error:
+            raise CompileError(_refusal(symbols[0], source, str(error))) from None
+        _keep_forever(tracker)
+        return tuple(int(tracker[symbol]) for symbol in symbols)
+
+
+_providers: dict[str, Callable[[], int]] = {}
+
+
+def register_symbol(name: str, provider: Callable[[], int]) -> None:
+    """Let kernels `declare` the function `name`; `provider` gives its address when one does."""
+    _providers[name] = provider
+
+
+def _keep_forever(value: object) -> None:
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+
+
+def _refusal(symbol: str, source: str, reason: str) -> str:
+    """LLVM's words and the lines around the fault, where LLVM names a line."""
+    message = f"LLVM refused kernel {symbol}: {reason.strip()}"
+    found = re.search(r"<string>:(\d+):", reason)
+    if found is None:
+        return message
+    lines = source.splitlines()
+    fault = int(found.group(1))
+    first = max(0, fault - 4)
+    shown = "\n".join(
+        f"{'>' if number == fault else ' '}{number:5} | {line}"
+        for number, line in enumerate(lines[first : fault + 3], first + 1)
+    )
+    return f"{message}\nthe source around line {fault}:\n{shown}"
+
+
+@cache
+def _shared() -> Compiler:
+    compiler = Compiler(DiskCache(default_directory()))
+    # A child must not inherit a lock that a thread of its parent held at the moment of the fork.
+    os.register_at_fork(
+        before=compiler.lock.acquire,
+        after_in_parent=compiler.lock.release,
+        after_in_child=compiler.lock.release,
+    )
+    return compiler
+
+
+_creation = threading.Lock()
+
+
+def compiler() -> Compiler:
+    """The process's compiler, made at the first call."""
+    with _creation:
+        return _shared()
+
+
+def load(source: str, symbol: str, *, optimize: bool = False) -> int:
+    """The address of the function `symbol` that the LLVM IR text `source` defines.
+
+    Compiled for the host's CPU at code generation level 2; `optimize` runs LLVM's passes first, for
+    text that is not already in its final form. The result is cached in memory and on disk by text.
+    Raises CompileError where LLVM refuses the text or a declared name does not exist.
+    """
+    return compiler().load(source, (symbol,), optimize=optimize)[0]
+
+
+def load_symbols(source: str, symbols: tuple[str, ...]) -> tuple[int, ...]:
+    """As `load`, for several functions or globals of one text, in the order of `symbols`."""
+    return compiler().load(source, symbols)
+
+
+def statistics() -> Statistics:
+    """A copy of the counters of this process."""
+    return replace(compiler().statistics)

@@ -1,0 +1,91 @@
+"""Storage: the bytes behind tensors. Invariant: `pointer` is valid as long as the Storage lives.
+
+A storage owns its allocation and frees it, or borrows memory that `owner` keeps alive. `version` counts
+the in-place changes of its content; whoever writes raises it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flame.core.errors import ArgumentError
+from flame.runtime.cpu.allocator import allocate, free
+
+
+class Storage:
+    """`nbytes` bytes at `pointer`. Made by `Storage.allocate` or `Storage.borrow`."""
+
+    __slots__ = ("__weakref__", "device", "nbytes", "owner", "pointer", "version")
+
+    def __init__(self, pointer: int, nbytes: int, owner: object = None) -> None:
+        """`owner` None hands the allocation at `pointer` over to this storage."""
+        self.pointer = pointer
+        self.nbytes = nbytes
+        self.owner = owner
+        self.version = 0
+        self.device = "cpu"
+
+    @classmethod
+    def allocate(cls, nbytes: int) -> Storage:
+        """Uninitialised memory. Raises OutOfMemoryError."""
+        return cls(allocate(nbytes), nbytes)
+
+    @classmethod
+    def borrow(cls, pointer: int, nbytes: int, owner: object) -> Storage:
+        """Memory of `owner`, which this storage keeps alive and never frees."""
+        if owner is None:
+            raise ArgumentError("Storage.borrow: the owner of borrowed memory must be an object")
+        return cls(pointer, nbytes, owner)
+
+    # `free` is bound as a default, as module globals may be gone when the interpreter exits.
+    def __del__(self, _free: Callable[[int, int], None] = free) -> None:
+        if self.owner is None:
+            _free(self.pointer, self.nbytes)
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """The bytes, for NumPy: an array made from it keeps this storage alive."""
+        return {
+            "version": 3,
+            "shape": (self.nbytes,),
+            "typestr": "|u1",
+            "data": (self.pointer, False),
+        }
+
+    def as_numpy(
+        self,
+        dtype: npt.DTypeLike,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        offset: int = 0,
+    ) -> npt.NDArray[Any]:
+        """A view without a copy; `strides` and `offset` count elements. It keeps the storage alive.
+
+        Raises ArgumentError where the view would reach outside the storage.
+        """
+        kind = np.dtype(dtype)
+        item = kind.itemsize
+        if math.prod(shape) == 0:
+            return np.empty(tuple(shape), kind)
+        last = offset + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
+        if offset < 0 or min(strides, default=0) < 0 or (last + 1) * item > self.nbytes:
+            raise ArgumentError(
+                f"as_numpy: shape {tuple(shape)}, strides {tuple(strides)} and offset {offset} of "
+                f"{kind} reach outside a storage of {self.nbytes} bytes"
+            )
+        return np.ndarray(
+            tuple(shape),
+            kind,
+            buffer=np.asarray(self),
+            offset=offset * item,
+            strides=tuple(step * item for step in strides),
+        )
+
+    def __repr__(self) -> str:
+        kept = "owned" if self.owner is None else f"borrowed from {type(self.owner).__name__}"
+        return f"Storage({self.nbytes} bytes at {self.pointer:#x} on {self.device}, {kept})"
