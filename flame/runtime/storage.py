@@ -1,7 +1,7 @@
 """Storage: the bytes behind tensors. Invariant: `pointer` is valid as long as the Storage lives.
 
-A storage owns its allocation and frees it, or borrows memory that `owner` keeps alive. `version` counts
-the in-place changes of its content; whoever writes raises it.
+A storage owns its allocation and frees it, or borrows memory that `owner` keeps alive. `version`
+counts the in-place changes of its content; whoever writes raises it.
 """
 
 from __future__ import annotations

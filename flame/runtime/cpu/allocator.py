@@ -1,11 +1,12 @@
-"""A caching allocator. Invariant: every block is 64-byte aligned and belongs to exactly one size class.
+"""A caching allocator. Invariant: every block is 64-byte aligned and belongs to one size class.
 
 Sizes are rounded up to multiples of 64 bytes up to 512, then to eighths of a power of two (at most
 12.5% more than asked). A freed block waits in its class's list, and is warm when it is reused. The
 block of a size is given back to the system only by `empty_cache`, by a shortage, or when what is
 reserved outgrows what was ever in use at one time.
 
-The counters are plain attributes: under the GIL no other thread runs between reading and writing one.
+The counters are plain attributes: under the GIL no other thread runs between reading and writing
+one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 
-from flame.core.errors import OutOfMemoryError
+from flame.core.errors import ArgumentError, OutOfMemoryError
 from flame.runtime.cpu import memory
 
 # What the cache may hold beyond the most that was ever in use, which size classes cannot avoid.
@@ -96,7 +97,7 @@ class CachingAllocator:
 
     def _reserve(self, size: int, nbytes: int) -> int:
         if nbytes < 0:
-            raise OutOfMemoryError(f"allocate: cannot allocate {nbytes} bytes")
+            raise ArgumentError(f"allocate: the number of bytes must be at least 0, got {nbytes}")
         self._free.setdefault(size, [])
         self._high_water = max(self._high_water, self._peak_allocated, self._allocated + size)
         if self._reserved + size > self._high_water + self._slack:
@@ -112,8 +113,8 @@ class CachingAllocator:
             pointer = memory.reserve(size)
         if pointer == 0:
             raise OutOfMemoryError(
-                f"the CPU has no block of {_readable(nbytes)} ({nbytes} bytes); "
-                f"{_readable(self._allocated)} are in use by tensors and nothing is cached. "
+                f"the CPU has no block of {readable(nbytes)} ({nbytes} bytes); "
+                f"{readable(self._allocated)} are in use by tensors and nothing is cached. "
                 "Use a smaller batch, drop tensors you no longer need, or use a narrower dtype."
             )
         self._system_allocations += 1
@@ -155,7 +156,8 @@ class CachingAllocator:
         )
 
 
-def _readable(nbytes: int) -> str:
+def readable(nbytes: int) -> str:
+    """`nbytes` in the unit that suits it."""
     value = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:

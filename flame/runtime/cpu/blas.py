@@ -1,7 +1,7 @@
 """OpenBLAS for kernels. Invariant: it runs in the calling thread only; parallelism is the pool's.
 
-Kernels `declare` the functions of FUNCTIONS and call them as CBLAS (32-bit integers); the library is
-loaded when the first such kernel is.
+Kernels `declare` the functions of FUNCTIONS and call them as CBLAS (32-bit integers); the library
+is loaded when the first such kernel is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from flame.core.errors import DeviceError
-from flame.runtime.cpu.jit import register_symbol
+from flame.runtime.cpu.jit import hold_over_forks, register_symbol
 
 # What a kernel declares -> what the library exports.
 FUNCTIONS = {
@@ -23,7 +23,8 @@ FUNCTIONS = {
     "flame_dgemv": "scipy_cblas_dgemv",
 }
 
-_loading = threading.Lock()
+_loading = threading.RLock()
+hold_over_forks(_loading)
 
 
 def _path() -> Path:
@@ -50,7 +51,8 @@ def _path() -> Path:
 @cache
 def _load() -> ctypes.CDLL:
     path = _path()
-    # OpenBLAS starts its threads while it is loaded, unless the environment says that there are none.
+    # OpenBLAS starts its threads while it is loaded, unless the environment says that there are
+    # none.
     name = "OPENBLAS_NUM_THREADS"
     before = os.environ.get(name)
     os.environ[name] = "1"

@@ -1,8 +1,8 @@
-"""Machine code on disk. Invariant: an entry is complete and checked, or it does not exist for the reader.
+"""Machine code on disk. Invariant: an entry is complete and checked, or the reader finds none.
 
-Entries are written to a temporary name and moved into place, so concurrent processes see whole files
-only; a checksum finds what a crash or a bad disk damaged. Nothing here is ever fatal: a cache that
-cannot be used costs compile time, and one warning.
+Entries are written to a temporary name and moved into place, so concurrent processes see whole
+files only; a checksum finds what a crash or a bad disk damaged. Nothing here is ever fatal: a
+cache that cannot be used costs compile time, and one warning.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 
 from flame.core.errors import FlameWarning
 
-# Part of every key: a change of the entry format, or of what kernels may assume, starts a new cache.
+# Part of every key: a change of the entry format, or of what kernels may assume, starts a new
+# cache.
 FORMAT_VERSION = 1
 SIZE_LIMIT = 512 << 20
 
@@ -75,12 +76,13 @@ class DiskCache:
         return self.directory / f"{key}.o"
 
     def read(self, key: str) -> Entry | None:
-        """The entry under `key`; None where there is none, or where it is damaged (it is removed)."""
+        """The entry under `key`; None where there is none or it is damaged (it is removed)."""
         path = self._path(key)
         try:
             data = path.read_bytes()
         except OSError:
-            # Absent, or unreadable: compiling is the answer to both, and `write` tells of the latter.
+            # Absent, or unreadable: compiling is the answer to both, and `write` tells of the
+            # latter.
             return None
         entry = Entry.unpack(data)
         if entry is None:

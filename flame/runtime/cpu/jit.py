@@ -1,7 +1,7 @@
-"""LLVM IR text to machine code. Invariant: an address returned by `load` is callable until the process ends.
+"""LLVM IR text to machine code. Invariant: an address from `load` is good until the process ends.
 
-Code is never unloaded, so a finalizer that runs late at interpreter exit can still launch. Each text
-becomes a library of its own: symbols of different texts never meet.
+Code is never unloaded, so a finalizer that runs late at interpreter exit can still launch. Each
+text becomes a library of its own: symbols of different texts never meet.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 from flame.core.errors import CompileError
 from flame.runtime.cpu.cache import FORMAT_VERSION, DiskCache, Entry, default_directory
@@ -31,8 +31,16 @@ class Statistics:
     seconds: float = 0.0
 
 
+class Lock(Protocol):
+    """What is asked of a reentrant lock."""
+
+    def acquire(self) -> bool: ...
+
+    def release(self) -> None: ...
+
+
 class Compiler:
-    """llvmlite with the host's CPU, a memory cache and a disk cache. Safe to use from several threads."""
+    """llvmlite with the host's CPU, a memory and a disk cache. Several threads may use it."""
 
     def __init__(self, disk: DiskCache) -> None:
         # llvmlite takes tens of milliseconds to import: only the first kernel pays for it.
@@ -178,17 +186,20 @@ def _refusal(symbol: str, source: str, reason: str) -> str:
 
 @cache
 def _shared() -> Compiler:
-    compiler = Compiler(DiskCache(default_directory()))
-    # A child must not inherit a lock that a thread of its parent held at the moment of the fork.
-    os.register_at_fork(
-        before=compiler.lock.acquire,
-        after_in_parent=compiler.lock.release,
-        after_in_child=compiler.lock.release,
-    )
+    compiler = Compiler(DiskCache(default_directory() / "cpu"))
+    hold_over_forks(compiler.lock)
     return compiler
 
 
-_creation = threading.Lock()
+def hold_over_forks(lock: Lock) -> None:
+    """Keep a child from inheriting `lock` locked by a thread that it does not have."""
+    os.register_at_fork(
+        before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
+    )
+
+
+_creation = threading.RLock()
+hold_over_forks(_creation)
 
 
 def compiler() -> Compiler:

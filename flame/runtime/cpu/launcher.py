@@ -1,4 +1,4 @@
-"""The `launch` builtin. Invariant: the method definition that Python reads lives as long as the process."""
+"""The `launch` builtin. Invariant: what Python reads of it lives as long as the process."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _DOC = b"""launch(address, n, grain, *arguments)
 Run the kernel at `address` over the iterations 0..n-1, in chunks of `grain` on the worker pool.
 
 The kernel is void(i64 *arguments, i64 begin, i64 end, i64 worker). Integers (pointers, sizes) and
-bools become i64, floats the bits of a double. With n <= grain it runs at once in the calling thread;
-else the GIL is released and the calling thread is worker 0 of the pool. Where another thread is using
-the pool, the whole range runs in the calling thread as one chunk, so a kernel must not rely on the
-chunks it gets."""
+bools become i64, floats the bits of a double. With n <= grain it runs at once in the calling
+thread; else the GIL is released and the calling thread is worker 0 of the pool. Where another
+thread is using the pool, the whole range runs in the calling thread as one chunk, so a kernel must
+not rely on the chunks it gets."""
 
 
 class _MethodDefinition(ctypes.Structure):

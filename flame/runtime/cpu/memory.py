@@ -1,17 +1,22 @@
-"""Memory from the operating system. Invariant: what `reserve` gave goes back through `release`, same size.
+"""Memory from the operating system. Invariant: `release` gets what `reserve` gave, with its size.
 
-Large blocks are mapped one by one, so that giving them back really returns them; blocks from 2 MiB on
-stand on huge page boundaries and ask for huge pages, which makes the first touch several times faster.
+Large blocks are mapped one by one, so that giving them back really returns them; blocks from 2 MiB
+on stand on huge page boundaries and ask for huge pages, which makes the first touch several times
+faster.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import re
 import sys
 
 MAPPED_FROM = 1 << 20
 HUGE_PAGE = 2 << 20
+# From here on it is worth asking whether the memory exists: Linux grants more than it has and kills
+# the process that uses it.
+CHECKED_FROM = 64 << 20
 ALIGNMENT = 64
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -50,6 +55,10 @@ def reserve(size: int) -> int:
         return (pointer.value or 0) if status == 0 else 0
     if size < HUGE_PAGE:
         return _map(size)
+    if size >= CHECKED_FROM:
+        free = available()
+        if free is not None and size > free:
+            return 0
     block = _map(size + HUGE_PAGE)
     if block == 0:
         return 0
@@ -64,6 +73,16 @@ def reserve(size: int) -> int:
     if sys.platform == "linux":
         _madvise(start, size, _MADV_HUGEPAGE)  # a hint: without it the block is slower, not wrong
     return start
+
+
+def available() -> int | None:
+    """Bytes that the system can still give without killing anyone; None where it does not say."""
+    try:
+        with open("/proc/meminfo", "rb") as file:
+            found = re.search(rb"^MemAvailable:\s+(\d+) kB", file.read(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if found is None else int(found.group(1)) * 1024
 
 
 def _map(size: int) -> int:

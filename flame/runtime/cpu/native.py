@@ -1,13 +1,14 @@
 """LLVM IR text of the worker pool and of the `launch` builtin.
 
 Invariants of the pool's protocol, on the words of one shared state:
-- `generation` is odd while a region is open. The owner writes the job before it opens the region and
-  touches the job again only after it has closed the region and `active` has come back to 0.
+- `generation` is odd while a region is open. The owner writes the job before it opens the region
+  and touches the job again only after it has closed the region and `active` has come back to 0.
 - A worker enters (`active` + 1) before it looks whether the region is open, and both sides use
-  sequentially consistent operations: either the worker sees the region closed, or the owner sees the
-  worker. So a worker that comes late costs nothing and never reads a job half written.
+  sequentially consistent operations: either the worker sees the region closed, or the owner sees
+  the worker. So a worker that comes late costs nothing and never reads a job half written.
 - One owner at a time; who does not get the lock runs its kernel in its own thread.
-- A sleeper sleeps on the value that it read: a change between the reading and the sleeping wakes it.
+- A sleeper sleeps on the value that it read: a change between the reading and the sleeping wakes
+  it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from __future__ import annotations
 import platform
 import sys
 
-# Offsets in bytes into the state; words that different threads write stand on different cache lines.
+# Offsets in bytes into the state; words that different threads write stand on different cache
+# lines.
 STATE_BYTES = 320
 GENERATION = 0  # i32, futex
 STOP = 4  # i32

@@ -1,9 +1,9 @@
-"""The worker pool's life: start, size, stop, fork. What runs in a parallel region is in `native.py`.
+"""The worker pool's life: start, size, stop, fork. What runs in a region is in `native.py`.
 
 Invariant: the number of threads that the native side reads is the number of workers that have been
-started plus the caller, 1 where the pool must not be used, 0 where it has yet to start. The floating
-point environment is left alone: workers inherit the one of the thread that starts them (round to
-nearest, denormals kept, unless someone changed it).
+started plus the caller, 1 where the pool must not be used, 0 where it has yet to start. The
+floating point environment is left alone: workers inherit the one of the thread that starts them
+(round to nearest, denormals kept, unless someone changed it).
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from flame.core.errors import ArgumentError, FlameWarning
 from flame.runtime.cpu import native
-from flame.runtime.cpu.jit import load_symbols, register_symbol
+from flame.runtime.cpu.jit import hold_over_forks, load_symbols, register_symbol
 
-# Long enough to bridge the Python between two launches of a training step, short enough to be polite.
+# Long enough to bridge the Python between two launches of a training step, short enough to be
+# polite.
 SPIN_SECONDS = 40e-6
 _MAXIMUM_THREADS = 1024
 
@@ -61,6 +62,17 @@ def _quota() -> int | None:
         return None
 
 
+class _Settings:
+    """The number of threads, known before the pool exists (which needs llvmlite)."""
+
+    @cached_property
+    def threads(self) -> int:
+        return default_threads()
+
+
+_settings = _Settings()
+
+
 class Pool:
     """Worker threads around one native state. Regions are run by `native`'s functions."""
 
@@ -89,18 +101,11 @@ class Pool:
         self._spins = ctypes.c_int64.from_address(self._state + native.SPINS)
         self._workers: list[threading.Thread] = []
         self._lock = threading.RLock()
-        self._size: int | None = None
+        self.size = _settings.threads
         self._closed = False
         # The builtin calls this object; the attribute keeps it alive.
         self._starter: Callable[[], None] = self.start
         ctypes.c_void_p.from_address(self._state + native.STARTER).value = id(self._starter)
-
-    @property
-    def size(self) -> int:
-        """Threads of a parallel region, the caller among them."""
-        if self._size is None:
-            self._size = default_threads()
-        return self._size
 
     def start(self) -> None:
         """Start the workers, if they do not run yet."""
@@ -111,13 +116,17 @@ class Pool:
                 self._threads.value = 1
                 return
             self._spins.value = self._spins_for(SPIN_SECONDS) if self.size <= _cpus() else 0
-            for index in range(1, self.size):
+            # An interrupt (Ctrl-C) may leave this loop: what has started stays counted, as no two
+            # workers may have one index.
+            for index in range(len(self._workers) + 1, self.size):
                 worker = threading.Thread(
                     target=self._worker, args=(index,), name=f"flame-worker-{index}", daemon=True
                 )
+                self._workers.append(worker)
                 try:
                     worker.start()
                 except RuntimeError as error:
+                    self._workers.pop()
                     warnings.warn(
                         f"only {index} of {self.size} threads could be started ({error}); kernels "
                         "run on those. FLAME_NUM_THREADS sets a number that the system allows.",
@@ -125,7 +134,6 @@ class Pool:
                         stacklevel=2,
                     )
                     break
-                self._workers.append(worker)
             self._threads.value = len(self._workers) + 1
 
     def _spins_for(self, seconds: float) -> int:
@@ -139,7 +147,7 @@ class Pool:
         return max(1, int(turns * seconds / best))
 
     def stop(self) -> None:
-        """End the workers once the region that runs, if any, is over. The next region starts anew."""
+        """End the workers when the region that runs, if any, is over. The next starts them anew."""
         with self._lock:
             while not self._try_lock():
                 time.sleep(20e-6)
@@ -147,7 +155,8 @@ class Pool:
                 self._threads.value = 0
                 self._stop_workers()
                 for worker in self._workers:
-                    worker.join()
+                    if worker.ident is not None:
+                        worker.join()
                 self._workers.clear()
                 self._stop.value = 0
             finally:
@@ -156,15 +165,17 @@ class Pool:
     def resize(self, count: int) -> None:
         """Use `count` threads from the next region on."""
         with self._lock:
-            if count != self._size:
+            if count != self.size:
                 self.stop()
-                self._size = count
+                self.size = count
 
     def close(self) -> None:
-        """Stop for good, at interpreter exit: what still runs kernels runs them in its own thread."""
+        """Stop for good, at interpreter exit: kernels that come later run in their own thread."""
         with self._lock:
             self._closed = True
             self.stop()
+            # Not 0: the native side must not call the starter, which goes with the interpreter.
+            self._threads.value = 1
 
     def forget(self) -> None:
         """In the child of a fork: the workers are not there, and nobody is inside a region."""
@@ -172,6 +183,7 @@ class Pool:
         ctypes.memset(self._state, 0, native.STATE_BYTES)
         ctypes.c_void_p.from_address(self._state + native.STARTER).value = id(self._starter)
         self._spins.value = keep_spins
+        self._threads.value = 1 if self._closed else 0
         self._workers = []
         self._lock = threading.RLock()
 
@@ -188,7 +200,8 @@ def _shared() -> Pool:
     return pool
 
 
-_creation = threading.Lock()
+_creation = threading.RLock()
+hold_over_forks(_creation)
 
 
 def pool() -> Pool:
@@ -201,10 +214,13 @@ register_symbol("flame_parallel", lambda: pool().parallel_address)
 
 
 def set_num_threads(count: int) -> None:
-    """Run kernels on `count` threads, the calling thread among them. Raises ArgumentError below 1."""
-    pool().resize(_checked(count, "set_num_threads: count"))
+    """Run kernels on `count` threads, the caller's among them. Raises ArgumentError below 1."""
+    with _creation:
+        _settings.threads = _checked(count, "set_num_threads: count")
+        if _shared.cache_info().currsize:
+            pool().resize(_settings.threads)
 
 
 def get_num_threads() -> int:
     """The threads that a parallel region has, the calling thread among them."""
-    return pool().size
+    return _settings.threads
