@@ -1,0 +1,177 @@
+"""The training loop.
+
+Invariant: `Trainer.state_dict` is all that the next step depends on (weights, optimizer, schedule,
+random state, position in the data, sums of the epoch), so that a run that goes on from it ends bitwise
+equal to one that was never interrupted.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import flame
+from flame.core.errors import CheckpointError, FlameError, StateError
+from flame.tensor import Tensor
+from flame.train.folder import Record, RunFolder
+from flame.train.interrupt import Interrupt
+from flame.train.task import Task
+from flame.train.totals import Totals
+
+
+class Observer(Protocol):
+    """Is told of the course of a run. Observers read the trainer and change nothing of it."""
+
+    def on_start(self, trainer: "Trainer") -> None:
+        """The first step comes next."""
+
+    def on_step(self, trainer: "Trainer") -> None:
+        """A step was done, ``trainer.totals`` are those of the epoch so far."""
+
+    def on_epoch(self, trainer: "Trainer", record: Record) -> None:
+        """An epoch was done and tested."""
+
+    def on_end(self, trainer: "Trainer") -> None:
+        """No step follows, whether the run is finished, interrupted, or failed."""
+
+
+class Trainer:
+    """Runs ``task`` for ``epochs`` epochs, keeping metrics and the checkpoint in ``folder``."""
+
+    def __init__(
+        self,
+        task: Task,
+        folder: RunFolder,
+        *,
+        epochs: int,
+        observers: Sequence[Observer] = (),
+        record_every: int = 10,
+    ) -> None:
+        self.task = task
+        self.folder = folder
+        self.epochs = epochs
+        self.epoch = 0  # epochs that are done
+        self.step = 0  # steps that are done, over all epochs
+        self.totals = Totals()  # of the epoch that runs now
+        self._observers = tuple(observers)
+        self._record_every = record_every
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of an epoch."""
+        return len(self.task.train_batches)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.epoch >= self.epochs
+
+    def fit(self) -> bool:
+        """Trains until the last epoch is done or SIGINT comes; True where the run is finished.
+
+        The checkpoint is written after every epoch and on SIGINT, once the step at hand is done.
+        """
+        with Interrupt() as interrupt:
+            self._tell("on_start")
+            try:
+                while not self.finished and not interrupt.requested:
+                    if self._train_epoch(interrupt):
+                        self._end_epoch()
+                    self.folder.save(self.state_dict())
+            finally:
+                self._tell("on_end")
+        return self.finished
+
+    def _train_epoch(self, interrupt: Interrupt) -> bool:
+        """The rest of the epoch; False where SIGINT cut it."""
+        self.task.model.train()
+        for images, labels in self.task.train_batches:
+            self._train_step(images, labels)
+            self._tell("on_step")
+            if interrupt.requested and self.step < (self.epoch + 1) * self.steps_per_epoch:
+                return False
+        return True
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        task = self.task
+        task.optimizer.zero_grad()
+        logits = task.model(images)  # (N, classes)
+        loss = task.loss(logits, labels)
+        loss.backward()
+        rate = task.optimizer.param_groups[0]["lr"]
+        task.optimizer.step()
+        task.scheduler.step()
+
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FlameError(
+                f"the loss is {value} at step {self.step + 1}, and training cannot recover from it; "
+                "start again with a smaller --lr, or look for bad values in the data"
+            )
+        self.step += 1
+        self.totals.add(value, logits, labels)
+        if self.step % self._record_every == 0:
+            record = {"kind": "step", "step": self.step, "loss": value, "lr": float(rate)}
+            self.folder.append(record)
+
+    def _end_epoch(self) -> None:
+        test = evaluate(self.task)
+        self.epoch += 1
+        record: Record = {
+            "kind": "epoch",
+            "epoch": self.epoch,
+            "step": self.step,
+            "train_loss": self.totals.loss,
+            "train_accuracy": self.totals.accuracy,
+            "test_loss": test.loss,
+            "test_accuracy": test.accuracy,
+        }
+        self.totals = Totals()
+        self.folder.append({**record, "time": round(time.time(), 3)})
+        self._tell("on_epoch", record)
+
+    def _tell(self, event: str, *details: object) -> None:
+        for observer in self._observers:
+            getattr(observer, event)(self, *details)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on."""
+        task = self.task
+        return {
+            "model": task.model.state_dict(),
+            "optimizer": task.optimizer.state_dict(),
+            "scheduler": task.scheduler.state_dict(),
+            "batches": task.train_batches.state_dict(),
+            "random": flame.get_rng_state(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "totals": self.totals.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to where `state_dict` was taken. Raises CheckpointError where it does not fit."""
+        task = self.task
+        try:
+            task.model.load_state_dict(state["model"])
+            task.optimizer.load_state_dict(state["optimizer"])
+            task.scheduler.load_state_dict(state["scheduler"])
+            task.train_batches.load_state_dict(state["batches"])
+            flame.set_rng_state(state["random"])
+            self.epoch, self.step = state["epoch"], state["step"]
+            self.totals = Totals(**state["totals"])
+        except (KeyError, TypeError, StateError) as error:
+            raise CheckpointError(
+                f"{self.folder.checkpoint_file} does not fit the run: {error}; "
+                "it was written by another recipe or version, so start a new run"
+            ) from error
+
+
+def evaluate(task: Task) -> Totals:
+    """Loss and accuracy over the test images; the model is in evaluation mode afterwards."""
+    task.model.eval()
+    totals = Totals()
+    with flame.no_grad():
+        for images, labels in task.test_batches:
+            logits = task.model(images)
+            totals.add(task.loss(logits, labels).item(), logits, labels)
+    return totals
