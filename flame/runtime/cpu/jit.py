@@ -49,6 +49,8 @@ class Compiler:
 
         binding.initialize_native_target()
         binding.initialize_native_asmprinter()
+        # Without the parser, inline assembly in a kernel would end the process.
+        binding.initialize_native_asmparser()
         self.disk = disk
         self.statistics = Statistics()
         self.cpu_name: str = binding.get_host_cpu_name()

@@ -24,7 +24,7 @@ from flame.runtime.cpu.jit import hold_over_forks, load_symbols, register_symbol
 
 # Long enough to bridge the Python between two launches of a training step, short enough to be
 # polite.
-SPIN_SECONDS = 40e-6
+SPIN_SECONDS = 50e-6
 _MAXIMUM_THREADS = 1024
 
 
@@ -90,22 +90,22 @@ class Pool:
         addresses = dict(zip(names, load_symbols(native.native_text(), names), strict=True))
         self.parallel_address = addresses["flame_parallel"]
         self.launch_address = addresses["flame_launch"]
-        self._state = addresses["flame_pool_state"]
+        self.state_address = addresses["flame_pool_state"]
         self._worker = ctypes.CFUNCTYPE(None, ctypes.c_int64)(addresses["flame_pool_worker"])
         self._spin = ctypes.CFUNCTYPE(None, ctypes.c_int64)(addresses["flame_pool_spin"])
         self._try_lock = ctypes.CFUNCTYPE(ctypes.c_int32)(addresses["flame_pool_try_lock"])
         self._unlock = ctypes.CFUNCTYPE(None)(addresses["flame_pool_unlock"])
         self._stop_workers = ctypes.CFUNCTYPE(None)(addresses["flame_pool_stop"])
-        self._threads = ctypes.c_int64.from_address(self._state + native.THREADS)
-        self._stop = ctypes.c_int32.from_address(self._state + native.STOP)
-        self._spins = ctypes.c_int64.from_address(self._state + native.SPINS)
+        self._threads = ctypes.c_int64.from_address(self.state_address + native.THREADS)
+        self._stop = ctypes.c_int32.from_address(self.state_address + native.STOP)
+        self._spins = ctypes.c_int64.from_address(self.state_address + native.SPINS)
         self._workers: list[threading.Thread] = []
         self._lock = threading.RLock()
         self.size = _settings.threads
         self._closed = False
         # The builtin calls this object; the attribute keeps it alive.
         self._starter: Callable[[], None] = self.start
-        ctypes.c_void_p.from_address(self._state + native.STARTER).value = id(self._starter)
+        ctypes.c_void_p.from_address(self.state_address + native.STARTER).value = id(self._starter)
 
     def start(self) -> None:
         """Start the workers, if they do not run yet."""
@@ -180,8 +180,8 @@ class Pool:
     def forget(self) -> None:
         """In the child of a fork: the workers are not there, and nobody is inside a region."""
         keep_spins = self._spins.value
-        ctypes.memset(self._state, 0, native.STATE_BYTES)
-        ctypes.c_void_p.from_address(self._state + native.STARTER).value = id(self._starter)
+        ctypes.memset(self.state_address, 0, native.STATE_BYTES)
+        ctypes.c_void_p.from_address(self.state_address + native.STARTER).value = id(self._starter)
         self._spins.value = keep_spins
         self._threads.value = 1 if self._closed else 0
         self._workers = []
