@@ -1,0 +1,28 @@
+"""What optimizers need from the layers below, gathered in one place.
+
+Everything an optimizer computes goes through these names and the operators of Tensor, so an update can be traced
+into a kernel wherever they can.
+"""
+
+from __future__ import annotations
+
+from flame.autograd.mode import enable_grad, no_grad
+from flame.core.dtypes import float32
+from flame.ops import full_like, maximum, sign, sqrt, tensor, where, zeros_like
+from flame.ops.pointwise import pointwise
+from flame.tensor import Tensor
+
+__all__ = [
+    "Tensor",
+    "enable_grad",
+    "float32",
+    "full_like",
+    "maximum",
+    "no_grad",
+    "pointwise",
+    "sign",
+    "sqrt",
+    "tensor",
+    "where",
+    "zeros_like",
+]
