@@ -57,9 +57,6 @@ class Compiler:
         self.cpu_features: str = binding.get_host_cpu_features().flatten()
         llvm_version = ".".join(map(str, binding.llvm_version_info))
         self.version = f"llvmlite {llvmlite.__version__}, LLVM {llvm_version}"
-        self._identity = "\n".join(
-            (str(FORMAT_VERSION), self.version, self.cpu_name, self.cpu_features)
-        )
         self._binding: Any = binding
         self._machine: Any = binding.Target.from_default_triple().create_target_machine(
             cpu=self.cpu_name,
@@ -67,6 +64,13 @@ class Compiler:
             opt=2,
             codemodel="jitdefault",
             jit=True,
+        )
+        # Alignments and calling conventions are the host's, not LLVM's defaults. No line break, so
+        # that LLVM counts lines as the source does.
+        layout, triple = self._machine.target_data, self._machine.triple
+        self._target = f'target datalayout = "{layout}" target triple = "{triple}" '
+        self._identity = "\n".join(
+            (str(FORMAT_VERSION), self.version, self.cpu_name, self.cpu_features, self._target)
         )
         self._linker: Any = binding.create_lljit_compiler(self._machine)
         _keep_forever(self._linker)
@@ -103,7 +107,7 @@ class Compiler:
 
     def _compile(self, source: str, symbols: tuple[str, ...], *, optimize: bool) -> Entry:
         try:
-            module = self._binding.parse_assembly(source)
+            module = self._binding.parse_assembly(self._target + source)
             module.verify()
         except RuntimeError as error:
             raise CompileError(_refusal(symbols[0], source, str(error))) from None

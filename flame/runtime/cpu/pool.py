@@ -149,6 +149,10 @@ class Pool:
     def stop(self) -> None:
         """End the workers when the region that runs, if any, is over. The next starts them anew."""
         with self._lock:
+            if self._threads.value:
+                # Regions that begin now run in their own thread: threads that launch without a
+                # pause could keep the pool from us otherwise.
+                self._threads.value = 1
             while not self._try_lock():
                 time.sleep(20e-6)
             try:

@@ -6,7 +6,7 @@ import ctypes
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from flame.runtime.cpu import native
 from flame.runtime.cpu.jit import load, load_symbols
 from flame.runtime.cpu.pool import default_threads, pool
 
-from .conftest import COPY, COUNT, WITNESS
+from .conftest import COPY, COUNT, WITNESS, RunPython
 
 pytestmark = pytest.mark.unit
 
@@ -283,27 +283,27 @@ print("done")
 """
 
 
-def test_a_forked_child_has_a_pool_of_its_own(run_python: Callable[..., object]) -> None:
+def test_a_forked_child_has_a_pool_of_its_own(run_python: RunPython) -> None:
     run_python(FORKED, COUNT)
 
 
 EXIT = """
-import sys, threading, time
+import os, sys, threading, time
 import numpy as np
 from flame.runtime import cpu
 from flame.runtime.cpu.jit import load
 address = load(sys.argv[1], "count")
 launch = cpu.launch
 counts = np.zeros(100000, np.int64)
+late = np.zeros(1000, np.int64)
 if sys.argv[2] != "unstarted":
     launch(address, counts.size, 10, counts.ctypes.data)
 class Late:
-    def __del__(self, launch=launch, address=address, data=counts):
-        launch(address, 100000, 10, data.ctypes.data)
-        print("late")
-late = Late()
-late.itself = late
-keep = sys.modules.setdefault("keeper", late)
+    def __del__(self, launch=launch, address=address, pointer=late.ctypes.data, write=os.write):
+        launch(address, 1000, 10, pointer)
+        write(1, b"late")
+sys.modules["keeper"] = keeper = Late()
+keeper.kept = late
 if sys.argv[2] == "busy":
     def work():
         while True:
@@ -313,8 +313,36 @@ if sys.argv[2] == "busy":
 """
 
 
+POLLING = """
+import sys, time
+import numpy as np
+from flame.runtime.cpu import native
+futexless = native.waiting_text(futex=False)
+native.waiting_text = lambda: futexless
+from flame.runtime import cpu
+from flame.runtime.cpu.jit import load
+address = load(sys.argv[1], "count")
+counts = np.zeros(1000, np.int64)
+for round in range(100):
+    cpu.launch(address, 1000, 10, counts.ctypes.data)
+    if round % 10 == 0:
+        time.sleep(0.001)
+cpu.set_num_threads(2)
+cpu.launch(address, 1000, 10, counts.ctypes.data)
+assert (counts == 101).all()
+"""
+
+
+def test_the_pool_without_futexes(run_python: RunPython) -> None:
+    run_python(POLLING, COUNT, FLAME_NUM_THREADS="4")
+
+
 @pytest.mark.parametrize("state", ["unstarted", "idle", "busy"])
-def test_the_interpreter_exits_cleanly(run_python: Callable[..., object], state: str) -> None:
+def test_the_interpreter_exits_cleanly(run_python: RunPython, state: str) -> None:
     started = time.monotonic()
-    run_python(EXIT, COUNT, state, FLAME_NUM_THREADS="3")
+    done = run_python(EXIT, COUNT, state, FLAME_NUM_THREADS="3")
+    assert done.stderr == ""
+    if state != "busy":
+        # The kernel that a finalizer launches when most of the interpreter is gone ran too.
+        assert done.stdout == "late"
     assert time.monotonic() - started < 20
