@@ -1,4 +1,4 @@
-"""The tiers of the suite. A test's tier is the folder it stands in; the closing lines count each."""
+"""The tiers of the suite: a test's tier is the folder it stands in. Closing lines count them."""
 
 from collections import Counter, defaultdict
 from pathlib import Path

@@ -1,7 +1,8 @@
 """A file that appears whole or not at all.
 
-Invariant: whatever happens inside `written_beside`, the file at the target is the previous one until
-every byte of the new one is on the disk; and no partial file stays behind (short of a power cut).
+Invariant: whatever happens inside `written_beside`, the file at the target is the previous one
+until every byte of the new one is on the disk; and no partial file stays behind, short of a power
+cut.
 """
 
 import contextlib

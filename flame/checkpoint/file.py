@@ -1,8 +1,9 @@
 """One checkpoint, one safetensors file.
 
-Invariants: the file at ``path`` is at all times either the previous checkpoint or the new one, whole
-(written beside it, flushed to the disk, then renamed over it); and a file whose bytes changed after
-they were written is never loaded (a CRC-32 of every tensor and of the state is in its header).
+Invariants: the file at ``path`` is at all times either the previous checkpoint or the new one,
+whole (written beside it, flushed to the disk, then renamed over it); and a file whose bytes changed
+after they were written is never loaded (a CRC-32 of every tensor and of the state is in its
+header).
 
 The writer is our own, as the library's gives no hold on the flush, and makes files that only their
 owner may read. Other programs read the file as any safetensors file; the nested state that is no
@@ -51,9 +52,9 @@ _NAMES = {
 def save(state: object, path: str | os.PathLike[str]) -> None:
     """Writes ``state`` to ``path``, whole or not at all.
 
-    ``state`` is a state_dict, or dicts, lists and tuples of tensors (each kept in its dtype, bfloat16
-    included), NumPy arrays, numbers, strings and None. A crash, a full disk or a lost connection at
-    any moment leaves the previous file at ``path`` as it was.
+    ``state`` is a state_dict, or dicts, lists and tuples of tensors (each kept in its dtype,
+    bfloat16 included), NumPy arrays, numbers, strings and None. A crash, a full disk or a lost
+    connection at any moment leaves the previous file at ``path`` as it was.
 
     Raises ArgumentError for a value that cannot be saved, CheckpointError where the file cannot be
     written.

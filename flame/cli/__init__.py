@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 
@@ -16,13 +17,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"flame: warning: {message}", file=sys.stderr)
+
+
 def _run(words: list[str], *, debug: bool) -> int:
     from flame.core.errors import FlameError
 
     try:
         from flame.cli.commands import application
 
-        return application(words)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return application(words)
     except FlameError as error:
         if debug:
             raise

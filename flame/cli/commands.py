@@ -8,8 +8,19 @@ from tyro.extras import SubcommandApp
 
 _app = SubcommandApp()
 
+
+def _own(kind: str) -> object:
+    """How --help shows an option that leaves the recipe's own value where it is not given."""
+    return tyro.conf.arg(metavar=kind, help_behavior_hint="")
+
+
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")]
-Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+Whole = Annotated[int | None, _own("INT")]
+Real = Annotated[float | None, _own("FLOAT")]
+Device = Annotated[str | None, _own("DEVICE")]
+Folder = Annotated[Path | None, _own("DIR")]
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 
 
 def application(words: list[str]) -> int:
@@ -29,16 +40,16 @@ def train(
     recipe: Name,
     /,
     *,
-    epochs: int | None = None,
-    lr: float | None = None,
-    batch_size: int | None = None,
-    seed: int | None = None,
-    device: str | None = None,
-    data: Path | None = None,
-    limit: int | None = None,
-    run_dir: Path | None = None,
-    resume: Path | None = None,
-    debug: bool = False,
+    epochs: Whole = None,
+    lr: Real = None,
+    batch_size: Whole = None,
+    seed: Whole = None,
+    device: Device = None,
+    data: Folder = None,
+    limit: Whole = None,
+    run_dir: Folder = None,
+    resume: Folder = None,
+    debug: Flag = False,
 ) -> int:
     """Train a recipe, or go on with a run that was interrupted.
 
@@ -46,7 +57,7 @@ def train(
     be given: all else is the run's.
 
     Args:
-        recipe: what to train: fashion-cnn
+        recipe: what to train, such as fashion-cnn
         epochs: how often to go through the training images
         lr: the largest learning rate
         batch_size: images in a step
@@ -66,7 +77,7 @@ def train(
         "batch_size": batch_size,
         "seed": seed,
         "device": device,
-        "data": None if data is None else str(data),
+        "data": None if data is None else str(data.absolute()),
         "limit": limit,
     }
     return run(recipe, options, run_dir=run_dir, resume=resume)
@@ -74,12 +85,12 @@ def train(
 
 @_app.command(name="eval")
 def evaluate(
-    run: Run,
+    run: RunPath,
     /,
     *,
-    device: str | None = None,
-    data: Path | None = None,
-    debug: bool = False,
+    device: Device = None,
+    data: Folder = None,
+    debug: Flag = False,
 ) -> int:
     """Report the accuracy of a run's checkpoint on the test images.
 
@@ -91,11 +102,11 @@ def evaluate(
     """
     from flame.cli.train import test
 
-    return test(run, device=device, data=None if data is None else str(data))
+    return test(run, device=device, data=None if data is None else str(data.absolute()))
 
 
 @_app.command
-def doctor(*, debug: bool = False) -> int:
+def doctor(*, debug: Flag = False) -> int:
     """Print what this machine has for FLAME: CPU, threads, cache, versions, extras.
 
     Args:

@@ -88,9 +88,9 @@ def _pictures(console: Console, task: Task, folder: RunFolder) -> list[Path]:
 
 
 def test(path: Path, *, device: str | None, data: str | None) -> int:
-    """Prints loss and accuracy of a run's checkpoint, and draws its pictures where they are missing."""
+    """Prints the accuracy of a run's checkpoint, and draws its pictures if they are missing."""
     console = Console(highlight=False, soft_wrap=True)
-    task, folder, totals = runs.test(path, device, data)
+    task, folder, totals = runs.evaluate_checkpoint(path, device, data)
     console.print(
         f"test accuracy {totals.accuracy:.2%} ({totals.correct} of {totals.items} images), "
         f"loss {totals.loss:.4f}"

@@ -1,4 +1,4 @@
-"""Ready-made training runs. A recipe is a module with a ``RECIPE``, imported when it is asked for."""
+"""Ready-made training runs: modules with a ``RECIPE``, each imported when it is asked for."""
 
 from importlib import import_module
 

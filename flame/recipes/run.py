@@ -35,7 +35,7 @@ def start(
     run_dir: Path | None = None,
     observers: Sequence[Observer] = (),
 ) -> Run:
-    """A new run of the recipe ``name``, its settings replaced by those ``options`` that are not None.
+    """A new run of the recipe ``name``, its settings replaced by the ``options`` that are not None.
 
     Raises ArgumentError for an unknown recipe or a bad option, DataError for data that cannot be
     read, CheckpointError where the run folder cannot be written.
@@ -61,9 +61,9 @@ def resume(
 ) -> Run:
     """The run in the folder ``path``, where its checkpoint left it.
 
-    Its settings are those of its ``config.json``; ``options`` may give it another device, or another
-    place of the same data. Raises ArgumentError for any other option, CheckpointError where the
-    checkpoint is missing or damaged.
+    Its settings are those of its ``config.json``; ``options`` may give it another device, or
+    another place of the same data. Raises ArgumentError for any other option, CheckpointError where
+    the checkpoint is missing or damaged.
     """
     given = {key: value for key, value in options.items() if value is not None}
     folder = RunFolder.open(path)
@@ -85,7 +85,7 @@ def resume(
     return run
 
 
-def test(
+def evaluate_checkpoint(
     path: Path, device: str | None = None, data: str | None = None
 ) -> tuple[Task, RunFolder, Totals]:
     """Loss and accuracy of the checkpoint in the run folder ``path`` on the test images."""

@@ -35,8 +35,8 @@ class RunFolder:
     def create(cls, path: Path | None, name: str, config: Mapping[str, Any]) -> "RunFolder":
         """A new folder at ``path``, or at ``runs/<name>-<time>``, with its ``config.json``.
 
-        Raises ArgumentError where a run is already there, CheckpointError where the folder cannot be
-        written.
+        Raises ArgumentError where a run is already there, CheckpointError where the folder
+        cannot be written.
         """
         folder = cls(path if path is not None else _unused(name))
         if folder.config_file.exists():
@@ -76,7 +76,7 @@ class RunFolder:
         return config
 
     def append(self, record: Record) -> None:
-        """One line of ``metrics.jsonl``. Raises CheckpointError, the file as before, on a full disk."""
+        """One line of ``metrics.jsonl``; on a full disk CheckpointError, the file as before."""
         line = json.dumps(record).encode() + b"\n"
         try:
             with open(self.metrics_file, "ab", buffering=0) as file:

@@ -68,7 +68,7 @@ def _curves(folder: RunFolder) -> "Figure":
 
 
 def _predictions(task: Task) -> "Figure":
-    """The first test images with what the model takes them for: green where right, red where not."""
+    """The first test images with what the model takes them for: green where right, else red."""
     task.model.eval()
     images, labels = next(iter(task.test_batches))  # (N, 1, H, W), (N,)
     with flame.no_grad():

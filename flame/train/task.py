@@ -14,9 +14,9 @@ from flame.tensor import Tensor
 class Task:
     """A classifier, its data, and how it learns. ``scheduler`` takes one step per batch.
 
-    Both loaders give pairs of images (N, C, H, W) and labels (N,), ready for ``model``; ``loss`` takes
-    the model's logits (N, classes) and the labels. ``pictures`` turns images back into grey values in
-    0..1 (N, H, W), for the grid of predictions.
+    Both loaders give pairs of images (N, C, H, W) and labels (N,), ready for ``model``; ``loss``
+    takes the model's logits (N, classes) and the labels. ``pictures`` turns images back into grey
+    values in 0..1 (N, H, W), for the grid of predictions.
     """
 
     model: Module

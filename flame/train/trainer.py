@@ -1,8 +1,8 @@
 """The training loop.
 
 Invariant: `Trainer.state_dict` is all that the next step depends on (weights, optimizer, schedule,
-random state, position in the data, sums of the epoch), so that a run that goes on from it ends bitwise
-equal to one that was never interrupted.
+random state, position in the data, sums of the epoch), so that a run that goes on from it ends
+bitwise equal to one that was never interrupted.
 """
 
 import math
@@ -105,8 +105,8 @@ class Trainer:
         value = loss.item()
         if not math.isfinite(value):
             raise FlameError(
-                f"the loss is {value} at step {self.step + 1}, and training cannot recover from it; "
-                "start again with a smaller --lr, or look for bad values in the data"
+                f"the loss is {value} at step {self.step + 1}, and training cannot recover from "
+                "it; start again with a smaller --lr, or look for bad values in the data"
             )
         self.step += 1
         self.totals.add(value, logits, labels)
@@ -149,7 +149,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes back to where `state_dict` was taken. Raises CheckpointError where it does not fit."""
+        """Goes back to where `state_dict` was taken. Raises CheckpointError if it does not fit."""
         task = self.task
         try:
             task.model.load_state_dict(state["model"])
