@@ -26,7 +26,8 @@ ADAGRAD = Update(pointwise(adagrad_update), ("sum",))
 class Adagrad(Optimizer):
     """Adagrad.
 
-    Source: Duchi et al., Adaptive Subgradient Methods for Online Learning and Stochastic Optimization (2011).
+    Source: Duchi et al., Adaptive Subgradient Methods for Online Learning and Stochastic
+    Optimization (2011).
 
     Args:
         params: parameters or parameter groups.
@@ -71,7 +72,8 @@ class Adagrad(Optimizer):
             "fused": fused,
         }
         super().__init__(params, defaults)
-        # PyTorch's Adagrad has its state from the start, so a state_dict saved before the first step has it too.
+        # PyTorch's Adagrad has its state from the start, so a state_dict saved before the first
+        # step has it too.
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter] = {"step": 0, "sum": self._initial("sum", parameter, group)}

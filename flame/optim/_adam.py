@@ -1,7 +1,7 @@
 """Adam: steps scaled by running averages of the gradient and of its square.
 
-The bias corrections depend on the step alone, so they are folded into two scalars: the step size and the scale of
-the root of the second average.
+The bias corrections depend on the step alone, so they are folded into two scalars: the step size
+and the scale of the root of the second average.
 """
 
 from __future__ import annotations
@@ -113,10 +113,10 @@ ADAMW_AMSGRAD = Update(pointwise(adamw_amsgrad_update), (*AVERAGES, "max_exp_avg
 
 
 class Adam(Optimizer):
-    """Adam. Its weight decay is a part of the gradient; for decay of the weights themselves use AdamW.
+    """Adam. Its weight decay is a part of the gradient; AdamW's acts on the weights themselves.
 
-    Sources: Kingma and Ba, Adam: A Method for Stochastic Optimization (2015); amsgrad: Reddi et al., On the Convergence
-    of Adam and Beyond (2018).
+    Sources: Kingma and Ba, Adam: A Method for Stochastic Optimization (2015); amsgrad: Reddi et
+    al., On the Convergence of Adam and Beyond (2018).
 
     Args:
         params: parameters or parameter groups.

@@ -1,4 +1,4 @@
-"""AdamW: Adam whose weight decay acts on the weights themselves, not through the averages of the gradient."""
+"""AdamW: Adam whose weight decay acts on the weights, not through the gradient's averages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["AdamW"]
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay: each step first multiplies the weights by 1 − lr·weight_decay.
+    """Adam with decoupled weight decay: each step multiplies the weights by 1 − lr·weight_decay.
 
     Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019).
 

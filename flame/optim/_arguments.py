@@ -1,6 +1,7 @@
 """Checks of the values that optimizers are made with.
 
-They run on whole parameter groups, so a bad value is refused wherever it was given: as a default or for one group.
+They run on whole parameter groups, so a bad value is refused wherever it was given: as a default or
+for one group.
 """
 
 from __future__ import annotations
@@ -63,11 +64,12 @@ def betas(owner: str, group: dict[str, Any]) -> None:
 def options(owner: str, group: dict[str, Any]) -> None:
     """Refuse the one option of PyTorch's optimizers that would change the result here.
 
-    `foreach`, `fused` and `capturable` choose between implementations of the same update. Here there is one, so they
-    are kept for the layout of the state_dict and change nothing.
+    `foreach`, `fused` and `capturable` choose between implementations of the same update. Here
+    there is one, so they are kept for the layout of the state_dict and change nothing.
     """
     if group.get("differentiable"):
         raise UnsupportedError(
-            f"{owner}: differentiable=True is not supported, the update is written in place without a tape; "
+            f"{owner}: differentiable=True is not supported, the update is written in place "
+            "without a tape; "
             "write the update with tensor operations to differentiate through it"
         )

@@ -23,7 +23,7 @@ def lion_update(
     beta2: Any,
     rest2: Any,
 ) -> Any:
-    """p ← kept·p − lr·sign(β₁·m + (1 − β₁)·g), then m ← β₂·m + (1 − β₂)·g, where kept is 1 − lr·decay."""
+    """p ← kept·p − lr·sign(β₁·m + (1 − β₁)·g), then m ← β₂·m + (1 − β₂)·g; kept is 1 − lr·decay."""
     g = g * direction
     p = p * kept - sign(m * beta1 + g * rest1) * lr
     return p, m * beta2 + g * rest2
@@ -33,7 +33,7 @@ LION = Update(pointwise(lion_update), ("exp_avg",))
 
 
 class Lion(Optimizer):
-    """Lion, with decoupled weight decay. It wants a learning rate 3 to 10 times smaller than AdamW's.
+    """Lion, with decoupled weight decay. It wants a rate 3 to 10 times smaller than AdamW's.
 
     Source: Chen et al., Symbolic Discovery of Optimization Algorithms (2023), algorithm 2.
 

@@ -1,11 +1,11 @@
 """The base of all optimizers: parameter groups, state by parameter, and the loop of one step.
 
 Invariants:
-- An optimizer's whole arithmetic is one pure elementwise function per variant, traced into one kernel; it holds no
-  Python branch on a hyperparameter, for those are run-time scalars. What a hyperparameter switches (momentum or none,
-  amsgrad or not) selects another function.
-- Scalars that depend on the number of steps are computed in double precision on the host, from the group's values
-  read anew at each step, so a scheduler or the user may change them between steps.
+- An optimizer's whole arithmetic is one pure elementwise function per variant, traced into one
+  kernel; it holds no Python branch on a hyperparameter, for those are run-time scalars. What a
+  hyperparameter switches (momentum or none, amsgrad or not) selects another function.
+- Scalars that depend on the number of steps are computed in double precision on the host, from the
+  group's values read anew at each step, so a scheduler or the user may change them between steps.
 - State is created on the first step that sees a gradient, and keyed by the parameter itself.
 """
 
@@ -28,7 +28,7 @@ Parameters: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[t
 class Update(NamedTuple):
     """How one step changes one parameter.
 
-    `function(parameter, gradient, *buffers, *scalars)` returns the new parameter and the new buffers.
+    `function(parameter, gradient, *buffers, *scalars)` returns the new parameter and buffers.
     """
 
     function: Callable[..., Any]
@@ -47,15 +47,17 @@ class UpdateCall(NamedTuple):
 class Optimizer:
     """Base class of optimizers.
 
-    A subclass names its update by `_update` and its scalars by `_scalars`; one that needs something else overrides
-    `step`, and may use `param_groups`, `state` and `defaults` as it likes.
+    A subclass names its update by `_update` and its scalars by `_scalars`; one that needs something
+    else overrides `step`, and may use `param_groups`, `state` and `defaults` as it likes.
 
     Args:
-        params: leaf tensors, or (name, tensor) pairs, or dicts with the key "params" and options of their own.
+        params: leaf tensors, or (name, tensor) pairs, or dicts with the key "params" and options of
+            their own.
         defaults: the options of groups that do not give them.
 
     Raises:
-        ArgumentError: no parameters, a parameter twice, a parameter that is no leaf, a value out of range.
+        ArgumentError: no parameters, a parameter twice, a parameter that is no leaf, a value out of
+            range.
         DTypeError: something that is no floating-point tensor.
     """
 
@@ -68,14 +70,16 @@ class Optimizer:
         self.param_groups: list[dict[str, Any]] = []
         if isinstance(params, (Tensor, dict, str)):
             raise DTypeError(
-                f"{self._name}: params must be a list of tensors or of groups, got one {type(params).__name__}; "
+                f"{self._name}: params must be a list of tensors or of groups, got one "
+                f"{type(params).__name__}; "
                 "put it into a list"
             )
         self._refuse_unordered(params)
         entries: list[Any] = list(params)
         if not entries:
             raise ArgumentError(
-                f"{self._name}: got no parameters; is `module.parameters()` empty, or was its iterator used before?"
+                f"{self._name}: got no parameters; is `module.parameters()` empty, or was its "
+                "iterator used before?"
             )
         if any(isinstance(entry, dict) for entry in entries):
             for entry in entries:
@@ -88,16 +92,19 @@ class Optimizer:
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with the defaults for the options that it does not give.
 
-        The dict itself becomes the group, as in PyTorch, so it must not be shared between optimizers.
+        The dict itself becomes the group, as in PyTorch, so it must not be shared between
+        optimizers.
         """
         if not isinstance(param_group, dict):
             raise DTypeError(
-                f"{self._name}: a parameter group must be a dict, got {type(param_group).__name__}; "
+                f"{self._name}: a parameter group must be a dict, got "
+                f"{type(param_group).__name__}; "
                 "do not mix groups and single tensors in one list"
             )
         if "params" not in param_group:
             raise ArgumentError(
-                f'{self._name}: a parameter group needs the key "params", got the keys {sorted(param_group)}'
+                f'{self._name}: a parameter group needs the key "params", got the keys '
+                f"{sorted(param_group)}"
             )
         names, tensors = self._named_tensors(param_group["params"])
         self._check_tensors(tensors)
@@ -123,7 +130,8 @@ class Optimizer:
     def _refuse_unordered(self, params: Any) -> None:
         if isinstance(params, (set, frozenset)):
             raise DTypeError(
-                f"{self._name}: a set of parameters has another order in every run, and state is saved by order; "
+                f"{self._name}: a set of parameters has another order in every run, and state is "
+                "saved by order; "
                 "give a list"
             )
 
@@ -132,7 +140,8 @@ class Optimizer:
         for position, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor):
                 raise DTypeError(
-                    f"{self._name}: parameter {position} must be a tensor, got {type(tensor).__name__}"
+                    f"{self._name}: parameter {position} must be a tensor, got "
+                    f"{type(tensor).__name__}"
                 )
             if tensor.dtype.kind != "f":
                 raise DTypeError(
@@ -141,12 +150,14 @@ class Optimizer:
                 )
             if not tensor.is_leaf:
                 raise ArgumentError(
-                    f"{self._name}: parameter {position} of shape {tuple(tensor.shape)} is no leaf: it was computed "
+                    f"{self._name}: parameter {position} of shape {tuple(tensor.shape)} is no "
+                    "leaf: it was computed "
                     "from other tensors; optimize those, or use .detach().requires_grad_()"
                 )
             if id(tensor) in known:
                 raise ArgumentError(
-                    f"{self._name}: parameter {position} of shape {tuple(tensor.shape)} was already given; "
+                    f"{self._name}: parameter {position} of shape {tuple(tensor.shape)} was "
+                    "already given; "
                     "each parameter may appear once, in one group"
                 )
             known.add(id(tensor))
@@ -157,7 +168,7 @@ class Optimizer:
     # One step
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of all parameters, or with `set_to_none=False` fill them with zeros."""
+        """Forget all gradients, or with `set_to_none=False` fill them with zeros."""
         with no_grad():
             for parameter in self._parameters():
                 if parameter.grad is None:
@@ -171,7 +182,8 @@ class Optimizer:
         """Update every parameter that has a gradient.
 
         Args:
-            closure: computes the loss and its gradients anew; it runs with gradients enabled, once, before the update.
+            closure: computes the loss and its gradients anew; it runs with gradients enabled, once,
+                before the update.
 
         Returns:
             What the closure returned, or None.
@@ -186,10 +198,10 @@ class Optimizer:
         return loss
 
     def _prepare(self) -> list[UpdateCall]:
-        """All work of one step on the host: creates missing state, counts the step, and computes the scalars.
+        """The host's work of one step: creates missing state, counts, computes the scalars.
 
-        What is left is calling the kernels, in any order. A compiled step runs this before each launch to refresh
-        the scalars, which are the only part that differs from step to step.
+        What is left is calling the kernels, in any order. A compiled step runs this before each
+        launch to refresh the scalars, which are the only part that differs from step to step.
         """
         calls: list[UpdateCall] = []
         for group in self.param_groups:
@@ -214,7 +226,7 @@ class Optimizer:
     def _advance(
         self, parameter: Tensor, state: dict[str, Any], update: Update, group: dict[str, Any]
     ) -> int:
-        """Create the buffers that are missing and count the step: returns 1 on a parameter's first step.
+        """Create missing buffers and count the step: returns 1 on a parameter's first step.
 
         An optimizer that keeps no count gets 1 on the first step and 2 on every later one.
         """
@@ -247,17 +259,19 @@ class Optimizer:
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """State and options in PyTorch's layout: `{"state": {number: {...}}, "param_groups": [{..., "params": [...]}]}`.
+        """State and options in PyTorch's layout.
 
-        Parameters are numbered in the order of the groups. The tensors are the optimizer's own, not copies; "step" is
-        a float32 tensor without dimensions.
+        It is `{"state": {number: {...}}, "param_groups": [{..., "params": [number, ...]}]}`, where
+        parameters are numbered in the order of the groups. The tensors are the optimizer's own, not
+        copies; "step" is a float32 tensor without dimensions.
         """
         return _state_dict.save(self.state, self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over state and options from `state_dict()`, of this optimizer or of PyTorch's, of tensors or of NumPy arrays.
+        """Take over a state_dict of this optimizer or of PyTorch's, of tensors or of NumPy arrays.
 
-        Tensors are copied, and cast to the dtype and device of their parameter. Nothing changes if anything does not fit.
+        Tensors are copied, and cast to the dtype and device of their parameter. Nothing changes if
+        anything does not fit.
 
         Raises:
             StateError: groups, parameters or shapes that differ from this optimizer's.

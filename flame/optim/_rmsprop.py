@@ -16,7 +16,7 @@ def _square_average(g: Any, v: Any, alpha: Any, rest: Any) -> Any:
 
 
 def _deviation(v: Any, mean: Any) -> Any:
-    """The root of the variance, which rounding may bring below zero when all gradients were alike."""
+    """The root of the variance, which rounding may bring below 0 when gradients are alike."""
     variance = v - mean * mean
     return sqrt(where(variance < 0.0, variance * 0.0, variance))
 
@@ -102,8 +102,8 @@ CENTERED_MOMENTUM = Update(
 class RMSprop(Optimizer):
     """RMSprop.
 
-    Sources: Hinton, Neural Networks for Machine Learning, lecture 6e (2012); the centered form: Graves, Generating
-    Sequences With Recurrent Neural Networks (2013).
+    Sources: Hinton, Neural Networks for Machine Learning, lecture 6e (2012); the centered form:
+    Graves, Generating Sequences With Recurrent Neural Networks (2013).
 
     Args:
         params: parameters or parameter groups.

@@ -44,8 +44,8 @@ NESTEROV = Update(pointwise(nesterov_update), ("momentum_buffer",))
 class SGD(Optimizer):
     """Stochastic gradient descent.
 
-    Source: Sutskever et al., On the importance of initialization and momentum in deep learning (2013), in the form
-    that applies the learning rate to the buffer, as PyTorch does.
+    Source: Sutskever et al., On the importance of initialization and momentum in deep learning
+    (2013), in the form that applies the learning rate to the buffer, as PyTorch does.
 
     Args:
         params: parameters or parameter groups.

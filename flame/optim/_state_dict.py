@@ -1,6 +1,7 @@
 """The state of optimizers as dicts in PyTorch's layout, and back.
 
-Loading validates everything before it returns anything, so a state_dict that does not fit leaves the optimizer as it was.
+Loading validates everything before it returns anything, so a state_dict that does not fit leaves
+the optimizer as it was.
 """
 
 from __future__ import annotations
@@ -48,19 +49,23 @@ def load(
     defaults: Mapping[str, Any],
     buffers: tuple[str, ...],
 ) -> tuple[State, Groups]:
-    """The state and the groups that `state_dict` holds, for the parameters of `groups`; `buffers` must have their shapes.
+    """The state and the groups that `state_dict` holds, for the parameters of `groups`.
 
-    Options that the state_dict lacks, as one of an older version may, keep their present value, or else the default.
+    State named in `buffers` must have the shape of its parameter.
+    Options that the state_dict lacks, as one of an older version may, keep their present value, or
+    else the default.
     """
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise StateError(
-                f'{owner}.load_state_dict: the key "{key}" is missing, got {sorted(map(str, state_dict))}'
+                f'{owner}.load_state_dict: the key "{key}" is missing, got '
+                f"{sorted(map(str, state_dict))}"
             )
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
         raise StateError(
-            f"{owner}.load_state_dict: {len(saved_groups)} parameter groups saved, {len(groups)} here"
+            f"{owner}.load_state_dict: {len(saved_groups)} parameter groups saved, {len(groups)} "
+            "here"
         )
     parameters: dict[int, Tensor] = {}
     loaded_groups: Groups = []
@@ -103,7 +108,8 @@ def _value(where: str, value: Any, parameter: Tensor, *, counts: bool, same_shap
         return copy.deepcopy(value)
     if same_shape and tuple(value.shape) != tuple(parameter.shape):
         raise StateError(
-            f"{where}: shape {tuple(value.shape)} saved, but the parameter has {tuple(parameter.shape)}; "
+            f"{where}: shape {tuple(value.shape)} saved, but the parameter has "
+            f"{tuple(parameter.shape)}; "
             "are the parameters in the same order?"
         )
     with no_grad():
@@ -111,7 +117,7 @@ def _value(where: str, value: Any, parameter: Tensor, *, counts: bool, same_shap
 
 
 def _step(where: str, value: Any) -> int:
-    """A step count, which may be a tensor, an array or a number, as an int: it only ever counts whole steps."""
+    """A step count as an int, be it saved as a tensor, an array or a number."""
     try:
         number = float(value.item() if hasattr(value, "item") else value)
     except (TypeError, ValueError):

@@ -1,7 +1,7 @@
 """What optimizers need from the layers below, gathered in one place.
 
-Everything an optimizer computes goes through these names and the operators of Tensor, so an update can be traced
-into a kernel wherever they can.
+Everything an optimizer computes goes through these names and the operators of Tensor, so an update
+can be traced into a kernel wherever they can.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Schedules of the learning rate: step one after each epoch (or each batch), after the optimizer's step."""
+"""Schedules of the learning rate: step one after the optimizer, each epoch or each batch."""
 
 from flame.optim.lr_scheduler._composed import ChainedScheduler, SequentialLR
 from flame.optim.lr_scheduler._cosine import CosineAnnealingLR, CosineAnnealingWarmRestarts

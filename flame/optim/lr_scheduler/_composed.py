@@ -28,7 +28,8 @@ class ComposedScheduler(LRScheduler):
         for position, scheduler in enumerate(schedulers):
             if isinstance(scheduler, ReduceLROnPlateau):
                 raise ArgumentError(
-                    f"{self._name}: schedule {position} is a ReduceLROnPlateau, whose step needs a metric; "
+                    f"{self._name}: schedule {position} is a ReduceLROnPlateau, whose step needs a "
+                    "metric; "
                     "step it by itself"
                 )
             if scheduler.optimizer is not self.optimizer:
@@ -47,7 +48,8 @@ class ComposedScheduler(LRScheduler):
         parts = state_dict.get("_schedulers", [])
         if len(parts) != len(self._schedulers):
             raise StateError(
-                f"{self._name}.load_state_dict: {len(parts)} schedules saved, {len(self._schedulers)} here"
+                f"{self._name}.load_state_dict: {len(parts)} schedules saved, "
+                f"{len(self._schedulers)} here"
             )
         super().load_state_dict(state_dict)
         for scheduler, part in zip(self._schedulers, parts, strict=True):
@@ -55,12 +57,14 @@ class ComposedScheduler(LRScheduler):
 
 
 class SequentialLR(ComposedScheduler):
-    """Run one schedule until the first milestone, the next until the second, and so on; each starts at its own epoch 0.
+    """Run one schedule until the first milestone, the next until the second, and so on.
+
+    Each starts at its own epoch 0.
 
     Args:
         optimizer: whose rates are set.
         schedulers: schedules of that optimizer.
-        milestones: the epochs at which the next one takes over, one fewer than there are schedules, rising.
+        milestones: the epochs at which the next takes over, rising, one fewer than schedules.
         last_epoch: the number of steps already taken; −1 begins anew.
     """
 
@@ -80,7 +84,8 @@ class SequentialLR(ComposedScheduler):
         for position, scheduler in enumerate(schedulers[1:], 1):
             if isinstance(scheduler, ComposedScheduler):
                 raise UnsupportedError(
-                    f"{self._name}: schedule {position} is a {type(scheduler).__name__}, which cannot be started anew "
+                    f"{self._name}: schedule {position} is a {type(scheduler).__name__}, which "
+                    "cannot be started anew "
                     "in the middle; only the first may be one"
                 )
         self._milestones = list(milestones)

@@ -15,7 +15,9 @@ __all__ = ["CosineAnnealingLR", "CosineAnnealingWarmRestarts"]
 
 
 class CosineAnnealingLR(LRScheduler):
-    """Let the rate go from its base to `eta_min` in `T_max` epochs along half a cosine, and on along the cosine after.
+    """Let the rate go from its base to `eta_min` in `T_max` epochs along half a cosine.
+
+    After `T_max` it goes on along the cosine, up and down.
 
     Args:
         optimizer: whose rates are set.
@@ -34,12 +36,12 @@ class CosineAnnealingLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float]:
-        """The present rates, whose height over eta_min is scaled by the cosine's ratio of this epoch to the one before."""
+        """The present rates, their height over eta_min scaled as the cosine changes."""
         rates = present_rates(self.optimizer)
         if self._is_initial:
             return rates
         if (self.last_epoch - 1 - self.T_max) % (2 * self.T_max) == 0:
-            # The epoch before was at the bottom, where the ratio is 0/0: climb by the first step of the cosine.
+            # The epoch before was at the bottom, where the ratio is 0/0: climb the first step.
             climb = (1 - math.cos(math.pi / self.T_max)) / 2
             return [
                 rate + (base - self.eta_min) * climb
@@ -57,7 +59,7 @@ class CosineAnnealingLR(LRScheduler):
 
 
 class CosineAnnealingWarmRestarts(LRScheduler):
-    """Let the rate go from its base to `eta_min` along half a cosine, again and again, each time `T_mult` times as long.
+    """Let the rate go down along half a cosine, again and again, each time `T_mult` as long.
 
     Args:
         optimizer: whose rates are set.
@@ -93,7 +95,7 @@ class CosineAnnealingWarmRestarts(LRScheduler):
         return [self.eta_min + (base - self.eta_min) * height for base in self.base_lrs]
 
     def step(self, epoch: float | None = None) -> None:
-        """Go to the next epoch, or to the given one, which may be a fraction: `epoch + batch / batches`."""
+        """Go to the next epoch, or to the given one, which may be a fraction of one."""
         self._step_count += 1
         if epoch is None and self.last_epoch < 0:
             epoch = 0

@@ -22,7 +22,8 @@ class LambdaLR(LRScheduler):
         lr_lambda: a function of the epoch, or a list with one for each group.
         last_epoch: the number of steps already taken; −1 begins anew.
 
-    A state_dict holds the attributes of `lr_lambda` if it is an object that can be called, and nothing of functions.
+    A state_dict holds the attributes of `lr_lambda` if it is an object that can be called, and
+    nothing of functions.
     """
 
     _not_saved: ClassVar[frozenset[str]] = LRScheduler._not_saved | {"lr_lambdas"}
@@ -57,7 +58,8 @@ class LambdaLR(LRScheduler):
         saved = state_dict.get("lr_lambdas", [])
         if len(saved) != len(self.lr_lambdas):
             raise StateError(
-                f"{self._name}.load_state_dict: {len(saved)} functions saved, {len(self.lr_lambdas)} here"
+                f"{self._name}.load_state_dict: {len(saved)} functions saved, "
+                f"{len(self.lr_lambdas)} here"
             )
         super().load_state_dict(state_dict)
         for function, values in zip(self.lr_lambdas, saved, strict=True):

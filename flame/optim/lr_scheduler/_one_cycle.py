@@ -13,7 +13,7 @@ __all__ = ["OneCycleLR"]
 
 
 class Phase(NamedTuple):
-    """A stretch of the cycle that ends at step `end`, from and to values that the groups hold under these keys."""
+    """A stretch of the cycle that ends at step `end`; the keys name values in the groups."""
 
     end: float
     start_lr: str
@@ -36,7 +36,8 @@ def _phases(total: int, part: float, *, three: bool) -> list[Phase]:
 class OneCycleLR(LRScheduler):
     """One cycle over the whole training; step it after every batch.
 
-    Source: Smith and Topin, Super-Convergence: Very Fast Training of Neural Networks Using Large Learning Rates (2018).
+    Source: Smith and Topin, Super-Convergence: Very Fast Training of Neural Networks Using Large
+    Learning Rates (2018).
 
     Args:
         optimizer: whose rates, and momentum or beta1, are set.
@@ -117,7 +118,8 @@ class OneCycleLR(LRScheduler):
     ) -> None:
         if not self.use_beta1 and "momentum" not in self.optimizer.defaults:
             raise ArgumentError(
-                f"{self._name}: {type(self.optimizer).__name__} has neither momentum nor betas to cycle; "
+                f"{self._name}: {type(self.optimizer).__name__} has neither momentum nor betas to "
+                "cycle; "
                 "set cycle_momentum=False"
             )
         lows = one_per_group(self._name, "base_momentum", low, self.optimizer)
@@ -133,14 +135,16 @@ class OneCycleLR(LRScheduler):
         step = self.last_epoch
         if step > self.total_steps:
             raise ArgumentError(
-                f"{self._name}: step {step} is after the last of the {self.total_steps} it was made for"
+                f"{self._name}: step {step} is after the last of the {self.total_steps} it was "
+                "made for"
             )
         phase, part = self._position(step)
         rates = []
         for position, group in enumerate(self.optimizer.param_groups):
             if "max_lr" not in group:
                 raise StateError(
-                    f'{self._name}: group {position} has no "max_lr" to go on from; load the optimizer\'s state_dict'
+                    f'{self._name}: group {position} has no "max_lr" to go on from; load the '
+                    "optimizer's state_dict"
                 )
             rates.append(self._between(group[phase.start_lr], group[phase.end_lr], part))
             if self.cycle_momentum:

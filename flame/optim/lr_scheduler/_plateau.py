@@ -19,7 +19,7 @@ __all__ = ["ReduceLROnPlateau"]
 
 
 class ReduceLROnPlateau(LRScheduler):
-    """Multiply the rate by `factor` when the metric was no better than the best for more than `patience` epochs.
+    """Multiply the rate by `factor` after `patience` epochs in which the metric got no better.
 
     Args:
         optimizer: whose rates are set.
@@ -45,7 +45,7 @@ class ReduceLROnPlateau(LRScheduler):
         min_lr: float | list[float] = 0.0,
         eps: float = 1e-8,
     ) -> None:
-        # The base's constructor takes a first step, which needs a metric here; so this one stands alone.
+        # The base's constructor takes a first step, which needs a metric here.
         check_optimizer(self._name, optimizer)
         if not 0.0 <= factor < 1.0:
             raise ArgumentError(f"{self._name}: factor must lie in [0, 1), got {factor}")
@@ -75,7 +75,9 @@ class ReduceLROnPlateau(LRScheduler):
         """Whether bad epochs do not count at present."""
         return self.cooldown_counter > 0
 
-    def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
+    def step(  # type: ignore[override]  # as PyTorch's, it takes a metric first
+        self, metrics: SupportsFloat, epoch: int | None = None
+    ) -> None:
         """Take note of an epoch's metric, a number or a tensor of one element."""
         current = float(metrics)
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
@@ -105,7 +107,8 @@ class ReduceLROnPlateau(LRScheduler):
         groups = self.optimizer.param_groups
         if len(self.min_lrs) != len(groups):
             raise ArgumentError(
-                f"{self._name}: made for {len(self.min_lrs)} groups, but the optimizer now has {len(groups)}; "
+                f"{self._name}: made for {len(self.min_lrs)} groups, but the optimizer now has "
+                f"{len(groups)}; "
                 "make the schedule after adding groups"
             )
         for group, rate, least in zip(

@@ -1,9 +1,10 @@
-"""The base of all schedules: it sets the learning rate of every group at construction and at each step.
+"""The base of all schedules, which set the rate of every group at construction and at each step.
 
 Invariants:
 - `last_epoch` counts the steps since construction, which itself takes step 0.
-- A schedule that has a recursion computes each rate from the group's present rate, so several schedules may act on one
-  optimizer; one that has a closed form besides uses it when it is moved to an epoch by number.
+- A schedule that has a recursion computes each rate from the group's present rate, so several
+  schedules may act on one optimizer; one that has a closed form besides uses it when it is moved to
+  an epoch by number.
 - A rate that is a tensor stays that tensor and is filled, so a compiled step sees the new value.
 """
 
@@ -65,7 +66,8 @@ class LRScheduler:
         last_epoch: the number of steps already taken; −1 begins anew.
 
     Raises:
-        StateError: last_epoch is given, but the optimizer's groups hold no "initial_lr" to go on from.
+        StateError: last_epoch is given, but the optimizer's groups hold no "initial_lr" to go on
+            from.
     """
 
     _not_saved: ClassVar[frozenset[str]] = frozenset({"optimizer", "_is_initial"})
@@ -78,7 +80,8 @@ class LRScheduler:
                 group.setdefault("initial_lr", as_float(group["lr"]))
             elif "initial_lr" not in group:
                 raise StateError(
-                    f'{self._name}: group {position} has no "initial_lr" to go on from at epoch {last_epoch}; '
+                    f'{self._name}: group {position} has no "initial_lr" to go on from at epoch '
+                    f"{last_epoch}; "
                     "load the optimizer's state_dict first, or begin with last_epoch=-1"
                 )
         self.base_lrs = [as_float(group["initial_lr"]) for group in optimizer.param_groups]
@@ -93,11 +96,11 @@ class LRScheduler:
         return list(self._last_lr)
 
     def get_lr(self) -> list[float]:
-        """The rate of each group at `last_epoch`, computed from the present rates where the schedule is a recursion."""
+        """The rate of each group at `last_epoch`, from the present rates in a recursion."""
         raise UnsupportedError(f"{self._name}: a schedule defines get_lr")
 
     def step(self, epoch: int | None = None) -> None:
-        """Go to the next epoch, or to the given one. Call it after the optimizer's steps of an epoch (or of a batch)."""
+        """Go to the next epoch, or to the given one, after the optimizer's steps."""
         self._step_count += 1
         self._move(epoch)
 
@@ -121,7 +124,8 @@ class LRScheduler:
         missing = sorted(name for name in names if name not in state_dict)
         if missing:
             raise StateError(
-                f"{self._name}.load_state_dict: missing {', '.join(missing)}; is it of another schedule?"
+                f"{self._name}.load_state_dict: missing {', '.join(missing)}; is it of another "
+                "schedule?"
             )
         rates = state_dict.get("base_lrs", ())
         if rates and len(rates) != len(self.optimizer.param_groups):
@@ -141,7 +145,9 @@ class LRScheduler:
             self._is_initial = False
 
     def _closed_form(self) -> list[float] | None:
-        """The rates at `last_epoch` from the base rates alone, where the schedule has such a form."""
+        """The rates at `last_epoch` from the base rates alone, where the schedule has such a
+        form.
+        """
         return None
 
     def _move(self, epoch: int | None) -> None:

@@ -69,7 +69,9 @@ class MultiStepLR(LRScheduler):
         return self._scaled(self.gamma**times) if times else present_rates(self.optimizer)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from `state_dict()`; PyTorch's, which counts each milestone in a mapping, is understood too."""
+        """Go on from `state_dict()`; PyTorch's, which counts each milestone in a mapping, is
+        understood too.
+        """
         milestones = state_dict.get("milestones")
         if isinstance(milestones, Mapping):
             listed = sorted(int(epoch) for epoch, times in milestones.items() for _ in range(times))

@@ -46,7 +46,8 @@ class ConstantLR(LRScheduler):
 
 
 class LinearLR(LRScheduler):
-    """Let a factor of the rate go in a straight line from `start_factor` to `end_factor` in `total_iters` epochs.
+    """Let a factor of the rate go in a straight line from `start_factor` to `end_factor` in
+    `total_iters` epochs.
 
     Args:
         optimizer: whose rates are set.

@@ -1,4 +1,6 @@
-"""Each schedule equals PyTorch's for 60 steps, alone, beside another, in sequence, and after a resume."""
+"""Each schedule equals PyTorch's for 60 steps, alone, beside another, in sequence, and after a
+resume.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,6 @@ import torch
 import flame
 from flame import optim
 from flame.core.errors import ArgumentError, DTypeError, StateError, UnsupportedError
-
-pytestmark = pytest.mark.unit
 
 STEPS = 60
 Build = Callable[[Any, Any], Any]  # (the module of schedules, an optimizer) -> a schedule
@@ -215,10 +215,10 @@ def test_beginning_at_an_epoch_equals_pytorch(build: Any) -> None:
 def test_beginning_at_an_epoch_needs_the_initial_rates() -> None:
     with pytest.raises(StateError, match="initial_lr"):
         optim.lr_scheduler.StepLR(our_optimizer(), 4, last_epoch=3)
+    optimizer = our_optimizer()
+    for group in optimizer.param_groups:
+        group["initial_lr"] = 0.3
     with pytest.raises(StateError, match="max_lr"):
-        optimizer = our_optimizer()
-        for group in optimizer.param_groups:
-            group["initial_lr"] = 0.3
         optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 10, cycle_momentum=False, last_epoch=3)
 
 

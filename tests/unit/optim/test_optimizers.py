@@ -14,8 +14,6 @@ import flame
 from flame import optim
 from flame.core.errors import ArgumentError, DTypeError, StateError, UnsupportedError
 
-pytestmark = pytest.mark.unit
-
 STEPS = 20
 SHAPES = [(3, 4), (5,), (2, 1, 3), (), (0, 2)]
 CASES: list[tuple[str, dict[str, Any]]] = [
