@@ -1,8 +1,10 @@
 """Memory from the operating system. Invariant: `release` gets what `reserve` gave, with its size.
 
-Large blocks are mapped one by one, so that giving them back really returns them; blocks from 2 MiB
-on stand on huge page boundaries and ask for huge pages, which makes the first touch several times
-faster.
+Large blocks are mapped one by one, so that giving them back really returns them. Blocks from 2 MiB
+on stand on huge page boundaries and ask for huge pages: reading 256 MiB that are already in memory
+was 1.2 to 1.4 times faster with them (gather, transpose, sum). The first touch is no reason for the
+hint: on a virtual machine that had been idle it took 550 ms instead of 120 ms for 256 MiB, and less
+than without the hint only where the pages had just been freed. The cache pays that once a block.
 """
 
 from __future__ import annotations
