@@ -37,6 +37,7 @@ BINARY: Final = {
     "add": "fi", "sub": "fi", "mul": "fi", "div": "f", "floordiv": "i", "mod": "i", "max": "fib",
     "min": "fib", "pow": "fi", "atan2": "f", "and": "bi", "or": "bi", "xor": "bi", "shl": "i",
     "shr": "i", "mulhi": "i", "copysign": "f",
+    "udiv": "i", "urem": "i",  # of numbers known not to be negative; the divisor not 0
 }  # fmt: skip
 COMPARE: Final = ("lt", "le", "eq", "ne", "gt", "ge")
 TERNARY: Final = ("select", "fma")
@@ -321,7 +322,7 @@ _FOLD_INTEGER: Final[dict[str, Callable[[Any, Any], Number]]] = {
     "max": max,
     "min": min,
 }
-_IDENTITY: Final = {"add": 0, "sub": 0, "mul": 1, "div": 1, "floordiv": 1, "shl": 0, "shr": 0}
+_IDENTITY: Final = {"add": 0, "sub": 0, "mul": 1, "div": 1, "floordiv": 1, "udiv": 1, "shl": 0, "shr": 0}
 
 
 def _simplify_binary(op: str, a: Value, b: Value) -> Value | None:
@@ -337,7 +338,7 @@ def _simplify_binary(op: str, a: Value, b: Value) -> Value | None:
         return b
     if whole and op == "mul" and (is_const(a, 0) or is_const(b, 0)):
         return const(0, a.dtype)
-    if whole and op == "mod" and is_const(b, 1):
+    if whole and op in ("mod", "urem") and is_const(b, 1):
         return const(0, a.dtype)
     if op == "and" and a.dtype.kind == "b":
         if is_const(a, True) or is_const(b, False):
@@ -390,6 +391,11 @@ def bitcast(value: Value, dtype: DType) -> Value:
     return _make("bitcast", dtype, (value,))
 
 
+def libm(name: str, x: Value, where: Value) -> Value:
+    """The C library's ``name`` of x in the lanes where ``where`` holds, 0 elsewhere: a rare, slow branch."""
+    return _make("libm", x.dtype, (x, where), name)
+
+
 # --- reading values -------------------------------------------------------------------------------
 
 
@@ -405,6 +411,7 @@ def render(value: Value) -> str:
         mask = f" where {value.args[1]!r} else {value.args[2]!r}" if len(value.args) > 1 else ""
         return f"{value.attr.name}[{value.args[0]!r}{mask}]"
     name = f"{value.op}.{value.dtype.name}" if value.op in ("cast", "bitcast") else value.op
+    name = f"libm.{value.attr}" if value.op == "libm" else name
     return f"{name}({', '.join(map(repr, value.args))})"
 
 

@@ -1,0 +1,33 @@
+"""FLAME: tensors, automatic differentiation and compiled kernels for training neural networks."""
+
+from flame.autograd.mode import (
+    enable_grad,
+    inference_mode,
+    is_grad_enabled,
+    no_grad,
+    set_grad_enabled,
+)
+from flame.core.dtypes import (
+    DType,
+    bfloat16,
+    float16,
+    float32,
+    float64,
+    get_default_dtype,
+    int8,
+    int16,
+    int32,
+    int64,
+    set_default_dtype,
+    uint8,
+)
+from flame.core.dtypes import bool_ as bool
+from flame.creation import as_tensor, from_dlpack, from_numpy, tensor
+from flame.eager import Eager
+from flame.methods import attach
+from flame.ops.op import set_interpreter
+from flame.tensor import Tensor
+
+attach()
+set_interpreter(Eager())
+del attach, set_interpreter, Eager

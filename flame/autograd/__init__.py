@@ -1,0 +1,1 @@
+"""The tape and the backward pass, over whatever the ops work on."""

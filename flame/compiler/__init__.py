@@ -1,0 +1,1 @@
+"""From operations to programs that a device runs."""

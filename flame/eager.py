@@ -1,0 +1,300 @@
+"""Eager execution: every op call runs at once, and is put on the tape where a gradient may be wanted.
+
+The warm path is one dictionary look-up by the operands' types, an allocation, and a launch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from flame.autograd.engine import edge_of
+from flame.autograd.mode import mode
+from flame.autograd.node import Edge, Node, OpNode
+from flame.compiler.plan import Plan, Step, make_plan
+from flame.core.errors import DTypeError, GradientError, ShapeError
+from flame.core.types import TensorType
+from flame.kernel.values import Value
+from flame.ops.op import Interpreter, Op
+from flame.runtime import cpu
+from flame.runtime.storage import Storage
+from flame.tensor import Tensor
+
+MAX_PLANS = 20_000  # signatures kept; beyond, all are dropped and found again by need
+
+
+class Eager(Interpreter):
+    """Runs ops as they are called."""
+
+    def __init__(self) -> None:
+        self.plans: dict[Any, Plan] = {}
+
+    def apply(
+        self,
+        op: Op,
+        inputs: tuple[Any, ...],
+        attributes: dict[str, Any],
+        out: tuple[Any, ...] | None = None,
+    ) -> Any:
+        signature: list[Any] = [op]
+        tracked = False
+        for x in inputs:
+            if isinstance(x, Tensor):
+                signature.append(x.type)
+                if x.tracked or x.base is not None:
+                    tracked = True
+            elif x.__class__ is Value:
+                return op.inline(inputs, attributes)
+            else:
+                signature.append(x.__class__)
+        if attributes:
+            signature.append(tuple(attributes.items()))
+        if out is not None:
+            signature.append(tuple([t.type for t in out]))
+        key = tuple(signature)
+        plan = self.plans.get(key)
+        if plan is None:
+            inputs = tuple([_as_operand(op, x) for x in inputs])
+            plan = self._prepare(key, op, inputs, attributes, out)
+        if out is not None:
+            return self._in_place(plan, inputs, attributes, out)
+        if plan.view_offset is not None:
+            return self._view(plan, inputs[0], attributes)
+        outputs = run(plan, inputs)
+        if tracked and mode.enabled and op.differentiable:
+            record(plan, inputs, attributes, outputs)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def _prepare(
+        self,
+        key: Any,
+        op: Op,
+        inputs: tuple[Any, ...],
+        attributes: dict[str, Any],
+        out: tuple[Any, ...] | None,
+    ) -> Plan:
+        types = tuple(
+            x.type if isinstance(x, Tensor) else None if x is None else type(x) for x in inputs
+        )
+        plan = make_plan(op, types, attributes, None if out is None else tuple(t.type for t in out))
+        if len(self.plans) >= MAX_PLANS:
+            self.plans.clear()
+        self.plans[key] = plan
+        return plan
+
+    def _view(self, plan: Plan, x: Any, attributes: dict[str, Any]) -> Any:
+        type_ = plan.outputs[0]
+        made = Tensor.wrap(x.storage, x.pointer + plan.view_offset * type_.dtype.itemsize, type_)
+        base = x.base
+        made.base = x if base is None else base
+        if mode.enabled:
+            if x.requires_grad:
+                record(plan, (x,), attributes, [made])
+            made.base_node = made.base.node
+        return made
+
+    def _in_place(
+        self, plan: Plan, inputs: tuple[Any, ...], attributes: dict[str, Any], out: tuple[Any, ...]
+    ) -> Any:
+        tracking = (
+            mode.enabled
+            and plan.op.differentiable
+            and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        )
+        for target in out:
+            _check_target(plan.op, target, mode.enabled)
+        safe = tuple([_apart(plan.op, x, out) for x in inputs])
+        if tracking:
+            # the node sees the operands as they were called, with their versions before the write
+            node = make_node(plan, inputs, attributes)
+        run(plan, safe, out)
+        for target in out:
+            target.storage.version += 1
+        if tracking:
+            if node.names.count("out"):
+                node.keep_outputs(out)
+            for position, target in enumerate(out):
+                target.rebase(node, position, inputs)
+        elif mode.enabled:
+            for target in out:
+                if target.requires_grad:
+                    target.rebase(None, 0, ())
+        return out[0] if len(out) == 1 else out
+
+
+def _as_operand(op: Op, x: Any) -> Any:
+    """What is no tensor must be a plain number; NumPy's numbers become Python's."""
+    if isinstance(x, (Tensor, bool, int, float)) or x is None:
+        if isinstance(x, int) and not isinstance(x, bool) and not -(1 << 63) <= x < 1 << 63:
+            raise DTypeError(f"{op.name}: the number {x} does not fit int64")
+        return x
+    if isinstance(x, np.generic):
+        return x.item()
+    raise DTypeError(
+        f"{op.name} takes tensors and numbers, got {type(x).__name__}; convert it by flame.tensor"
+    )
+
+
+def _check_target(op: Op, target: Any, recording: bool) -> None:
+    if recording and target.requires_grad and target.current_node() is None:
+        raise GradientError(
+            f"{op.name} in place on a leaf that requires grad would lose its gradient; do it under "
+            "flame.no_grad(), or on a clone"
+        )
+    type_: TensorType = target.type
+    if any(s == 0 and n > 1 for s, n in zip(type_.strides, type_.shape, strict=True)):
+        raise ShapeError(
+            f"{op.name} in place on an expanded tensor of shape {type_.shape}, in which several "
+            "elements share memory; use .clone() first"
+        )
+
+
+def _apart(op: Op, x: Any, out: tuple[Any, ...]) -> Any:
+    """``x``, or a copy where it overlaps a target in another way than element on element."""
+    if not isinstance(x, Tensor):
+        return x
+    for target in out:
+        if x.storage is not target.storage:
+            continue
+        same = x.pointer == target.pointer and x.type.shape == target.type.shape
+        if same and x.type.strides == target.type.strides and hasattr(op, "scalar"):
+            continue
+        return x.detach().clone()
+    return x
+
+
+def run(plan: Plan, inputs: tuple[Any, ...], out: tuple[Any, ...] | None = None) -> list[Any]:
+    """Allocate the outputs (unless given) and launch."""
+    if out is None:
+        outputs = []
+        for type_ in plan.outputs:
+            storage = Storage.allocate(type_.span * type_.dtype.itemsize)
+            outputs.append(Tensor.wrap(storage, storage.pointer, type_))
+    else:
+        outputs = list(out)
+    step = plan.direct
+    if step is not None:
+        cpu.launch(
+            step.address, step.extent, step.grain,
+            *[x.pointer if isinstance(x, Tensor) else x for x in inputs],
+            *[t.pointer for t in outputs],
+            *step.sizes,
+        )  # fmt: skip
+    elif plan.steps:
+        _run_steps(plan, inputs, outputs)
+    return outputs
+
+
+def _run_steps(plan: Plan, inputs: tuple[Any, ...], outputs: list[Any]) -> None:
+    temporaries = [Storage.allocate(n) for n in plan.temporaries]
+    slot = Storage.allocate(64) if plan.checked else None
+    if slot is not None:
+        ctypes.memset(slot.pointer, 0, 16)
+
+    def pointer(role: str, position: int) -> Any:
+        if role == "input":
+            x = inputs[position]
+            return x.pointer if isinstance(x, Tensor) else x
+        if role == "output":
+            return outputs[position].pointer
+        if role == "temporary":
+            return temporaries[position].pointer
+        assert slot is not None
+        return slot.pointer
+
+    for step in plan.steps:
+        _launch(step, [pointer(r.role, r.position) for r in step.operands])
+    if slot is not None:
+        flag, code = (ctypes.c_int64 * 2).from_address(slot.pointer)
+        if flag:
+            assert plan.op.failure is not None
+            raise plan.op.failure(code, plan.types)
+
+
+def _launch(step: Step, operands: list[Any]) -> None:
+    scratch = []
+    if step.scratch:
+        from flame.runtime.cpu.pool import get_num_threads
+
+        scratch = [Storage.allocate(nbytes * get_num_threads()) for nbytes in step.scratch]
+    cpu.launch(
+        step.address, step.extent, step.grain, *operands, *[s.pointer for s in scratch], *step.sizes
+    )
+
+
+def make_node(plan: Plan, inputs: tuple[Any, ...], attributes: dict[str, Any]) -> OpNode:
+    """The tape's record of a call."""
+    edges: list[Edge] = []
+    needs: list[bool] = []
+    formulas = plan.op.formulas
+    for position, x in enumerate(inputs):
+        edge = None
+        if isinstance(x, Tensor) and x.requires_grad and x.dtype.kind == "f":
+            if not formulas or formulas[position] is not None:
+                edge = edge_of(x)
+        edges.append(edge)
+        needs.append(edge is not None)
+    return OpNode(plan.op, inputs, plan.types, attributes, tuple(needs), edges, plan.outputs)
+
+
+def record(
+    plan: Plan, inputs: tuple[Any, ...], attributes: dict[str, Any], outputs: list[Any]
+) -> None:
+    """Put a call on the tape, if any gradient can flow."""
+    for x in inputs:
+        if isinstance(x, Tensor) and x.requires_grad:
+            break
+    else:
+        return
+    node = make_node(plan, inputs, attributes)
+    if True not in node.needs:
+        return
+    if "out" in node.names:
+        node.keep_outputs(tuple(outputs))
+    for position, made in enumerate(outputs):
+        if made.type.dtype.kind == "f":
+            made.node = node
+            made.output_index = position
+            made.tracked = True
+
+
+class SliceNode(Node):
+    """An in-place operation seen from the tensor whose part it changed.
+
+    The gradient of the changed part goes through the operation's own node, the rest passes by.
+    """
+
+    __slots__ = ("inner", "selves", "view_type", "where")
+
+    name = "in_place_on_view"
+
+    def __init__(
+        self, inner: Node | None, selves: tuple[int, ...], base: Any, view: Any, edges: list[Edge]
+    ) -> None:
+        super().__init__(edges, (base.type,))
+        self.inner, self.selves = inner, selves
+        self.view_type = view.type
+        self.where = (view.pointer - base.pointer) // view.dtype.itemsize
+
+    def apply(self, grads: Any, differentiable: bool) -> list[Any]:
+        from flame.ops.shapes import as_strided, as_strided_backward
+
+        view, base = self.view_type, self.outputs[0]
+        (g,) = grads
+        geometry = {"shape": view.shape, "strides": view.strides, "offset": self.where}
+        if not g.type.contiguous or not base.contiguous:
+            g = g.contiguous()
+        part = as_strided(g, **geometry)
+        inner = [] if self.inner is None else list(self.inner.apply([part], differentiable))
+        change = -part
+        for position in self.selves:
+            if inner[position] is not None:
+                change = change + inner[position]
+        rest = g + as_strided_backward(change, base_shape=base.shape, **geometry)
+        return [rest, *inner]
+
+    def release(self) -> None:
+        if self.inner is not None:
+            self.inner.release()

@@ -1,0 +1,171 @@
+"""Op: what one operation means, declared in one place.
+
+Invariants: every fact about an op stands in its declaration; a derivative formula sees exactly what it
+names, and the tape keeps exactly that; calling an op goes through the current interpreter, so no op can
+bypass autograd.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from flame.core.errors import FlameError, StateError
+from flame.core.types import TensorType
+from flame.kernel.builder import Lowering
+
+InputType = TensorType | type | None  # of a tensor, a Python number, or an operand left out
+Types = tuple[InputType, ...]
+
+
+@dataclass(frozen=True)
+class Arg:
+    """A tensor that tests draw for an op: uniform in [low, high), away from the points in ``avoid``."""
+
+    shape: tuple[int, ...]
+    low: float = -2.0
+    high: float = 2.0
+    kind: str = "float"  # float | int | bool | index (int64 in [low, high)) | any
+    avoid: tuple[float, ...] = ()
+    distinct: bool = False  # all elements differ well beyond a finite difference's step
+    differentiable: bool = True
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an op in the generated tests: Args become arrays, all else is passed as it is."""
+
+    inputs: tuple[Any, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+class NotDifferentiable:
+    """Says that an op has no derivative, on purpose."""
+
+
+NOT_DIFFERENTIABLE: Final = NotDifferentiable()
+
+
+class Formula:
+    """A derivative formula; its parameters' names say what it needs of the forward call.
+
+    ``g``: gradient of the output (a tuple for several outputs); ``out``: the output(s); the name of an
+    input: that tensor or number; ``<input>_type``: its TensorType only; an attribute's name; ``needs``:
+    which inputs want a gradient (joint formulas only).
+    """
+
+    __slots__ = ("function", "names", "saved")
+
+    def __init__(self, function: Callable[..., Any], op: str, known: Sequence[str]) -> None:
+        self.function = function
+        self.names = tuple(inspect.signature(function).parameters)
+        inputs = set(known)
+        self.saved = tuple(n for n in self.names if n == "out" or n in inputs)
+        for name in self.names:
+            if name.startswith("_"):
+                raise StateError(f"op {op}: formula parameter {name!r} must have a meaning")
+
+
+@dataclass(frozen=True)
+class Joint:
+    """One formula for the gradients of all inputs: returns a tuple, None where not needed."""
+
+    function: Callable[..., Any]
+
+
+Vjp = Sequence[Callable[..., Any] | None] | Joint | NotDifferentiable
+
+
+class Op:
+    """One operation. ``infer`` gives the output types, ``lower`` the kernels.
+
+    inputs: names of the operands; one that starts with ``*`` takes the rest.
+    infer(types, **attributes): TensorType, or a tuple of them. Raises ShapeError and DTypeError.
+    lower(types, outputs, **attributes): Lowering.
+    vjp: a formula for each input (None where it has no gradient), a Joint, or NOT_DIFFERENTIABLE.
+    reference(*arrays, **attributes): the meaning, in NumPy.
+    failure(code, types, attributes): the error for a number that a kernel put into its error slot.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        inputs: Sequence[str],
+        infer: Callable[..., Any],
+        lower: Callable[..., Lowering],
+        vjp: Vjp,
+        reference: Callable[..., Any],
+        samples: Sequence[Sample] = (),
+        failure: Callable[..., FlameError] | None = None,
+        tolerance: float = 1.0,
+    ) -> None:
+        self.name = name
+        self.inputs = tuple(inputs)
+        self.infer = infer
+        self.lower = lower
+        self.reference = reference
+        self.samples = tuple(samples)
+        self.failure = failure
+        self.tolerance = tolerance  # how many times the usual tolerance tests allow
+        self.variadic = bool(self.inputs) and self.inputs[-1].startswith("*")
+        self.differentiable = not isinstance(vjp, NotDifferentiable)
+        self.joint: Formula | None = None
+        self.formulas: tuple[Formula | None, ...] = ()
+        if isinstance(vjp, Joint):
+            self.joint = Formula(vjp.function, name, self.inputs)
+        elif not isinstance(vjp, NotDifferentiable):
+            self.formulas = tuple(
+                None if f is None else Formula(f, name, self.inputs) for f in vjp
+            )
+            if len(self.formulas) != len(self.inputs):
+                raise StateError(
+                    f"op {name} has {len(self.inputs)} inputs but {len(self.formulas)} formulas"
+                )
+        _register(self)
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+    def __call__(self, *inputs: Any, **attributes: Any) -> Any:
+        return _interpreter.apply(self, inputs, attributes)
+
+    def into(self, out: tuple[Any, ...], *inputs: Any, **attributes: Any) -> Any:
+        """Call with the results written into the tensors ``out``, in place."""
+        return _interpreter.apply(self, inputs, attributes, out)
+
+    def inline(self, inputs: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
+        """The op on scalar values, inside another kernel; only elementwise ops can."""
+        raise StateError(f"{self.name} is no elementwise op and cannot stand inside a fused one")
+
+
+class Interpreter:
+    """What gives op calls their effect: eager execution, or a recorder."""
+
+    def apply(
+        self,
+        op: Op,
+        inputs: tuple[Any, ...],
+        attributes: dict[str, Any],
+        out: tuple[Any, ...] | None = None,
+    ) -> Any:
+        raise StateError(f"op {op.name} was called before `import flame` was complete")
+
+
+OPS: Final[dict[str, Op]] = {}
+_interpreter = Interpreter()
+
+
+def _register(op: Op) -> None:
+    if op.name in OPS:
+        raise StateError(f"two ops are named {op.name}")
+    OPS[op.name] = op
+
+
+def set_interpreter(interpreter: Interpreter) -> Interpreter:
+    """Make ``interpreter`` the current one; returns the one before."""
+    global _interpreter
+    before, _interpreter = _interpreter, interpreter
+    return before
