@@ -147,7 +147,7 @@ def _entry(array: Array) -> dict[str, object]:
 def _bytes(array: Array) -> memoryview:
     """The elements of ``array`` in C order, little-endian, without a copy where they are so."""
     little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return memoryview(np.ascontiguousarray(little).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(little).reshape(-1).view(np.uint8).data
 
 
 def _header(arrays: Mapping[str, Array], text: str) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+import flame
 from flame.core.errors import ArgumentError, CheckpointError
 from flame.tensor import Tensor
 
@@ -76,7 +77,6 @@ def _key(key: object, path: str) -> object:
 
 def join(arrays: Mapping[str, Array], text: str) -> Any:
     """The state that `split` took apart. Raises CheckpointError where the two do not fit."""
-    from flame.tensor import from_numpy
 
     def decode(value: Any) -> Any:
         if isinstance(value, list):
@@ -86,7 +86,7 @@ def join(arrays: Mapping[str, Array], text: str) -> Any:
         if len(value) == 1:
             ((kind, content),) = value.items()
             if kind == TENSOR:
-                return from_numpy(take(content))
+                return flame.from_numpy(take(content))
             if kind == ARRAY:
                 return take(content)
             if kind == TUPLE:
