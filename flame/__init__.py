@@ -1,5 +1,6 @@
 """FLAME: tensors, automatic differentiation and compiled kernels for training neural networks."""
 
+from flame.api import attach
 from flame.autograd.mode import (
     enable_grad,
     inference_mode,
@@ -24,8 +25,12 @@ from flame.core.dtypes import (
 from flame.core.dtypes import bool_ as bool
 from flame.creation import as_tensor, from_dlpack, from_numpy, tensor
 from flame.eager import Eager
-from flame.methods import attach
 from flame.ops.op import set_interpreter
+from flame.ops.arithmetic import *  # noqa: F403 - each module names its exports
+from flame.ops.conversion import *  # noqa: F403
+from flame.ops.creation import *  # noqa: F403
+from flame.ops.reductions import *  # noqa: F403
+from flame.ops.shapes import *  # noqa: F403
 from flame.tensor import Tensor
 
 attach()

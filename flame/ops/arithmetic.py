@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from flame.kernel import values
-from flame.ops.elementwise import elementwise, no_bool, scalar_binary, scalar_unary, to_float
+from flame.ops.elementwise import Elementwise, elementwise, no_bool, scalar_binary, scalar_unary, to_float
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
+
+__all__ = ["add", "mul", "neg", "sub", "true_divide"]
+METHODS = ("add", "sub", "mul", "neg")
 
 Operand = Any  # a Tensor or a Python number
 
@@ -73,3 +76,28 @@ def true_divide(input: Tensor, other: Operand) -> Tensor:
     return result
 
 
+
+
+def _in_place(op: Elementwise) -> Callable[..., Any]:
+    def method(self: Tensor, other: Operand, *, alpha: float = 1) -> Tensor:
+        op.into((self,), self, other if alpha == 1 else _scaled(other, alpha))
+        return self
+
+    return method
+
+
+OPERATORS: Final[dict[str, Callable[..., Any]]] = {
+    "__add__": lambda self, other: _add(self, other),
+    "__radd__": lambda self, other: _add(other, self),
+    "__sub__": lambda self, other: _sub(self, other),
+    "__rsub__": lambda self, other: _sub(other, self),
+    "__mul__": lambda self, other: _mul(self, other),
+    "__rmul__": lambda self, other: _mul(other, self),
+    "__truediv__": lambda self, other: _div(self, other),
+    "__rtruediv__": lambda self, other: _div(other, self),
+    "__neg__": lambda self: neg(self),
+    "add_": _in_place(_add),
+    "sub_": _in_place(_sub),
+    "mul_": _in_place(_mul),
+    "div_": _in_place(_div),
+}

@@ -15,6 +15,9 @@ from flame.ops.op import Arg, Op, Sample, Types
 if TYPE_CHECKING:
     from flame.tensor import Tensor
 
+__all__ = ["clone"]
+METHODS = ("clone", "contiguous", "copy_")
+
 
 def _infer(types: Types, *, dtype: DType | None = None, contiguous: bool = False) -> TensorType:
     (x,) = types
@@ -82,3 +85,20 @@ def contiguous(input: Tensor, memory_format: Any = None) -> Tensor:
         return input
     result: Tensor = copy(input, contiguous=True)
     return result
+
+
+def copy_(input: Tensor, src: Any, non_blocking: bool = False) -> Tensor:
+    """Write ``src`` (a tensor or number, broadcast and converted) into ``input``, in place."""
+    from flame.ops.shapes import expand
+    from flame.tensor import Tensor
+
+    if not isinstance(src, Tensor):
+        from flame.ops.creation import full
+
+        src = full((), src, dtype=input.dtype)
+    if src.shape != input.shape:
+        src = expand(src, input.shape)
+    if src.dtype is not input.dtype:
+        src = convert(src, dtype=input.dtype)
+    copy.into((input,), src)
+    return input

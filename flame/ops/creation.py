@@ -19,6 +19,8 @@ from flame.ops.op import NOT_DIFFERENTIABLE, Op, Sample, Types
 if TYPE_CHECKING:
     from flame.tensor import Tensor
 
+__all__ = ["arange", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like", "zeros", "zeros_like"]
+
 
 def _infer_full(
     types: Types, *, shape: Shape, dtype: DType, strides: Shape | None = None, device: str = "cpu"

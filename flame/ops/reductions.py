@@ -31,6 +31,9 @@ from flame.ops.shapes import expand, reshape, wrap_dims
 if TYPE_CHECKING:
     from flame.tensor import Tensor
 
+__all__ = ["mean", "sum"]
+METHODS = ("sum", "mean")
+
 COLUMNS = 64  # columns that one step of a parallel loop sums together
 SPLIT = 65536  # elements of one result from which its reduction is split over threads
 CHUNK = 16384  # elements of a part of a split reduction

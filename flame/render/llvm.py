@@ -249,7 +249,8 @@ class _Renderer:
 
     def _carried(self, body: tuple[Statement, ...]) -> list[Register]:
         """Registers from outside that ``body`` writes, in order of first write."""
-        return [r for r in dict.fromkeys(_written_registers(body)) if r in self.registers]
+        own = {s.register for s in _walk(body) if isinstance(s, Declare)}
+        return [r for r in dict.fromkeys(_written_registers(body)) if r not in own]
 
     def _if(self, statement: If) -> None:
         if self.vector_var is not None:
