@@ -33,7 +33,6 @@ from flame.nn._containers import ModuleDict, ModuleList, Sequential
 from flame.nn._convolution import Conv1d, Conv2d, Conv3d
 from flame.nn._dropout import Dropout, Dropout1d, Dropout2d, Dropout3d
 from flame.nn._embedding import Embedding
-from flame.nn._hooks import RemovableHandle
 from flame.nn._linear import Bilinear, Flatten, Identity, Linear, Unflatten
 from flame.nn._losses import (
     BCELoss,
@@ -153,7 +152,6 @@ __all__ = [
     "ReLU6",
     "ReflectionPad1d",
     "ReflectionPad2d",
-    "RemovableHandle",
     "ReplicationPad1d",
     "ReplicationPad2d",
     "Sequential",

@@ -9,17 +9,17 @@ run first.
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flame.core.errors import ArgumentError
 from flame.nn._backward_hooks import BackwardHooks
+from flame.tensor import RemovableHandle
 
 if TYPE_CHECKING:
     from flame.nn.module import Module
 
-__all__ = ["HookTable", "Hooks", "RemovableHandle"]
+__all__ = ["HookTable", "Hooks"]
 
 _identifiers = itertools.count()
 
@@ -32,9 +32,7 @@ class Hook(NamedTuple):
 
 
 class HookTable(dict[int, Hook]):
-    """Hooks by identifier, in calling order (a class of its own, as plain dicts take no weak
-    references).
-    """
+    """Hooks by identifier, in calling order."""
 
     def register(
         self, function: Callable[..., Any], *, prepend: bool, with_kwargs: bool = False
@@ -47,26 +45,6 @@ class HookTable(dict[int, Hook]):
         self[identifier] = Hook(function, with_kwargs)
         self.update(others)
         return RemovableHandle(self, identifier)
-
-
-class RemovableHandle:
-    """Takes a hook away again: by `remove()`, or at the end of a `with` block."""
-
-    def __init__(self, hooks: HookTable, identifier: int) -> None:
-        self._hooks = weakref.ref(hooks)
-        self._identifier = identifier
-
-    def remove(self) -> None:
-        """Remove the hook; removing it twice is harmless."""
-        hooks = self._hooks()
-        if hooks is not None:
-            hooks.pop(self._identifier, None)
-
-    def __enter__(self) -> RemovableHandle:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.remove()
 
 
 class Hooks:

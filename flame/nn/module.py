@@ -16,9 +16,9 @@ from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, ShapeError, StateError, UnsupportedError
 from flame.nn import _state
 from flame.nn._conversion import converter
-from flame.nn._hooks import Hooks, RemovableHandle
+from flame.nn._hooks import Hooks
 from flame.nn.parameter import Parameter
-from flame.tensor import Tensor
+from flame.tensor import RemovableHandle, Tensor
 
 __all__ = ["Module"]
 
