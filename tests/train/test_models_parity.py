@@ -51,8 +51,9 @@ def tensors(lib: Any, arrays: tuple[np.ndarray, ...]) -> list[Any]:
     return [lib.from_numpy(np.ascontiguousarray(array)) for array in arrays]
 
 
-def train(lib: Any, entry: Any, model: Any, arrays: tuple[np.ndarray, ...], kind: str) ->
-list[float]:
+def train(
+    lib: Any, entry: Any, model: Any, arrays: tuple[np.ndarray, ...], kind: str
+) -> list[float]:
     *inputs, target = tensors(lib, arrays)
     optimizer = OPTIMIZERS[kind](lib, model.parameters())
     losses = []

@@ -49,7 +49,7 @@ def test_module_list() -> None:
     layers += [nn.ReLU()]
     assert len(layers) == 4
     assert len(layers[1:3]) == 2
-    assert len(layers + [nn.ReLU()]) == 5
+    assert len(layers + nn.ModuleList([nn.ReLU()])) == 5
     assert layers.pop(0) is not None
     assert [name for name, _ in layers.named_children()] == ["0", "1", "2"]
     layers.insert(1, nn.Tanh())

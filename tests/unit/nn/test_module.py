@@ -46,8 +46,8 @@ def test_names_and_order() -> None:
     modules = ["", "first", "tail", "tail.0", "tail.1"]
     assert [name for name, _ in net.named_modules()] == modules
     assert [name for name, _ in net.named_children()] == ["first", "tail"]
-    assert list(net.modules())[0] is net
-    assert list(net.children())[0] is net.first
+    assert next(iter(net.modules())) is net
+    assert next(iter(net.children())) is net.first
 
 
 def test_get_by_name() -> None:

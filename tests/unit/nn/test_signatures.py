@@ -13,7 +13,9 @@ from flame.nn import functional, init, utils
 # Arguments that PyTorch deprecates; what follows them in PyTorch takes its name only here.
 DEPRECATED = {"size_average", "reduce", "min_value", "max_value"}
 # Arguments of PyTorch's that nothing here could honour.
-ABSENT = {"always_call", "cycle"}
+ABSENT = {"always_call"}
+# Helpers of our own in `init`.
+OWN = {"default_bias_", "fan_in_and_fan_out"}
 
 
 def signature(function: Any) -> dict[str, Any]:
@@ -49,8 +51,8 @@ def test_layers(name: str) -> None:
         assert mine == [n for n in signature(theirs) if n != "padding_mask"], name
 
 
-@pytest.mark.parametrize("name", [n for n in init.__all__ if n not in ("default_bias_",
-"fan_in_and_fan_out")]) def test_init(name: str) -> None:
+@pytest.mark.parametrize("name", [n for n in init.__all__ if n not in OWN])
+def test_init(name: str) -> None:
     torch = pytest.importorskip("torch")
     compare(getattr(init, name), getattr(torch.nn.init, name), name)
 

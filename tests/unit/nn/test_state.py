@@ -34,7 +34,7 @@ def test_state_is_named_detached_and_shared() -> None:
         model[0].weight.fill_(7.0)
     assert float(state["0.weight"][0, 0]) == 7.0
     assert model.state_dict(keep_vars=True)["0.weight"] is model[0].weight
-    assert list(model.state_dict(prefix="net."))[0] == "net.0.weight"
+    assert next(iter(model.state_dict(prefix="net."))) == "net.0.weight"
     destination: dict[str, object] = {"other": 1}
     assert model.state_dict(destination=destination) is destination
     assert len(destination) == len(KEYS) + 1

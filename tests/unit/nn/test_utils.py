@@ -18,8 +18,9 @@ GRADIENTS = [np.array([[3.0, -4.0], [1.0, 0.5]]), np.array([2.0, -7.0, 0.0]), No
 def parameters(lib: Any, gradients: Any = GRADIENTS) -> list[Any]:
     made = []
     for gradient in gradients:
-        parameter = lib.nn.Parameter(lib.ones(2) if gradient is None else lib.from_numpy(gradient *
-        0)) parameter.grad = None if gradient is None else lib.from_numpy(gradient.copy())
+        data = lib.ones(2) if gradient is None else lib.from_numpy(gradient * 0)
+        parameter = lib.nn.Parameter(data)
+        parameter.grad = None if gradient is None else lib.from_numpy(gradient.copy())
         made.append(parameter)
     return made
 
