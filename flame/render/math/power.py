@@ -86,7 +86,7 @@ def _constant_power(x: Value, exponent: Number) -> Value | None:
 
 
 def _edges(x: Value, y: Value, positive: Value) -> Value:
-    """x**y of |x|**y, where |x| is 0 or inf also the latter."""
+    """x**y of |x|**y; where |x| is 0, 1 or inf also the latter."""
     zero, one, infinite = number(0, x), number(1, x), number(math.inf, x)
     size, falling = abs(x), compare("lt", y, zero)
     whole = compare("eq", unary("trunc", y), y)
@@ -95,6 +95,7 @@ def _edges(x: Value, y: Value, positive: Value) -> Value:
     extreme = compare("eq", size, zero) | compare("eq", size, infinite)
     grows = compare("gt", size, one) ^ falling
     result = select(extreme, select(grows, infinite, zero), positive)
+    result = select(compare("eq", size, one), one, result)
     result = select(odd, binary("copysign", result, x), result)
     negative = compare("lt", x, zero) & compare("ne", size, infinite)
     undefined = (negative & ~whole) | unary("is_nan", x) | unary("is_nan", y)
@@ -113,12 +114,10 @@ def _single(size: Value, y: Value) -> Value:
 
 
 def _double(size: Value, y: Value) -> Value:
-    # a larger exponent would make a NaN of inf - inf; this one already under- or overflows for any base
-    # but 1, as |log2| of the neighbours of 1 is above 2**-54
-    bounded = clamp(y, -(2.0**66), 2.0**66)
     high, low = _log2_pair(size)
-    product = bounded * high
-    rest = fma(bounded, low, fma(bounded, high, -product))
+    product = y * high
+    rest = fma(y, low, fma(y, high, -product))
+    # beyond, an infinite product would make a NaN of the rest
     inside = compare("lt", abs(product), number(2048, product))
     return exp2_sum(clamp(product, -1080.0, 1030.0), select(inside, rest, number(0, rest)))
 
