@@ -18,7 +18,7 @@ __all__ = ["converter"]
 def converter(*args: Any, **kwargs: Any) -> Callable[[Tensor], Tensor]:
     """The conversion that `Module.to(*args, **kwargs)` asks for, as a function of one tensor."""
     device, dtype = _parse(args, dict(kwargs))
-    if dtype is not None and dtype.kind != "f":
+    if dtype is not None and not dtype.is_floating_point:
         raise DTypeError(
             f"Module.to: takes a floating-point dtype, got {dtype.name}; "
             "convert single tensors with Tensor.to"
@@ -28,7 +28,7 @@ def converter(*args: Any, **kwargs: Any) -> Callable[[Tensor], Tensor]:
         options: dict[str, Any] = {}
         if device is not None:
             options["device"] = device
-        if dtype is not None and tensor.dtype.kind == "f":
+        if dtype is not None and tensor.is_floating_point():
             options["dtype"] = dtype
         return tensor.to(**options) if options else tensor
 

@@ -42,7 +42,7 @@ class Dropout1d(_Dropout):
 
 
 class Dropout2d(_Dropout):
-    """Zeroes each channel of (N, C, H, W) or (C, H, W) with probability `p`."""
+    """Zeroes each channel of (N, C, H, W) or (N, C, L) with probability `p`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.dropout2d(input, self.p, self.training, self.inplace)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flame.nn import functional as F
-from flame.nn._arguments import Size
+from flame.nn._arguments import Size, per_axis
 from flame.nn.module import Module
 from flame.tensor import Tensor
 
@@ -92,9 +92,9 @@ class AvgPool1d(Module):
         count_include_pad: bool = True,
     ) -> None:
         super().__init__()
-        self.kernel_size = kernel_size
-        self.stride = kernel_size if stride is None else stride
-        self.padding = padding
+        self.kernel_size = per_axis(kernel_size, 1, "kernel_size")
+        self.stride = per_axis(kernel_size if stride is None else stride, 1, "stride")
+        self.padding = per_axis(padding, 1, "padding")
         self.ceil_mode = ceil_mode
         self.count_include_pad = count_include_pad
 

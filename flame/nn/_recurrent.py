@@ -67,7 +67,10 @@ class RNNBase(Module):
         gates = GATES[mode] * hidden_size
         for suffix in self._suffixes:
             inputs = input_size if suffix.startswith("_l0") else self._directions * self._output
-            shapes = {"weight_ih": (gates, inputs), "weight_hh": (gates, self._output)}
+            shapes: dict[str, tuple[int, ...]] = {
+                "weight_ih": (gates, inputs),
+                "weight_hh": (gates, self._output),
+            }
             if bias:
                 shapes |= {"bias_ih": (gates,), "bias_hh": (gates,)}
             if proj_size > 0:

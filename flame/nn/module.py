@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 
 import flame
 from flame.core.dtypes import DType
-from flame.core.errors import ArgumentError, ShapeError, StateError, UnsupportedError
+from flame.core.errors import ArgumentError, FlameError, StateError, UnsupportedError
 from flame.nn import _state
 from flame.nn._conversion import converter
 from flame.nn._hooks import Hooks
@@ -58,7 +58,7 @@ class Module:
             if self._hooks is None:
                 return self.forward(*args, **kwargs)
             return self._hooks.call(self, args, kwargs)
-        except ShapeError as error:
+        except FlameError as error:
             _note_module(error, self)
             raise
 
@@ -161,9 +161,10 @@ class Module:
             if child is not None:
                 yield from child.named_modules(seen, _join(prefix, name), remove_duplicate)
 
-    def modules(self) -> Iterator[Module]:
-        """Every module of the tree once, this one first."""
-        return (module for _, module in self.named_modules())
+    def modules(self, remove_duplicate: bool = True) -> Iterator[Module]:
+        """Every module of the tree (once, if `remove_duplicate`), this one first."""
+        named = self.named_modules(remove_duplicate=remove_duplicate)
+        return (module for _, module in named)
 
     def named_children(self) -> Iterator[tuple[str, Module]]:
         """The direct child modules with their names, each once."""
@@ -459,7 +460,7 @@ def _claim(module: Module, kind: str, name: str) -> Any:
         raise StateError(
             f"{type(module).__name__}: call super().__init__() before assigning {name!r}"
         )
-    if not isinstance(name, str) or not name or "." in name:
+    if not name or "." in name:
         raise ArgumentError(
             f"{type(module).__name__}: a member's name must be a non-empty string without '.', got "
             f"{name!r}"
@@ -485,7 +486,7 @@ def _convert_parameter(parameter: Parameter, fn: Callable[[Tensor], Tensor]) -> 
         parameter.grad = fn(gradient.detach())
 
 
-def _note_module(error: ShapeError, module: Module) -> None:
+def _note_module(error: FlameError, module: Module) -> None:
     """Say once, in a note under the message, which innermost module an operation failed in."""
     if not getattr(error, "__notes__", None):
         error.add_note(f"in {module._get_name()}({module.extra_repr()})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,12 +93,17 @@ def same_as_torch() -> Callable[..., None]:
         ours = build(flame.nn).to(getattr(flame, dtype)).train(training)
         load_weights(ours, theirs)
         if text:
-            assert repr(ours) == repr(theirs)
+            # PyTorch marks one linear layer for its quantization, which does not exist here.
+            expected = repr(theirs).replace("NonDynamicallyQuantizableLinear", "Linear")
+            assert repr(ours) == expected
         results = []
         for lib, layer in ((flame, ours), (torch, theirs)):
             given = arguments(lib, inputs, dtype)
             named = dict(zip(kwargs, arguments(lib, list(kwargs.values()), dtype), strict=True))
-            results.append(run(lib, layer, given, named))
+            with warnings.catch_warnings():
+                if lib is torch:  # its remarks on slow paths
+                    warnings.simplefilter("ignore")
+                results.append(run(lib, layer, given, named))
         mine, expected = results
         assert len(mine) == len(expected)
         relative, absolute = TOLERANCES[dtype]

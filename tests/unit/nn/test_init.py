@@ -163,7 +163,8 @@ def test_layers_start_within_pytorchs_bounds(build: Any, bounds: dict[str, float
             v = state[name].numpy()
             assert np.abs(v).max() <= bound * 1.000001
             assert np.abs(v).max() > bound * 0.85
-            assert v.std() == pytest.approx(bound / math.sqrt(3), rel=0.15)
+            if v.size > 1000:
+                assert v.std() == pytest.approx(bound / math.sqrt(3), rel=0.1)
 
 
 def test_layers_that_start_constant_or_normal() -> None:
