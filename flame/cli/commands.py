@@ -63,7 +63,7 @@ def train(
         batch_size: images in a step
         seed: of weights, order and augmentation
         device: cpu
-        data: an image folder, DATA/train/CLASS/*.png and DATA/test/CLASS/*.png
+        data: an image folder, DIR/CLASS/*.png, or DIR/train/CLASS/*.png and DIR/test/CLASS/*.png
         limit: use at most so many training images, and so many test images
         run_dir: the folder to write to, instead of runs/RECIPE-TIME
         resume: the folder of an interrupted run to go on with
