@@ -29,8 +29,11 @@ from flame.ops.op import set_interpreter
 from flame.ops.arithmetic import *  # noqa: F403 - each module names its exports
 from flame.ops.conversion import *  # noqa: F403
 from flame.ops.creation import *  # noqa: F403
+from flame.ops.contractions import *  # noqa: F403
+from flame.ops.products import *  # noqa: F403
 from flame.ops.reductions import *  # noqa: F403
 from flame.ops.shapes import *  # noqa: F403
+from flame.ops.softmax import *  # noqa: F403
 from flame.tensor import Tensor
 
 attach()

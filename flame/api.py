@@ -10,10 +10,28 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final
 
-from flame.ops import arithmetic, conversion, creation, reductions, shapes
+from flame.ops import (
+    softmax,
+    arithmetic,
+    contractions,
+    conversion,
+    creation,
+    products,
+    reductions,
+    shapes,
+)
 from flame.tensor import Tensor
 
-MODULES: Final[tuple[ModuleType, ...]] = (arithmetic, conversion, creation, reductions, shapes)
+MODULES: Final[tuple[ModuleType, ...]] = (
+    softmax,
+    arithmetic,
+    contractions,
+    conversion,
+    creation,
+    products,
+    reductions,
+    shapes,
+)
 
 
 def exports() -> dict[str, Any]:

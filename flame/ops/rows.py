@@ -1,0 +1,105 @@
+"""Row kernels: several passes over the same elements, row by row, while a row is in cache.
+
+Invariants: a row is all elements that share a kept index. One body serves two layouts: rows that lie
+along memory (vectors run along the row), and rows side by side (vectors run across rows, every lane its
+own row). In both, `RowLoops.each` visits a row's elements and registers made before it hold what the
+row accumulates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from flame.core.dtypes import DType
+from flame.core.types import Shape, TensorType, tensor_type
+from flame.kernel import values
+from flame.kernel.builder import KernelBuilder, Operand, Role
+from flame.kernel.values import Value
+from flame.ops.loops import Nest, by_stride, coalesce
+
+COLUMNS: Final = 64  # rows side by side that one step of a parallel loop takes
+
+Index = tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Kept and row dimensions, each coalesced over all operands, outermost first."""
+
+    kept: Nest
+    row: Nest
+    columns: bool  # rows lie side by side: vectors run across them
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.row.sizes)
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.kept.sizes)
+
+    def operand(
+        self, k: KernelBuilder, role: Role, position: int, dtype: DType, which: int
+    ) -> Operand:
+        """The operand whose strides were given as number ``which``, indexed by (kept, row)."""
+        sizes = (*self.kept.sizes, *self.row.sizes)
+        strides = (*self.kept.strides[which], *self.row.strides[which])
+        return k.tensor(role, position, tensor_type(dtype, sizes, strides))
+
+
+def rows_of(sizes: Shape, row_dims: Sequence[int], strides: Sequence[Shape]) -> Rows:
+    """The rows over ``row_dims``; ``strides`` of all operands, the first one decides the order."""
+    order = by_stride(strides[0], sizes)
+    kept = coalesce(sizes, strides, [d for d in order if d not in row_dims])
+    row = coalesce(sizes, strides, [d for d in order if d in row_dims])
+    columns = bool(kept.sizes) and (
+        not row.sizes or kept.strides[0][-1] < row.strides[0][-1]
+    )
+    return Rows(kept, row, columns)
+
+
+class RowLoops:
+    """Writes the loops over `Rows` into a kernel."""
+
+    def __init__(self, k: KernelBuilder, rows: Rows, *, unroll: int = 4) -> None:
+        self.k, self.rows, self.unroll = k, rows, unroll
+        self.sizes = [k.size(n) for n in rows.row.sizes]
+
+    @contextmanager
+    def each_row(self, passes: int = 1) -> Iterator[Index]:
+        """The parallel loop over rows; yields the kept index."""
+        k, kept = self.k, self.rows.kept.sizes
+        work = self.rows.length * passes
+        if not self.rows.columns:
+            with k.parallel(*kept, work=work) as counters:
+                yield counters if kept else ()
+            return
+        blocks = -(-kept[-1] // COLUMNS)
+        with k.parallel(*kept[:-1], blocks, work=work * COLUMNS) as (*outer, block):
+            start = block * COLUMNS
+            extent = values.binary("min", k.size(kept[-1]) - start, values.const(COLUMNS))
+            with k.vector(extent, self.unroll) as lane:
+                yield (*outer, start + lane)
+
+    @contextmanager
+    def each(self, kept: Index, unroll: int | None = None) -> Iterator[Index]:
+        """The loop over the elements of the row ``kept``; yields the full index."""
+        k, sizes = self.k, self.sizes
+        if self.rows.columns:
+            with k.nest(sizes) as inner:
+                yield (*kept, *inner)
+        elif not sizes:
+            yield kept
+        else:
+            with k.nest(sizes[:-1]) as inner, k.vector(sizes[-1], unroll or self.unroll) as last:
+                yield (*kept, *inner, last)
+
+
+def type_of(x: object) -> TensorType:
+    """``x``, known to be a tensor's type."""
+    assert isinstance(x, TensorType)
+    return x
