@@ -279,20 +279,18 @@ class SliceNode(Node):
         self.where = (view.pointer - base.pointer) // view.dtype.itemsize
 
     def apply(self, grads: Any, differentiable: bool) -> list[Any]:
-        from flame.ops.shapes import as_strided, as_strided_backward
+        from flame.ops.shapes import as_strided, as_strided_backward, memory_order
 
         view, base = self.view_type, self.outputs[0]
         (g,) = grads
         geometry = {"shape": view.shape, "strides": view.strides, "offset": self.where}
-        if not g.type.contiguous or not base.contiguous:
-            g = g.contiguous()
-        part = as_strided(g, **geometry)
+        part = as_strided(g.permute(memory_order(base)).contiguous(), **geometry)
         inner = [] if self.inner is None else list(self.inner.apply([part], differentiable))
         change = -part
         for position in self.selves:
             if inner[position] is not None:
                 change = change + inner[position]
-        rest = g + as_strided_backward(change, base_shape=base.shape, **geometry)
+        rest = g + as_strided_backward(change, base=base, **geometry)
         return [rest, *inner]
 
     def release(self) -> None:

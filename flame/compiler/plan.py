@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flame.core.errors import DeviceError, DTypeError, ShapeError
+from flame.core.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 from flame.core.types import TensorType
 from flame.kernel.builder import BoundKernel, Lowering, Ref
 from flame.kernel.program import Kernel
@@ -54,6 +54,7 @@ def make_plan(
     op: Op, types: Types, attributes: dict[str, Any], out: tuple[TensorType, ...] | None
 ) -> Plan:
     """Infer, lower, render and load. ``out``: types of given output tensors, for writing in place."""
+    _check_count(op, types)
     devices = {t.device for t in types if isinstance(t, TensorType)}
     if len(devices) > 1:
         raise DeviceError(
@@ -76,6 +77,15 @@ def make_plan(
         direct = steps[0] if len(wanted) == len(types) + len(outputs) else None
     checked = any(r.role == "error" for s in steps for r in s.operands)
     return Plan(op, types, outputs, steps, lowering.temporaries, direct, checked)
+
+
+def _check_count(op: Op, types: Types) -> None:
+    least = len(op.inputs) - op.variadic
+    if len(types) < least or (len(types) > least and not op.variadic):
+        wanted = ", ".join(op.inputs) or "no operands"
+        raise ArgumentError(f"{op.name} takes {wanted}; got {len(types)} operands")
+    if types and not any(isinstance(t, TensorType) for t in types) and op.takes_tensors:
+        raise DTypeError(f"{op.name} needs at least one tensor among its operands")
 
 
 def _check_out(op: Op, inferred: tuple[TensorType, ...], out: tuple[TensorType, ...]) -> None:

@@ -108,6 +108,7 @@ class Elementwise(Op):
         else:
             self.name, self.inputs, self.variadic = name, tuple(inputs), False
             self.infer, self.lower, self.failure = self._infer, self._lower, None
+            self.takes_tensors = True
             self.differentiable, self.joint, self.formulas = False, None, ()
 
     def inline(self, inputs: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
@@ -170,7 +171,7 @@ class Elementwise(Op):
     def _instructions(self, operand_dtypes: Sequence[DType], attributes: dict[str, Any]) -> int:
         leaves = [values.param(f"x{i}", compute_dtype(d)) for i, d in enumerate(operand_dtypes)]
         made = self.scalar(*leaves, **attributes)
-        return sum(_weight(r) for r in (made if isinstance(made, tuple) else (made,)))
+        return _weight(made if isinstance(made, tuple) else (made,))
 
     def backward(self, needs: tuple[bool, ...], types: Types) -> Elementwise:
         """The fused op (g, saved...) -> gradients of the needed inputs; see `backward_names`."""
@@ -223,9 +224,22 @@ def _as_value(x: Any, dtype: DType) -> Value:
     return cast(x, dtype) if isinstance(x, Value) else values.const(x, dtype)
 
 
-def _weight(value: Value) -> int:
-    heavy = value.op in values.UNARY and value.op not in ("neg", "abs", "not", "sqrt", "is_nan")
-    return (LIGHT if heavy else 1) + sum(_weight(a) for a in value.args)
+_LIGHT_UNARY: Final = ("neg", "abs", "not", "sqrt", "is_nan", "floor", "ceil", "trunc", "round")
+_HEAVY_BINARY: Final = ("pow", "atan2", "floordiv", "mod")
+
+
+def _weight(results: Sequence[Value]) -> int:
+    """About how many instructions compute the values, each shared one counted once."""
+    total, seen, waiting = 0, set(), list(results)
+    while waiting:
+        value = waiting.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        waiting += value.args
+        heavy = value.op in values.UNARY and value.op not in _LIGHT_UNARY
+        total += LIGHT if heavy or value.op in _HEAVY_BINARY else 1
+    return total
 
 
 def nest_of(types: Types, outputs: Sequence[TensorType]) -> Nest:

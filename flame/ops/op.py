@@ -31,6 +31,7 @@ class Arg:
     avoid: tuple[float, ...] = ()
     distinct: bool = False  # all elements differ well beyond a finite difference's step
     differentiable: bool = True
+    contiguous: bool = False  # the op's meaning depends on the layout; tests keep it row-major
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Op:
         self.failure = failure
         self.tolerance = tolerance  # how many times the usual tolerance tests allow
         self.variadic = bool(self.inputs) and self.inputs[-1].startswith("*")
+        self.takes_tensors = any(isinstance(x, Arg) for s in self.samples for x in s.inputs)
         self.differentiable = not isinstance(vjp, NotDifferentiable)
         self.joint: Formula | None = None
         self.formulas: tuple[Formula | None, ...] = ()

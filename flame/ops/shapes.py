@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flame.core.errors import IndexRangeError, ShapeError
+from flame.core.errors import IndexRangeError, ShapeError, UnsupportedError
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.ops.creation import shape_of
+from flame.ops.loops import by_stride
 from flame.ops.op import Arg, Sample, Types
 from flame.ops.views import ViewOp
 
@@ -82,31 +83,40 @@ as_strided = ViewOp(
     _as_strided,
     vjp=(
         lambda g, x_type, shape, strides, offset: as_strided_backward(
-            g, base_shape=x_type.shape, shape=shape, strides=strides, offset=offset
+            g, base=x_type, shape=shape, strides=strides, offset=offset
         ),
     ),
     reference=_as_strided_reference,
-    samples=[Sample((Arg((4, 6)),), {"shape": (3, 2), "strides": (6, 2), "offset": 1}),
-             Sample((Arg((10,)),), {"shape": (4, 3), "strides": (2, 1), "offset": 0})],
+    samples=[Sample((Arg((4, 6), contiguous=True),), {"shape": (3, 2), "strides": (6, 2), "offset": 1}),
+             Sample((Arg((10,), contiguous=True),), {"shape": (4, 3), "strides": (2, 1), "offset": 0})],
 )  # fmt: skip
 
 
 def as_strided_backward(
-    g: Tensor, *, base_shape: Shape, shape: Shape, strides: Shape, offset: int
+    g: Tensor, *, base: TensorType, shape: Shape, strides: Shape, offset: int
 ) -> Tensor:
-    """``g`` added into zeros of ``base_shape`` at the elements that the strided view addressed."""
+    """``g`` added into zeros like ``base`` at the elements that the strided view addressed."""
     from flame.ops.creation import arange, zeros
     from flame.ops.indexing import index_add
 
-    place: Any = offset
+    place: Any = arange(offset, offset + 1)
     for axis, (size, stride) in enumerate(zip(shape, strides, strict=True)):
         steps = arange(size) * stride
         place = place + steps.reshape((size,) + (1,) * (len(shape) - axis - 1))
-    flat = zeros(math.prod(base_shape), dtype=g.dtype)
-    if not shape:
-        place = arange(offset, offset + 1)
+    flat = zeros(base.numel, dtype=g.dtype)
     spread = index_add(flat, 0, place.reshape(-1), g.reshape(-1))
-    return spread.reshape(base_shape)
+    order = memory_order(base)
+    return permute(reshape(spread, tuple(base.shape[d] for d in order)), inverse(order))
+
+
+def memory_order(base: TensorType) -> tuple[int, ...]:
+    """The dimensions of a dense tensor from the largest stride to the smallest."""
+    if not base.dense:
+        raise UnsupportedError(
+            f"a strided view of a tensor of shape {base.shape} and strides {base.strides} has no "
+            "gradient here, as the tensor's memory has gaps; clone it first"
+        )
+    return tuple(by_stride(base.strides, base.shape))
 
 
 # --- expand, permute ------------------------------------------------------------------------------

@@ -1,0 +1,401 @@
+"""Matrix products: matmul with batch broadcasting, and everything that is one in disguise.
+
+A product is one kernel whose parallel loop hands tiles to the vendor's library, one thread each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from flame.core import dtypes
+from flame.core.errors import DTypeError, ShapeError
+from flame.core.types import Shape, TensorType, tensor_type
+from flame.kernel import values
+from flame.kernel.builder import KernelBuilder, Lowering, Operand
+from flame.kernel.program import Matrix
+from flame.kernel.values import Value, cast, const
+from flame.ops.arithmetic import add, mul
+from flame.ops.conversion import contiguous
+from flame.ops.elementwise import compute_dtype
+from flame.ops.loops import broadcast_shapes, broadcast_strides
+from flame.ops.op import Arg, Op, Sample, Types
+from flame.ops.reductions import sum_to
+from flame.ops.shapes import expand, reshape, transpose, unsqueeze
+from flame.runtime.cpu import get_num_threads
+
+if TYPE_CHECKING:
+    from flame.tensor import Tensor
+
+__all__ = ["addbmm", "addmm", "addmv", "addr", "baddbmm", "bmm", "dot", "inner", "matmul", "mm",
+           "mv", "outer", "tensordot", "vdot"]  # fmt: skip
+METHODS = ("addbmm", "addmm", "addmv", "addr", "baddbmm", "bmm", "dot", "inner", "matmul", "mm",
+           "mv", "outer", "vdot")  # fmt: skip
+
+TILE_FLOPS: Final = 1 << 17  # multiply-adds of a tile worth a thread's while
+LIBRARY: Final = (dtypes.float32, dtypes.float64)
+
+
+def _split(x: TensorType) -> tuple[Shape, int, int]:
+    return x.shape[:-2], x.shape[-2], x.shape[-1]
+
+
+def _infer(types: Types) -> TensorType:
+    a, b = types
+    assert isinstance(a, TensorType)
+    assert isinstance(b, TensorType)
+    if a.dtype is not b.dtype:
+        raise DTypeError(
+            f"matmul: operands are {a.dtype.name} and {b.dtype.name}; convert one of them"
+        )
+    (left, m, k), (right, k2, n) = _split(a), _split(b)
+    if k != k2:
+        raise ShapeError(
+            f"matmul: shapes {a.shape} and {b.shape} do not go together: the last dimension of the "
+            f"first ({k}) must equal the last but one of the second ({k2})"
+        )
+    batch = broadcast_shapes("matmul", [left, right])
+    return tensor_type(a.dtype, (*batch, m, n), None, a.device)
+
+
+def _lower(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
+    a, b = types
+    (out,) = outputs
+    assert isinstance(a, TensorType)
+    assert isinstance(b, TensorType)
+    if a.dtype in LIBRARY and all(_walkable(t) for t in (a, b, out)) and 0 not in a.shape:
+        return _lower_library(a, b, out)
+    return _lower_loops(a, b, out)
+
+
+def _walkable(x: TensorType) -> bool:
+    """Whether the vendor's library can read the matrices: one of the last two strides is 1."""
+    return _row_major(x) or _row_major(_swapped(x))
+
+
+def _swapped(x: TensorType) -> TensorType:
+    shape, strides = list(x.shape), list(x.strides)
+    shape[-2:], strides[-2:] = shape[:-3:-1], strides[:-3:-1]
+    return tensor_type(x.dtype, tuple(shape), tuple(strides))
+
+
+def _row_major(x: TensorType) -> bool:
+    rows, columns = x.shape[-2:]
+    unit = x.strides[-1] == 1 or columns == 1
+    return unit and (rows == 1 or x.strides[-2] >= max(1, columns))
+
+
+def _matrix(k: KernelBuilder, x: TensorType, operand: Operand, offset: Value) -> Matrix:
+    plain = _row_major(x)
+    rows, columns = x.shape[-2:] if plain else x.shape[:-3:-1]
+    stride = x.strides[-2] if plain else x.strides[-1]
+    row_stride = k.size(stride if rows > 1 else max(1, columns))
+    return Matrix(operand.buffer, offset, row_stride, transposed=not plain)
+
+
+def _lower_library(a: TensorType, b: TensorType, out: TensorType) -> Lowering:
+    """Tiles of rows or columns of every batch entry, each one call of the library.
+
+    A batch whose second operand is the same for all is one tall product.
+    """
+    a, b, out = _merge_batch(a, b, out)
+    batch, m, n = _split(out)
+    inner = a.shape[-1]
+    k = KernelBuilder("matmul")
+    operands = [k.tensor("input", 0, a), k.tensor("input", 1, b), k.tensor("output", 0, out)]
+    tall = m >= n
+    step, tiles = tile_of(m if tall else n, (n if tall else m) * inner)
+    strides = [_batch_strides(t, batch) for t in (a, b, out)]
+    with k.parallel(*batch, tiles, work=_work(step, (n if tall else m) * inner)) as (*index, tile):
+        begin = tile * step
+        offsets = [_offset(k, index, s) for s in strides]
+        matrices = [
+            _matrix(k, t, o, offset)
+            for t, o, offset in zip((a, b, out), operands, offsets, strict=True)
+        ]
+        length = values.binary("min", k.size(m if tall else n) - begin, const(step))
+        moved = 0 if tall else 1
+        matrices[moved] = _advance(k, matrices[moved], (a, b)[moved], begin, rows=tall)
+        matrices[2] = _advance(k, matrices[2], out, begin, rows=tall)
+        k.gemm(length if tall else k.size(m), k.size(n) if tall else length, k.size(inner), *matrices)
+    return k.finish()
+
+
+def _merge_batch(
+    a: TensorType, b: TensorType, out: TensorType
+) -> tuple[TensorType, TensorType, TensorType]:
+    if not out.ndim > 2 or math.prod(b.shape[:-2]) != 1 or not (a.contiguous and out.contiguous):
+        return a, b, out
+    if a.shape[:-2] != out.shape[:-2]:
+        return a, b, out
+    rows = math.prod(out.shape[:-1])
+    return (
+        tensor_type(a.dtype, (rows, a.shape[-1])),
+        tensor_type(b.dtype, b.shape[-2:], b.strides[-2:]),
+        tensor_type(out.dtype, (rows, out.shape[-1])),
+    )
+
+
+def tile_of(length: int, flops_each: int) -> tuple[int, int]:
+    """(step, count) of tiles along a dimension.
+
+    Every tile packs the other operand anew, so there are as few as keep the threads busy.
+    """
+    wanted = length * flops_each // TILE_FLOPS
+    count = max(1, min(wanted, get_num_threads(), -(-length // 16)))
+    step = -(-length // count)
+    step = max(1, min(length, -(-step // 16) * 16))
+    return step, max(1, -(-length // step))
+
+
+def _work(step: int, flops_each: int) -> int:
+    return max(1, step * flops_each // 32)
+
+
+def _batch_strides(x: TensorType, batch: Shape) -> Shape:
+    return broadcast_strides(tensor_type(x.dtype, x.shape[:-2], x.strides[:-2]), batch)
+
+
+def _offset(k: KernelBuilder, index: Sequence[Value], strides: Shape) -> Value:
+    offset = const(0)
+    for i, stride in zip(index, strides, strict=True):
+        offset = offset + i * k.size(stride)
+    return offset
+
+
+def _advance(k: KernelBuilder, x: Matrix, type_: TensorType, begin: Value, *, rows: bool) -> Matrix:
+    axis = -2 if rows else -1
+    stride = type_.strides[axis] if type_.shape[axis] > 1 else 0
+    return Matrix(x.buffer, x.offset + begin * k.size(stride), x.row_stride, x.transposed)
+
+
+def _lower_loops(a: TensorType, b: TensorType, out: TensorType) -> Lowering:
+    """Any dtype and any strides: columns of the output side by side, a serial sum over k."""
+    batch, m, n = _split(out)
+    inner = a.shape[-1]
+    total = compute_dtype(a.dtype)
+    k = KernelBuilder("matmul_loops")
+    sources = [
+        k.tensor("input", i, tensor_type(t.dtype, (*batch, *t.shape[-2:]),
+                 (*_batch_strides(t, batch), *t.strides[-2:])))
+        for i, t in enumerate((a, b))
+    ]  # fmt: skip
+    target = k.tensor("output", 0, out)
+    with (
+        k.parallel(*batch, m, work=max(1, n * inner)) as (*index, row),
+        k.vector(k.size(n)) as column,
+    ):
+        acc = k.register(0, total)
+        with k.loop(k.size(inner)) as i:
+            left = cast(sources[0][(*index, row, i)], total)
+            right = cast(sources[1][(*index, i, column)], total)
+            k.accumulate(acc, "add", left * right)
+        k.store(target, (*index, row, column), values.read(acc))
+    return k.finish()
+
+
+def _grad_left(g: Any, b: Any) -> Any:
+    return _matmul(g, transpose(b, -1, -2))
+
+
+def _grad_right(g: Any, a: Any) -> Any:
+    return _matmul(transpose(a, -1, -2), g)
+
+
+def _right_sum(g: Any, a: Any, b_type: TensorType) -> Any:
+    """The second operand's gradient; one tall product where the operand was shared by a batch."""
+    if math.prod(b_type.shape[:-2]) == 1 and g.ndim > 2 and a.shape[:-2] == g.shape[:-2]:
+        rows = math.prod(g.shape[:-1])
+        flat = _grad_right(reshape(g, (rows, g.shape[-1])), reshape(a, (rows, a.shape[-1])))
+        return reshape(flat, b_type.shape)
+    return sum_to(_grad_right(g, a), b_type.shape)
+
+
+_matmul = Op(
+    "matmul", inputs=("a", "b"), infer=_infer, lower=_lower,
+    vjp=(lambda g, b: _grad_left(g, b), _right_sum),
+    reference=np.matmul,
+    samples=[Sample((Arg((3, 4)), Arg((4, 5)))), Sample((Arg((1, 1)), Arg((1, 1)))),
+             Sample((Arg((2, 3, 4)), Arg((4, 5)))), Sample((Arg((2, 1, 3, 4)), Arg((5, 4, 2)))),
+             Sample((Arg((0, 4)), Arg((4, 3)))), Sample((Arg((3, 0)), Arg((0, 2)))),
+             Sample((Arg((1, 70)), Arg((70, 33)))), Sample((Arg((2, 3, 4)), Arg((2, 4, 1))))],
+    tolerance=4.0,
+)  # fmt: skip
+
+
+def matmul(input: Tensor, other: Tensor) -> Tensor:
+    """Matrix product over the last two dimensions, the ones before broadcast.
+
+    A 1-d operand is taken as a row (first) or a column (second), and its dimension is dropped from the
+    result. Raises ShapeError where the inner sizes differ.
+    """
+    for x in (input, other):
+        if x.ndim == 0:
+            raise ShapeError("matmul: operands need at least one dimension; use mul for scalars")
+    left = unsqueeze(input, 0) if input.ndim == 1 else input
+    right = unsqueeze(other, 1) if other.ndim == 1 else other
+    made = _matmul(_readable(left), _readable(right))
+    shape = made.shape
+    if input.ndim == 1:
+        shape = (*shape[:-2], shape[-1])
+    if other.ndim == 1:
+        shape = shape[:-1]
+    return made if shape == made.shape else reshape(made, shape)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """A copy of matrices that the library could not read in place."""
+    return x if x.dtype not in LIBRARY or _walkable(x.type) else contiguous(x)
+
+
+def _ranks(name: str, *pairs: tuple[Tensor, int]) -> None:
+    for x, rank in pairs:
+        if x.ndim != rank:
+            shapes = ", ".join(str(t.shape) for t, _ in pairs)
+            wanted = ", ".join(f"{r}-d" for _, r in pairs)
+            raise ShapeError(f"{name} takes {wanted} tensors, got shapes {shapes}")
+
+
+def mm(input: Tensor, mat2: Tensor) -> Tensor:
+    """(n, m) @ (m, p), without broadcasting."""
+    _ranks("mm", (input, 2), (mat2, 2))
+    return matmul(input, mat2)
+
+
+def bmm(input: Tensor, mat2: Tensor) -> Tensor:
+    """(b, n, m) @ (b, m, p), without broadcasting."""
+    _ranks("bmm", (input, 3), (mat2, 3))
+    if input.shape[0] != mat2.shape[0]:
+        raise ShapeError(f"bmm: batch sizes differ in {input.shape} and {mat2.shape}")
+    return matmul(input, mat2)
+
+
+def mv(input: Tensor, vec: Tensor) -> Tensor:
+    """(n, m) @ (m,)."""
+    _ranks("mv", (input, 2), (vec, 1))
+    return matmul(input, vec)
+
+
+def dot(input: Tensor, tensor: Tensor) -> Tensor:
+    """Sum of products of two 1-d tensors of equal length."""
+    _ranks("dot", (input, 1), (tensor, 1))
+    return matmul(input, tensor)
+
+
+vdot = dot
+
+
+def inner(input: Tensor, other: Tensor) -> Tensor:
+    """Sums of products over the last dimensions of both."""
+    if input.ndim == 0 or other.ndim == 0:
+        return mul(input, other)
+    return tensordot(input, other, ([-1], [-1]))
+
+
+def outer(input: Tensor, vec2: Tensor) -> Tensor:
+    """(n,) and (m,) to (n, m)."""
+    _ranks("outer", (input, 1), (vec2, 1))
+    return mul(unsqueeze(input, 1), vec2)
+
+
+def _scaled_sum(input: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
+    if alpha != 1:
+        product = mul(product, alpha)
+    if beta == 0:
+        expand(input, product.shape)
+        return product
+    return add(product, input if beta == 1 else mul(input, beta))
+
+
+def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """beta * input + alpha * (mat1 @ mat2); with beta 0, ``input`` is not read."""
+    product = mm(mat1, mat2)
+    _fits("addmm", input, product)
+    return _scaled_sum(input, product, beta, alpha)
+
+
+def addmv(input: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """beta * input + alpha * (mat @ vec)."""
+    product = mv(mat, vec)
+    _fits("addmv", input, product)
+    return _scaled_sum(input, product, beta, alpha)
+
+
+def addr(input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """beta * input + alpha * outer(vec1, vec2)."""
+    product = outer(vec1, vec2)
+    _fits("addr", input, product)
+    return _scaled_sum(input, product, beta, alpha)
+
+
+def baddbmm(
+    input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    """beta * input + alpha * bmm(batch1, batch2)."""
+    product = bmm(batch1, batch2)
+    _fits("baddbmm", input, product)
+    return _scaled_sum(input, product, beta, alpha)
+
+
+def addbmm(
+    input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
+    """beta * input + alpha * the sum over the batch of batch1 @ batch2."""
+    from flame.ops.reductions import sum
+
+    product = sum(bmm(batch1, batch2), 0)
+    _fits("addbmm", input, product)
+    return _scaled_sum(input, product, beta, alpha)
+
+
+def _fits(name: str, input: Tensor, product: Tensor) -> None:
+    if broadcast_shapes(name, [input.shape, product.shape]) != product.shape:
+        raise ShapeError(
+            f"{name}: input of shape {input.shape} does not broadcast to the product's shape "
+            f"{product.shape}"
+        )
+    if input.dtype is not product.dtype:
+        raise DTypeError(f"{name}: input is {input.dtype.name}, the product {product.dtype.name}")
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """input @ weight.T + bias; input (..., in), weight (out, in) or (in,), bias (out,) or scalar.
+
+    Raises ShapeError naming both shapes where the sizes differ.
+    """
+    if input.ndim == 0 or input.shape[-1] != weight.shape[-1]:
+        raise ShapeError(
+            f"linear: input of shape {input.shape} needs a last dimension of {weight.shape[-1]}, "
+            f"the second size of the weight {weight.shape}"
+        )
+    if weight.ndim == 1:
+        made = matmul(input, weight)
+    else:
+        made = matmul(input, transpose(weight, 0, 1))
+    return made if bias is None else add(made, bias)
+
+
+def tensordot(a: Tensor, b: Tensor, dims: Any = 2) -> Tensor:
+    """Sum of products over pairs of dimensions: the last and first ``dims``, or two lists of them."""
+    from flame.ops.shapes import permute, wrap_dims
+
+    if isinstance(dims, int):
+        if not 0 <= dims <= min(a.ndim, b.ndim):
+            raise ShapeError(f"tensordot: dims={dims} does not fit shapes {a.shape} and {b.shape}")
+        dims = (list(range(a.ndim - dims, a.ndim)), list(range(dims)))
+    first = wrap_dims("tensordot", tuple(dims[0]), a.ndim)
+    second = wrap_dims("tensordot", tuple(dims[1]), b.ndim)
+    if [a.shape[d] for d in first] != [b.shape[d] for d in second]:
+        raise ShapeError(
+            f"tensordot: dimensions {dims} of {a.shape} and {b.shape} differ in size"
+        )
+    free_a = [d for d in range(a.ndim) if d not in first]
+    free_b = [d for d in range(b.ndim) if d not in second]
+    count = math.prod(a.shape[d] for d in first)
+    left_shape, right_shape = [a.shape[d] for d in free_a], [b.shape[d] for d in free_b]
+    left = reshape(permute(a, (*free_a, *first)), (math.prod(left_shape), count))
+    right = reshape(permute(b, (*second, *free_b)), (count, math.prod(right_shape)))
+    return reshape(matmul(left, right), (*left_shape, *right_shape))
