@@ -1,4 +1,4 @@
-"""Tensors to arrays and back: data is prepared with NumPy, and becomes tensors once, batch by batch.
+"""Tensors to arrays and back: data is prepared with NumPy and becomes tensors batch by batch.
 
 Sharing memory is free in both directions; a tensor of another device is copied to the host.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flame.ops import from_numpy
+from flame.creation import from_numpy
 from flame.tensor import Tensor
 
 __all__ = ["Tensor", "as_array", "as_tensor"]

@@ -37,7 +37,8 @@ def default_collate(batch: Sequence[Any]) -> Any:
     if isinstance(first, Sequence):
         return _joined(first, batch)
     raise DTypeError(
-        f"default_collate: cannot join samples of type {type(first).__name__}; samples are tensors, "
+        f"default_collate: cannot join samples of type {type(first).__name__}; samples are "
+        "tensors, "
         "arrays, numbers, strings, or dicts, tuples and lists of them; give a collate_fn for others"
     )
 
@@ -86,7 +87,9 @@ def _number_dtype(batch: Sequence[Any]) -> Any:
 def _values(batch: Sequence[Any], key: Any) -> list[Any]:
     for position, sample in enumerate(batch):
         if key not in sample:
-            raise ShapeError(f"default_collate: sample 0 has the key {key!r}, sample {position} not")
+            raise ShapeError(
+                f"default_collate: sample 0 has the key {key!r}, sample {position} not"
+            )
     return [sample[key] for sample in batch]
 
 

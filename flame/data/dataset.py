@@ -14,7 +14,13 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from flame.core.errors import ArgumentError, DTypeError, IndexRangeError, ShapeError, UnsupportedError
+from flame.core.errors import (
+    ArgumentError,
+    DTypeError,
+    IndexRangeError,
+    ShapeError,
+    UnsupportedError,
+)
 from flame.data._random import Purpose, Seeded, random_generator, seed_of
 from flame.data._tensors import Tensor, as_array, as_tensor
 from flame.data.collate import default_collate
@@ -25,6 +31,7 @@ __all__ = [
     "IterableDataset",
     "Subset",
     "TensorDataset",
+    "batch_of",
     "random_split",
     "samples_of",
 ]
@@ -51,8 +58,7 @@ class Dataset(Generic[T_co]):
             indices: the samples of one batch.
             generator: for augmentation: the random numbers of this batch in this epoch.
         """
-        together = getattr(self, "__getitems__", None)  # PyTorch's protocol for the same
-        return together(indices) if together is not None else [self[index] for index in indices]
+        return _plain_samples(self, indices)
 
     def get_batch(self, indices: Sequence[int], generator: np.random.Generator) -> Any:
         """The samples at `indices` joined into one batch, as `default_collate` would."""
@@ -73,14 +79,23 @@ class IterableDataset(Dataset[T_co]):
         raise UnsupportedError(f"{type(self).__name__}: an iterable data set has no indices")
 
     def __add__(self, other: Dataset[Any]) -> ConcatDataset:
-        raise UnsupportedError(f"{type(self).__name__}: an iterable data set cannot be concatenated")
+        raise UnsupportedError(
+            f"{type(self).__name__}: an iterable data set cannot be concatenated"
+        )
 
 
 def samples_of(dataset: Any, indices: Sequence[int], generator: np.random.Generator) -> list[Any]:
     """`Dataset.get_samples`, of anything that has `__getitem__`."""
     if isinstance(dataset, Dataset):
         return dataset.get_samples(indices, generator)
-    return Dataset.get_samples(dataset, indices, generator)
+    return _plain_samples(dataset, indices)
+
+
+def _plain_samples(dataset: Any, indices: Sequence[int]) -> list[Any]:
+    together = getattr(dataset, "__getitems__", None)  # PyTorch's protocol for many at once
+    if together is not None:
+        return list(together(indices))
+    return [dataset[index] for index in indices]
 
 
 def batch_of(dataset: Any, indices: Sequence[int], generator: np.random.Generator) -> Any:
@@ -172,7 +187,9 @@ class ConcatDataset(Dataset[Any]):
             raise ArgumentError("ConcatDataset: needs at least one data set")
         for position, dataset in enumerate(self.datasets):
             if isinstance(dataset, IterableDataset):
-                raise DTypeError(f"ConcatDataset: data set {position} is iterable and has no indices")
+                raise DTypeError(
+                    f"ConcatDataset: data set {position} is iterable and has no indices"
+                )
         self.cumulative_sizes = list(accumulate(_size(dataset) for dataset in self.datasets))
 
     def __getitem__(self, index: int) -> Any:
@@ -230,9 +247,7 @@ def random_split(
     sizes = _sizes(lengths, total)
     order = random_generator(seed_of(generator), Purpose.SPLIT).permutation(total).tolist()
     ends = list(accumulate(sizes))
-    return [
-        Subset(dataset, order[end - size : end]) for size, end in zip(sizes, ends, strict=True)
-    ]
+    return [Subset(dataset, order[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
 
 def _sizes(lengths: Sequence[int | float], total: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Samplers: the order in which a loader asks for samples.
 
-A random sampler is a function of (seed, epoch): each iteration is the next epoch, and its state_dict,
-taken before an iteration, brings that iteration back.
+A random sampler is a function of (seed, epoch): each iteration is the next epoch, and its
+state_dict, taken before an iteration, brings that iteration back.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class RandomSampler(SeededSampler):
     Args:
         data_source: the data set, for its length.
         replacement: draw each index independently, so some come twice.
-        num_samples: how many to draw; by default all. Without replacement, more than there are begin
-            another order.
+        num_samples: how many to draw; by default all. Without replacement, more than there are
+            begin another order.
         generator: whose seed decides; by default that of `flame.manual_seed`.
     """
 
@@ -155,7 +155,8 @@ class WeightedRandomSampler(SeededSampler):
         if num_samples < 1 or possible < (1 if replacement else num_samples):
             raise ArgumentError(
                 f"WeightedRandomSampler: cannot draw {num_samples} samples "
-                f"{'with' if replacement else 'without'} replacement from {possible} weights above 0"
+                f"{'with' if replacement else 'without'} replacement from {possible} weights above "
+                "0"
             )
         self.weights = values
         self.num_samples = num_samples
@@ -189,8 +190,11 @@ class BatchSampler(Sampler[list[int]]):
         self.drop_last = drop_last
 
     def __iter__(self) -> Iterator[list[int]]:
+        return self._lists(iter(self.sampler))  # the sampler begins its epoch now, not later
+
+    def _lists(self, indices: Iterator[int]) -> Iterator[list[int]]:
         batch: list[int] = []
-        for index in self.sampler:
+        for index in indices:
             batch.append(index)
             if len(batch) == self.batch_size:
                 yield batch
