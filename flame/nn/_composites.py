@@ -82,7 +82,7 @@ def pixel_unshuffle(input: Tensor, downscale_factor: int) -> Tensor:
 
 
 def circular_pad(input: Tensor, pad: Sequence[int]) -> Tensor:
-    """Values from the other end before and after the last axes: (before, after), last axis first."""
+    """Values from the other end, (before, after) for each of the last axes, the last one first."""
     for place in range(0, len(pad), 2):
         before, after = pad[place], pad[place + 1]
         dim = input.ndim - 1 - place // 2

@@ -17,7 +17,7 @@ from flame.core.errors import ArgumentError, ShapeError, UnsupportedError
 from flame.nn import functional as F
 from flame.nn import init
 from flame.nn._arguments import Device, wrong_input
-from flame.nn._recurrent_steps import GATES, State, StepWeights, combined_bias, step_of
+from flame.nn._recurrent_steps import GATES, State, StepWeights, combined_bias, step_of, time_steps
 from flame.nn.module import Module
 from flame.nn.parameter import Parameter
 from flame.tensor import Tensor
@@ -215,7 +215,7 @@ class RNNBase(Module):
         )
         step = step_of(self.mode)
         outputs: list[Tensor] = []
-        from_inputs = projected.unbind(0)
+        from_inputs = time_steps(projected)
         for from_input in reversed(from_inputs) if reverse else from_inputs:
             state = step(from_input, state, weights)
             outputs.append(state[0])

@@ -9,12 +9,14 @@ its output.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import flame
+from flame.autograd import Function
 from flame.nn import functional as F
 from flame.tensor import Tensor
 
-__all__ = ["GATES", "State", "Step", "StepWeights", "combined_bias", "step_of"]
+__all__ = ["GATES", "State", "Step", "StepWeights", "combined_bias", "step_of", "time_steps"]
 
 # (h,) for RNN and GRU, (h, c) for LSTM; each (N, hidden).
 State = tuple[Tensor, ...]
@@ -37,6 +39,29 @@ class StepWeights:
         self.recurrent = recurrent.t()
         self.bias = bias
         self.projection = None if projection is None else projection.t()
+
+
+class _TimeSteps(Function):
+    """(L, N, C) as L tensors (N, C), whose gradients come back in one piece.
+
+    Taken by indexing, each of them would make a gradient of the whole size in backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sequence: Tensor) -> Any:
+        return tuple(sequence.unbind(0))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return flame.stack(gradients)
+
+
+def time_steps(sequence: Tensor) -> tuple[Tensor, ...]:
+    """The entries of the first dimension."""
+    if sequence.shape[0] == 0:
+        return ()
+    steps: tuple[Tensor, ...] = _TimeSteps.apply(sequence)
+    return steps
 
 
 Step = Callable[[Tensor, State, StepWeights], State]
