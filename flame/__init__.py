@@ -27,8 +27,12 @@ from flame.creation import as_tensor, from_dlpack, from_numpy, tensor
 from flame.eager import Eager
 from flame.ops.op import set_interpreter
 from flame.ops.arithmetic import *  # noqa: F403 - each module names its exports
+from flame.ops.comparison import *  # noqa: F403
+from flame.ops.mathematics import *  # noqa: F403
+from flame.ops.powers import *  # noqa: F403
 from flame.ops.conversion import *  # noqa: F403
 from flame.ops.creation import *  # noqa: F403
+from flame.ops.indexing import *  # noqa: F403
 from flame.ops.contractions import *  # noqa: F403
 from flame.ops.products import *  # noqa: F403
 from flame.ops.reductions import *  # noqa: F403

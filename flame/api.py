@@ -11,11 +11,15 @@ from types import ModuleType
 from typing import Any, Final
 
 from flame.ops import (
+    powers,
+    mathematics,
+    comparison,
     softmax,
     arithmetic,
     contractions,
     conversion,
     creation,
+    indexing,
     products,
     reductions,
     shapes,
@@ -23,11 +27,15 @@ from flame.ops import (
 from flame.tensor import Tensor
 
 MODULES: Final[tuple[ModuleType, ...]] = (
+    powers,
+    mathematics,
+    comparison,
     softmax,
     arithmetic,
     contractions,
     conversion,
     creation,
+    indexing,
     products,
     reductions,
     shapes,

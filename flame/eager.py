@@ -58,6 +58,11 @@ class Eager(Interpreter):
         if plan is None:
             inputs = tuple([_as_operand(op, x) for x in inputs])
             plan = self._prepare(key, op, inputs, attributes, out)
+        if plan.copies:
+            inputs = tuple(
+                [x.contiguous() if i in plan.copies else x for i, x in enumerate(inputs)]
+            )
+            return self.apply(op, inputs, attributes, out)
         if out is not None:
             return self._in_place(plan, inputs, attributes, out)
         if plan.view_offset is not None:
@@ -105,7 +110,10 @@ class Eager(Interpreter):
         )
         for target in out:
             _check_target(plan.op, target, mode.enabled)
-        safe = tuple([_apart(plan.op, x, out) for x in inputs])
+        updated = inputs[0] if plan.op.updates and inputs[0] is out[0] else None
+        safe = tuple([
+            x if x is updated and not i else _apart(plan.op, x, out) for i, x in enumerate(inputs)
+        ])
         if tracking:
             # the node sees the operands as they were called, with their versions before the write
             node = make_node(plan, inputs, attributes)
@@ -204,7 +212,10 @@ def _run_steps(plan: Plan, inputs: tuple[Any, ...], outputs: list[Any]) -> None:
         assert slot is not None
         return slot.pointer
 
-    for step in plan.steps:
+    steps = plan.steps
+    if plan.op.updates and inputs[0] is outputs[0]:
+        steps = steps[1:]  # its copy of the first input
+    for step in steps:
         _launch(step, [pointer(r.role, r.position) for r in step.operands])
     if slot is not None:
         flag, code = (ctypes.c_int64 * 2).from_address(slot.pointer)

@@ -1,1 +1,27 @@
-"""The tape and the backward pass, over whatever the ops work on."""
+"""Automatic differentiation: the tape, the backward pass, and ways to shape both."""
+
+from flame.autograd.checkpointing import checkpoint, checkpoint_sequential
+from flame.autograd.function import Function
+from flame.autograd.functional import backward, grad, hvp, jacobian
+from flame.autograd.mode import (
+    detect_anomaly,
+    enable_grad,
+    inference_mode,
+    no_grad,
+    set_grad_enabled,
+)
+
+__all__ = [
+    "Function",
+    "backward",
+    "checkpoint",
+    "checkpoint_sequential",
+    "detect_anomaly",
+    "enable_grad",
+    "grad",
+    "hvp",
+    "inference_mode",
+    "jacobian",
+    "no_grad",
+    "set_grad_enabled",
+]

@@ -48,6 +48,7 @@ class Plan:
     direct: Step | None
     checked: bool
     view_offset: int | None = None
+    copies: tuple[int, ...] = ()  # operands that must be copied to row-major memory first
 
 
 def make_plan(
@@ -60,6 +61,12 @@ def make_plan(
         raise DeviceError(
             f"{op.name}: operands are on {' and '.join(sorted(devices))}; move them to one device"
         )
+    if op.reads is not None:
+        copies = tuple(
+            i for i, t in enumerate(types) if isinstance(t, TensorType) and not op.reads(t)
+        )
+        if copies:
+            return Plan(op, types, (), (), (), None, False, copies=copies)
     if isinstance(op, ViewOp):
         made, offset = op.view(types, **attributes)
         return Plan(op, types, (made,), (), (), None, False, offset)

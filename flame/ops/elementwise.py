@@ -14,13 +14,13 @@ import numpy as np
 
 from flame.core import dtypes
 from flame.core.dtypes import DType
-from flame.core.errors import DTypeError
+from flame.core.errors import DTypeError, FlameError
 from flame.core.types import TensorType, contiguous_strides, like_strides, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
-from flame.kernel.values import Value, cast
+from flame.kernel.values import Value, cast, const
 from flame.ops.loops import BLOCK, Nest, broadcast_shapes, broadcast_strides, by_stride, coalesce
-from flame.ops.op import Arg, Op, Sample, Types, Vjp
+from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types, Vjp
 
 LIGHT: Final = 16  # instructions up to which a vector loop is unrolled
 
@@ -96,20 +96,17 @@ class Elementwise(Op):
         samples: Sequence[Sample] = (),
         register: bool = True,
         tolerance: float = 1.0,
+        invalid: Callable[..., Value | None] | None = None,
+        failure: Callable[..., FlameError] | None = None,
     ) -> None:
         self.scalar = scalar
         self.rule = rule
+        self.invalid = invalid
         self.backward_ops: dict[Any, Elementwise] = {}
-        if register:
-            super().__init__(
-                name, inputs=inputs, infer=self._infer, lower=self._lower, vjp=vjp,
-                reference=reference, samples=samples, tolerance=tolerance,
-            )  # fmt: skip
-        else:
-            self.name, self.inputs, self.variadic = name, tuple(inputs), False
-            self.infer, self.lower, self.failure = self._infer, self._lower, None
-            self.takes_tensors = True
-            self.differentiable, self.joint, self.formulas = False, None, ()
+        super().__init__(
+            name, inputs=inputs, infer=self._infer, lower=self._lower, vjp=vjp, failure=failure,
+            reference=reference, samples=samples, tolerance=tolerance, register=register,
+        )  # fmt: skip
 
     def inline(self, inputs: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
         types = tuple(
@@ -156,6 +153,11 @@ class Elementwise(Op):
             for i, o in enumerate(outputs)
         ]
 
+        error = None
+        leaves = [values.param(f"x{i}", compute_dtype(d)) for i, d in enumerate(operand_dtypes)]
+        if self.invalid is not None and self.invalid(*leaves) is not None:
+            error = k.tensor("error", 0, tensor_type(dtypes.int64, (2,)))
+
         def body(index: tuple[Value, ...]) -> None:
             loaded = [
                 cast(s[index] if isinstance(s, Operand) else s, compute_dtype(d))
@@ -164,6 +166,8 @@ class Elementwise(Op):
             made = self.scalar(*loaded, **attributes)
             results = made if isinstance(made, tuple) else (made,)
             k.store_all([(t, index, r) for t, r in zip(targets, results, strict=True)])
+            if error is not None and self.invalid is not None:
+                k.store(error, (const(0),), const(1), where=self.invalid(*loaded))
 
         walk(k, nest, body, light=self._instructions(operand_dtypes, attributes) <= LIGHT)
         return k.finish()
@@ -211,7 +215,7 @@ class Elementwise(Op):
             return [first.dtype, *kept], results
 
         return Elementwise(
-            f"{self.name}_backward", scalar, inputs=("g", *names), rule=rule, vjp=(),
+            f"{self.name}_backward", scalar, inputs=("g", *names), rule=rule, vjp=NOT_DIFFERENTIABLE,
             reference=_no_reference, register=False,
         )  # fmt: skip
 
@@ -280,17 +284,21 @@ def elementwise(
     avoid: tuple[float, ...] = (),
     samples: Sequence[Sample] | None = None,
     tolerance: float = 1.0,
+    invalid: Callable[..., Value | None] | None = None,
+    failure: Callable[..., FlameError] | None = None,
 ) -> Elementwise:
     """Declare an elementwise op.
 
     scalar: its meaning on scalar values, written with `flame.kernel.values` or with other
         elementwise ops. vjp: one formula an input, see `Formula`. domain, avoid: where tests draw.
+    invalid: gives the condition on which the operands of a place are refused, None for dtypes of which
+        none is; ``failure`` then makes the error.
     """
     if samples is None:
         samples = default_samples(len(inputs), domain, avoid, rule)
     return Elementwise(
         name, scalar, inputs=inputs, rule=rule, vjp=vjp, reference=reference, samples=samples,
-        tolerance=tolerance,
+        tolerance=tolerance, invalid=invalid, failure=failure,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ class Arg:
     shape: tuple[int, ...]
     low: float = -2.0
     high: float = 2.0
-    kind: str = "float"  # float | int | bool | index (int64 in [low, high)) | any
+    kind: str = "float"  # float | double (float32, float64) | int | bool | any | index (int64)
     avoid: tuple[float, ...] = ()
     distinct: bool = False  # all elements differ well beyond a finite difference's step
     differentiable: bool = True
@@ -62,7 +62,7 @@ class Formula:
     def __init__(self, function: Callable[..., Any], op: str, known: Sequence[str]) -> None:
         self.function = function
         self.names = tuple(inspect.signature(function).parameters)
-        inputs = set(known)
+        inputs = {name.lstrip("*") for name in known}
         self.saved = tuple(n for n in self.names if n == "out" or n in inputs)
         for name in self.names:
             if name.startswith("_"):
@@ -87,8 +87,13 @@ class Op:
     lower(types, outputs, **attributes): Lowering.
     vjp: a formula for each input (None where it has no gradient), a Joint, or NOT_DIFFERENTIABLE.
     reference(*arrays, **attributes): the meaning, in NumPy.
-    failure(code, types, attributes): the error for a number that a kernel put into its error slot.
+    failure(code, types): the error for a number that a kernel put into its error slot.
+    updates: the result starts as a copy of the first input, which the first kernel makes; it is left
+        out where the op runs in place on that input.
+    reads(type): whether the kernel can read an operand of this layout; others are copied first.
     """
+
+    updates = False
 
     def __init__(
         self,
@@ -102,14 +107,19 @@ class Op:
         samples: Sequence[Sample] = (),
         failure: Callable[..., FlameError] | None = None,
         tolerance: float = 1.0,
+        updates: bool = False,
+        reads: Callable[[TensorType], bool] | None = None,
+        register: bool = True,
     ) -> None:
         self.name = name
+        self.reads = reads
         self.inputs = tuple(inputs)
         self.infer = infer
         self.lower = lower
         self.reference = reference
         self.samples = tuple(samples)
         self.failure = failure
+        self.updates = updates
         self.tolerance = tolerance  # how many times the usual tolerance tests allow
         self.variadic = bool(self.inputs) and self.inputs[-1].startswith("*")
         self.takes_tensors = any(isinstance(x, Arg) for s in self.samples for x in s.inputs)
@@ -126,7 +136,8 @@ class Op:
                 raise StateError(
                     f"op {name} has {len(self.inputs)} inputs but {len(self.formulas)} formulas"
                 )
-        _register(self)
+        if register:
+            _register(self)
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"

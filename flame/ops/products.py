@@ -19,7 +19,6 @@ from flame.kernel.builder import KernelBuilder, Lowering, Operand
 from flame.kernel.program import Matrix
 from flame.kernel.values import Value, cast, const
 from flame.ops.arithmetic import add, mul
-from flame.ops.conversion import contiguous
 from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import broadcast_shapes, broadcast_strides
 from flame.ops.op import Arg, Op, Sample, Types
@@ -66,7 +65,7 @@ def _lower(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
     (out,) = outputs
     assert isinstance(a, TensorType)
     assert isinstance(b, TensorType)
-    if a.dtype in LIBRARY and all(_walkable(t) for t in (a, b, out)) and 0 not in a.shape:
+    if a.dtype in LIBRARY and 0 not in a.shape:
         return _lower_library(a, b, out)
     return _lower_loops(a, b, out)
 
@@ -84,8 +83,8 @@ def _swapped(x: TensorType) -> TensorType:
 
 def _row_major(x: TensorType) -> bool:
     rows, columns = x.shape[-2:]
-    unit = x.strides[-1] == 1 or columns == 1
-    return unit and (rows == 1 or x.strides[-2] >= max(1, columns))
+    unit = x.strides[-1] == 1 or columns == 1 or x.numel == 0
+    return unit and (rows <= 1 or x.numel == 0 or x.strides[-2] >= max(1, columns))
 
 
 def _matrix(k: KernelBuilder, x: TensorType, operand: Operand, offset: Value) -> Matrix:
@@ -222,7 +221,7 @@ _matmul = Op(
              Sample((Arg((2, 3, 4)), Arg((4, 5)))), Sample((Arg((2, 1, 3, 4)), Arg((5, 4, 2)))),
              Sample((Arg((0, 4)), Arg((4, 3)))), Sample((Arg((3, 0)), Arg((0, 2)))),
              Sample((Arg((1, 70)), Arg((70, 33)))), Sample((Arg((2, 3, 4)), Arg((2, 4, 1))))],
-    tolerance=4.0,
+    reads=lambda t: t.dtype not in LIBRARY or t.ndim < 2 or _walkable(t), tolerance=4.0,
 )  # fmt: skip
 
 
@@ -237,18 +236,13 @@ def matmul(input: Tensor, other: Tensor) -> Tensor:
             raise ShapeError("matmul: operands need at least one dimension; use mul for scalars")
     left = unsqueeze(input, 0) if input.ndim == 1 else input
     right = unsqueeze(other, 1) if other.ndim == 1 else other
-    made = _matmul(_readable(left), _readable(right))
+    made = _matmul(left, right)
     shape = made.shape
     if input.ndim == 1:
         shape = (*shape[:-2], shape[-1])
     if other.ndim == 1:
         shape = shape[:-1]
     return made if shape == made.shape else reshape(made, shape)
-
-
-def _readable(x: Tensor) -> Tensor:
-    """A copy of matrices that the library could not read in place."""
-    return x if x.dtype not in LIBRARY or _walkable(x.type) else contiguous(x)
 
 
 def _ranks(name: str, *pairs: tuple[Tensor, int]) -> None:
@@ -361,6 +355,73 @@ def _fits(name: str, input: Tensor, product: Tensor) -> None:
         raise DTypeError(f"{name}: input is {input.dtype.name}, the product {product.dtype.name}")
 
 
+def _infer_linear(types: Types) -> TensorType:
+    x, weight, bias = types
+    assert isinstance(x, TensorType)
+    assert isinstance(weight, TensorType)
+    assert isinstance(bias, TensorType)
+    if not x.dtype is weight.dtype is bias.dtype or x.dtype not in LIBRARY:
+        raise DTypeError(
+            f"affine: operands are {x.dtype.name}, {weight.dtype.name} and {bias.dtype.name}; all must "
+            "be float32, or all float64"
+        )
+    if bias.shape != weight.shape[:1] or x.shape[-1] != weight.shape[-1]:
+        raise ShapeError(
+            f"linear: input {x.shape}, weight {weight.shape} and bias {bias.shape} do not fit; they "
+            "must be (..., in), (out, in) and (out,)"
+        )
+    return tensor_type(x.dtype, (x.shape[0], weight.shape[0]), None, x.device)
+
+
+def _lower_linear(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
+    """Tiles of rows or columns: filled with the bias, then the product is added by the library."""
+    x, weight, bias = types
+    (out,) = outputs
+    assert isinstance(x, TensorType)
+    assert isinstance(weight, TensorType)
+    assert isinstance(bias, TensorType)
+    (m, n), inner = out.shape, x.shape[-1]
+    turned = _swapped(weight)
+    k = KernelBuilder("linear")
+    sources = [k.tensor("input", i, t) for i, t in enumerate((x, turned, bias))]
+    target = k.tensor("output", 0, out)
+    tall = m >= n
+    step, tiles = tile_of(m if tall else n, (n if tall else m) * inner)
+    with k.parallel(tiles, work=_work(step, (n if tall else m) * inner)) as (tile,):
+        begin = tile * step
+        length = values.binary("min", k.size(m if tall else n) - begin, const(step))
+        rows, columns = (length, k.size(n)) if tall else (k.size(m), length)
+        first = begin if not tall else const(0)
+        with k.loop(rows) as i, k.vector(columns, 2) as j:
+            row = begin + i if tall else i
+            k.store(target, (row, first + j), sources[2][first + j])
+        matrices = [
+            _matrix(k, t, o, const(0))
+            for t, o in zip((x, turned, out), (*sources[:2], target), strict=True)
+        ]
+        moved = 0 if tall else 1
+        matrices[moved] = _advance(k, matrices[moved], (x, turned)[moved], begin, rows=tall)
+        matrices[2] = _advance(k, matrices[2], out, begin, rows=tall)
+        k.gemm(rows, columns, k.size(inner), *matrices, beta=const(1))
+    return k.finish()
+
+
+_linear = Op(
+    "linear", inputs=("x", "weight", "bias"), infer=_infer_linear, lower=_lower_linear,
+    vjp=(
+        lambda g, weight: matmul(g, weight),
+        lambda g, x: matmul(transpose(g, 0, 1), x),
+        lambda g, bias_type: sum_to(g, bias_type.shape),
+    ),
+    reference=lambda x, weight, bias: x @ weight.T + bias,
+    samples=[Sample((Arg((5, 4), kind="double"), Arg((3, 4), kind="double"), Arg((3,), kind="double"))),
+             Sample((Arg((2, 40), kind="double"), Arg((70, 40), kind="double"),
+                     Arg((70,), kind="double"))),
+             Sample((Arg((0, 4), kind="double"), Arg((3, 4), kind="double"), Arg((3,), kind="double")))],
+    reads=lambda t: t.ndim < 2 or _walkable(t), tolerance=4.0,
+)  # fmt: skip
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input @ weight.T + bias; input (..., in), weight (out, in) or (in,), bias (out,) or scalar.
 
@@ -369,13 +430,22 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if input.ndim == 0 or input.shape[-1] != weight.shape[-1]:
         raise ShapeError(
             f"linear: input of shape {input.shape} needs a last dimension of {weight.shape[-1]}, "
-            f"the second size of the weight {weight.shape}"
+            f"the last size of the weight {weight.shape}"
         )
     if weight.ndim == 1:
         made = matmul(input, weight)
+    elif bias is not None and _fusable(input, weight, bias):
+        rows = reshape(input, (-1, input.shape[-1])) if input.ndim != 2 else input
+        made = _linear(rows, weight, bias)
+        return made if input.ndim == 2 else reshape(made, (*input.shape[:-1], weight.shape[0]))
     else:
         made = matmul(input, transpose(weight, 0, 1))
     return made if bias is None else add(made, bias)
+
+
+def _fusable(input: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    same = input.dtype is weight.dtype is bias.dtype and input.dtype in LIBRARY
+    return same and bias.shape == weight.shape[:1] and input.numel() > 0 and weight.numel() > 0
 
 
 def tensordot(a: Tensor, b: Tensor, dims: Any = 2) -> Tensor:

@@ -17,8 +17,9 @@ from typing import Final
 from flame.core.dtypes import DType
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.kernel import values
-from flame.kernel.builder import KernelBuilder, Operand, Role
+from flame.kernel.builder import BoundKernel, KernelBuilder, Operand, Role
 from flame.kernel.values import Value
+from flame.ops.elementwise import nest_of, walk
 from flame.ops.loops import Nest, by_stride, coalesce
 
 COLUMNS: Final = 64  # rows side by side that one step of a parallel loop takes
@@ -65,8 +66,10 @@ def rows_of(sizes: Shape, row_dims: Sequence[int], strides: Sequence[Shape]) -> 
 class RowLoops:
     """Writes the loops over `Rows` into a kernel."""
 
-    def __init__(self, k: KernelBuilder, rows: Rows, *, unroll: int = 4) -> None:
-        self.k, self.rows, self.unroll = k, rows, unroll
+    def __init__(self, k: KernelBuilder, rows: Rows) -> None:
+        self.k, self.rows = k, rows
+        side = rows.kept if rows.columns else rows.row
+        self.unroll = unroll_for(side.sizes[-1] if side.sizes else 1)
         self.sizes = [k.size(n) for n in rows.row.sizes]
 
     @contextmanager
@@ -86,7 +89,7 @@ class RowLoops:
                 yield (*outer, start + lane)
 
     @contextmanager
-    def each(self, kept: Index, unroll: int | None = None) -> Iterator[Index]:
+    def each(self, kept: Index) -> Iterator[Index]:
         """The loop over the elements of the row ``kept``; yields the full index."""
         k, sizes = self.k, self.sizes
         if self.rows.columns:
@@ -95,8 +98,32 @@ class RowLoops:
         elif not sizes:
             yield kept
         else:
-            with k.nest(sizes[:-1]) as inner, k.vector(sizes[-1], unroll or self.unroll) as last:
+            with k.nest(sizes[:-1]) as inner, k.vector(sizes[-1], self.unroll) as last:
                 yield (*kept, *inner, last)
+
+
+def unroll_for(extent: int) -> int:
+    """Native vectors to handle together in a loop of ``extent`` float32 steps."""
+    return 4 if extent >= 64 else 2 if extent >= 32 else 1
+
+
+def packed(
+    role: Role, position: int, x: TensorType, temporaries: list[int], kernels: list[BoundKernel]
+) -> tuple[Role, int, TensorType]:
+    """Where a row-major form of an operand stands: itself, or a temporary that a kernel fills."""
+    if x.contiguous:
+        return role, position, tensor_type(x.dtype, x.shape, None, x.device)
+    made = tensor_type(x.dtype, x.shape)
+    k = KernelBuilder("pack")
+    nest = nest_of((x,), (made,))
+    source = k.tensor(role, position, tensor_type(x.dtype, nest.sizes, nest.strides[0]))
+    target = k.tensor(
+        "temporary", len(temporaries), tensor_type(x.dtype, nest.sizes, nest.strides[1])
+    )
+    walk(k, nest, lambda index: k.store(target, index, source[index]), light=True)
+    kernels.append(k.bind())
+    temporaries.append(max(x.numel, 1) * x.dtype.itemsize)
+    return "temporary", len(temporaries) - 1, made
 
 
 def type_of(x: object) -> TensorType:

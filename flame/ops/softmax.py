@@ -50,7 +50,7 @@ class RowKernel:
     """A kernel over the rows along ``dim`` of equally shaped operands, outputs last."""
 
     def __init__(
-        self, name: str, types: Types, outputs: tuple[TensorType, ...], dim: int, unroll: int = 4
+        self, name: str, types: Types, outputs: tuple[TensorType, ...], dim: int
     ) -> None:
         self.k = KernelBuilder(name)
         inputs = [type_of(t) for t in types]
@@ -66,7 +66,7 @@ class RowKernel:
             self.rows.operand(self.k, "output", i, t.dtype, len(inputs) + i)
             for i, t in enumerate(outputs)
         ]
-        self.loops = RowLoops(self.k, self.rows, unroll=unroll)
+        self.loops = RowLoops(self.k, self.rows)
 
     def load(self, operand: Operand, index: Index) -> Value:
         return cast(operand[index], self.compute)

@@ -24,6 +24,8 @@ def dtypes_of(sample: Sample) -> Sequence[DType]:
     kinds = {a.kind for a in args_of(sample)}
     if "float" in kinds:
         return dtypes.FLOATING
+    if "double" in kinds:
+        return (dtypes.float32, dtypes.float64)
     if "any" in kinds:
         return (dtypes.float32, dtypes.float64, dtypes.bfloat16, dtypes.int64, dtypes.int32, dtypes.uint8)
     if "int" in kinds:
@@ -117,4 +119,4 @@ def lay_out(array: np.ndarray[Any, Any], layout: str) -> Tensor:
 
 def is_differentiable(op: Op, arg: Any) -> bool:
     """Whether tests take derivatives with respect to this operand of a sample."""
-    return isinstance(arg, Arg) and arg.kind == "float" and arg.differentiable
+    return isinstance(arg, Arg) and arg.kind in ("float", "double") and arg.differentiable
