@@ -62,8 +62,8 @@ def check_function(function: Function, inputs: Sequence[Tensor], name: str) -> N
     rng = np.random.default_rng(7)
     points = [x.detach().numpy().copy() for x in inputs]
     outputs = _floats(function(_leaves(inputs, points)))
-    directions = [rng.standard_normal(p.shape) for p in points]
-    weights = [rng.standard_normal(o.shape) for o in outputs]
+    directions = [np.asarray(rng.standard_normal(p.shape)) for p in points]
+    weights = [np.asarray(rng.standard_normal(o.shape)) for o in outputs]
     numeric = _difference(lambda at: _dot(_values(function, inputs, at), weights), points, directions)
     for differentiable in (False, True):
         grads = _gradients(function, inputs, points, weights, differentiable)
@@ -78,8 +78,8 @@ def _check_second(
     directions: list[Array], name: str, rng: np.random.Generator,
 ) -> None:  # fmt: skip
     """Derivatives of u . gradient(x, v) in x and in v."""
-    probes = [rng.standard_normal(p.shape) for p in points]
-    turns = [rng.standard_normal(w.shape) for w in weights]
+    probes = [np.asarray(rng.standard_normal(p.shape)) for p in points]
+    turns = [np.asarray(rng.standard_normal(w.shape)) for w in weights]
 
     def value(at: list[Array]) -> float:
         return _dot(_gradients(function, inputs, at[: len(points)], at[len(points) :], False), probes)
@@ -166,7 +166,7 @@ def _difference(
         ends = []
         for sign in (1.0, -1.0):
             moved = list(points)
-            moved[i] = points[i] + sign * STEP * direction
+            moved[i] = np.asarray(points[i] + sign * STEP * direction)
             ends.append(value(moved))
         found.append((ends[0] - ends[1]) / (2 * STEP))
     return found
