@@ -20,21 +20,30 @@ from flame.ops.shapes import as_strided, expand, reshape, wrap_dim
 if TYPE_CHECKING:
     from flame.tensor import Tensor
 
-__all__ = ["gather", "index_add", "index_copy", "index_fill", "index_select", "scatter", "scatter_add"]
+__all__ = [
+    "gather",
+    "index_add",
+    "index_copy",
+    "index_fill",
+    "index_select",
+    "scatter",
+    "scatter_add",
+]
 METHODS = __all__
 IN_PLACE: tuple[str, ...] = ()
 
 
 def named(
-    name: str, dims: Sequence[int], shape: Shape, call: Callable[..., Any], *args: Any, **attributes: Any
-) -> Any:
+    name: str, dims: Sequence[int], sizes: Shape, call: Callable[..., Any], /,
+    *args: Any, **attributes: Any,
+) -> Any:  # fmt: skip
     """Call an op of `flame.ops.indexed`; a bad index becomes an error that names op, dimension and size."""
     try:
         return call(*args, **attributes)
     except OutOfRange as error:
         dim = dims[error.operand]
         raise IndexRangeError(
-            f"{name}: index {error.index} is out of range for dimension {dim}, which has size {shape[dim]}"
+            f"{name}: index {error.index} is out of range for dimension {dim}, which has size {sizes[dim]}"
         ) from None
 
 
@@ -132,7 +141,9 @@ def _write(
     return named(name, dims, x.shape, op, x, source, *indices, **attributes)
 
 
-def index_add(input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1) -> Tensor:
+def index_add(
+    input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1
+) -> Tensor:
     """``alpha * source`` added to the slices ``index`` of ``dim``; the order of additions is fixed."""
     if alpha != 1:
         source = source * alpha
@@ -160,7 +171,9 @@ def filled(name: str, input: Tensor, value: Any, shape: Shape) -> Tensor:
 
     if isinstance(value, Tensor):
         if value.ndim:
-            raise ShapeError(f"{name}: the value must be a number or a 0-d tensor, got {value.shape}")
+            raise ShapeError(
+                f"{name}: the value must be a number or a 0-d tensor, got {value.shape}"
+            )
         return expand(convert(value, dtype=input.dtype), shape)
     return expand(full((), value, dtype=input.dtype), shape)
 
@@ -198,9 +211,7 @@ def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False)
     return made if made.ndim == index.ndim else reshape(made, index.shape)
 
 
-def scattered(
-    name: str, input: Tensor, dim: int, index: Tensor, src: Any, combine: str
-) -> Tensor:
+def scattered(name: str, input: Tensor, dim: int, index: Tensor, src: Any, combine: str) -> Tensor:
     """``src`` combined into a copy of ``input`` at index's places; the core of all scatters."""
     from flame.tensor import Tensor
 
@@ -221,7 +232,9 @@ def scattered(
         source = _corner(source, place.shape)
     else:
         source = filled(name, input, src, place.shape)
-    made: Tensor = _write(name, (dim,), x, source, [place], coordinates(x.ndim, dim), combine, False)
+    made: Tensor = _write(
+        name, (dim,), x, source, [place], coordinates(x.ndim, dim), combine, False
+    )
     return made if input.ndim else reshape(made, ())
 
 
@@ -235,7 +248,13 @@ def _corner(source: Tensor, shape: Shape) -> Tensor:
 
 
 def scatter(
-    input: Tensor, dim: int, index: Tensor, src: Any = None, *, value: Any = None, reduce: str | None = None
+    input: Tensor,
+    dim: int,
+    index: Tensor,
+    src: Any = None,
+    *,
+    value: Any = None,
+    reduce: str | None = None,
 ) -> Tensor:
     """``src`` (a tensor, or a number for all) written to the places that ``index`` names; see `gather`.
 

@@ -1,0 +1,487 @@
+"""The two ops behind all indexing by tensors: take_at reads, put_at writes.
+
+An element's address in ``x`` is the sum over x's dimensions of a coordinate times a stride. ``axes``
+says where each coordinate comes from: a number d >= 0 is the loop over output dimension d, and -1 - n is
+the element of index tensor n at the same place. So gather, index_select, embedding, advanced indexing
+and their gradients are all calls of these two.
+
+Invariants: no index is used before it was checked; writes that can collide run one after the other in
+row-major order of the indices, so the result is the same on every run and with any number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from flame.core import dtypes
+from flame.core.errors import DTypeError, IndexRangeError, ShapeError
+from flame.core.types import Shape, TensorType, tensor_type
+from flame.kernel import values
+from flame.kernel.builder import KernelBuilder, Lowering, Operand
+from flame.kernel.values import Value, cast, const
+from flame.ops.elementwise import compute_dtype, nest_of, walk
+from flame.ops.loops import BLOCK, by_stride, coalesce
+from flame.ops.op import Arg, Joint, Op, Sample, Types
+
+COLUMNS = 128  # elements of the fastest dimension that one step of a write handles
+REPORTED = 1 << 58  # indices beyond are reported as this
+
+
+class OutOfRange(IndexRangeError):
+    """A bad index, before the caller's names for the op and the dimension are known."""
+
+    def __init__(self, operand: int, index: int) -> None:
+        super().__init__(f"index {index} of index tensor {operand} is out of range")
+        self.operand, self.index = operand, index
+
+
+def failure(code: int, types: Types) -> OutOfRange:
+    """The error for what `_Check.report` stored."""
+    return OutOfRange(code % 8, code // 8)
+
+
+def _check_types(name: str, x_shape: Shape, indices: Sequence[Any], axes: tuple[int, ...]) -> Shape:
+    """The shape of the index tensors, which is that of the elements addressed."""
+    shape: Shape = indices[0].shape
+    for i in indices:
+        if not isinstance(i, TensorType) or i.dtype not in (dtypes.int64, dtypes.int32):
+            found = i.dtype.name if isinstance(i, TensorType) else i
+            raise DTypeError(f"{name}: indices must be int64 or int32 tensors, got {found}")
+        if i.shape != shape:
+            raise ShapeError(f"{name}: index shapes {i.shape} and {shape} differ")
+    if len(axes) != len(x_shape):
+        raise ShapeError(f"{name}: {len(axes)} coordinates for a tensor of shape {x_shape}")
+    for axis, source in enumerate(axes):
+        if source < 0 and x_shape[axis] == 0 and math.prod(shape):
+            raise OutOfRange(-1 - source, 0)
+        if source >= 0 and shape[source] > x_shape[axis]:
+            raise ShapeError(
+                f"{name}: an index of shape {shape} reaches beyond dimension {axis} of {x_shape}"
+            )
+    return shape
+
+
+def _direct(x: TensorType, rank: int, axes: tuple[int, ...]) -> Shape:
+    """Elements of x from one output index to the next, by the coordinates that follow it."""
+    steps = [0] * rank
+    for axis, source in enumerate(axes):
+        if source >= 0:
+            steps[source] += x.strides[axis]
+    return tuple(steps)
+
+
+class _Check:
+    """Bounds checks: the smallest and largest index seen by an iteration, reported at its end."""
+
+    def __init__(
+        self, k: KernelBuilder, error: Operand, sizes: Sequence[Value], wrap: bool
+    ) -> None:
+        self.k, self.error, self.sizes, self.wrap = k, error, sizes, wrap
+        zero = const(0)
+        self.low = [k.register(zero) for _ in sizes]
+        self.high = [k.register(zero) for _ in sizes]
+
+    def offset(self, found: Sequence[Value], jumps: Sequence[Value]) -> tuple[Value, Value]:
+        """(offset in x, whether all indices are good); notes the indices."""
+        total, good = const(0), const(True, dtypes.bool_)
+        for n, (raw, size, jump) in enumerate(zip(found, self.sizes, jumps, strict=True)):
+            self.k.accumulate(self.low[n], "min", raw)
+            self.k.accumulate(self.high[n], "max", raw)
+            good = values.binary("and", good, self._fits(raw, size))
+            place = values.select(raw < 0, raw + size, raw) if self.wrap else raw
+            total = total + place * jump
+        return total, good
+
+    def _fits(self, raw: Value, size: Value) -> Value:
+        lowest = -size if self.wrap else const(0)
+        return values.binary("and", raw >= lowest, raw < size)
+
+    def report(self) -> None:
+        for n, size in enumerate(self.sizes):
+            low, high = values.read(self.low[n]), values.read(self.high[n])
+            bad = values.select(self._fits(low, size), high, low)
+            bounded = values.binary(
+                "min", values.binary("max", bad, const(-REPORTED)), const(REPORTED)
+            )
+            code = bounded * 8 + n
+            fits = values.binary("and", self._fits(low, size), self._fits(high, size))
+            self.k.store_all(
+                [(self.error, (const(0),), const(1)), (self.error, (const(1),), code)],
+                where=~fits,
+            )
+
+
+def _error(k: KernelBuilder) -> Operand:
+    return k.tensor("error", 0, tensor_type(dtypes.int64, (2,)))
+
+
+def _indexed(axes: tuple[int, ...], count: int) -> list[int]:
+    """The dimension of x that each index tensor addresses."""
+    return [axes.index(-1 - n) for n in range(count)]
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def _infer_take(types: Types, *, axes: tuple[int, ...], wrap: bool) -> TensorType:
+    x, *indices = types
+    assert isinstance(x, TensorType)
+    return tensor_type(x.dtype, _check_types("take_at", x.shape, indices, axes), None, x.device)
+
+
+def _lower_take(
+    types: Types, outputs: tuple[TensorType, ...], *, axes: tuple[int, ...], wrap: bool
+) -> Lowering:
+    x, (out,) = types[0], outputs
+    assert isinstance(x, TensorType)
+    indices = [t for t in types[1:] if isinstance(t, TensorType)]
+    steps = [out.strides, _direct(x, out.ndim, axes), *(i.strides for i in indices)]
+    nest = coalesce(out.shape, steps, by_stride(out.strides, out.shape))
+    k = KernelBuilder("take_at")
+    source = k.tensor("input", 0, tensor_type(x.dtype, nest.sizes, nest.strides[1]))
+    found = [
+        k.tensor("input", n + 1, tensor_type(i.dtype, nest.sizes, nest.strides[n + 2]))
+        for n, i in enumerate(indices)
+    ]
+    target = k.tensor("output", 0, tensor_type(out.dtype, nest.sizes, nest.strides[0]))
+    error = _error(k)
+    addressed = _indexed(axes, len(indices))
+    sizes = [k.size(x.shape[a]) for a in addressed]
+    jumps = [k.stride(x.strides[a]) for a in addressed]
+    varying = bool(nest.sizes) and any(s[-1] for s in nest.strides[2:])
+
+    def run(outer: tuple[Value, ...], extent: Value, start: Value | None) -> None:
+        check = _Check(k, error, sizes, wrap)
+
+        def offset_at(index: tuple[Value, ...]) -> tuple[Value, Value]:
+            return check.offset([cast(f[index], dtypes.int64) for f in found], jumps)
+
+        def copy(index: tuple[Value, ...], known: tuple[Value, Value]) -> None:
+            at, good = known
+            value = values.load(source.buffer, source.at(index) + at, good if varying else None)
+            k.store(target, index, value)
+
+        if not nest.sizes:
+            at, good = offset_at(())
+            k.store(target, (), values.load(source.buffer, at, good))
+        elif varying:
+            with k.vector(extent, 2) as v:
+                index = (*outer, v if start is None else start + v)
+                copy(index, offset_at(index))
+        else:
+            known = offset_at((*outer, const(0)))
+            with k.when(known[1]), k.vector(extent, 4) as v:
+                copy((*outer, v if start is None else start + v), known)
+        check.report()
+
+    _rows(k, nest.sizes, run)
+    return k.finish()
+
+
+def _rows(
+    k: KernelBuilder,
+    sizes: Shape,
+    run: Callable[[tuple[Value, ...], Value, Value | None], None],
+) -> None:
+    """``run(outer counters, extent, start)`` for pieces of the innermost dimension."""
+    if len(sizes) <= 1:
+        count = sizes[0] if sizes else 1
+        with k.parallel(-(-count // BLOCK), work=BLOCK) as (block,):
+            start = block * BLOCK
+            run((), values.binary("min", k.size(count) - start, const(BLOCK)), start)
+        return
+    with k.parallel(*sizes[:-1], work=sizes[-1]) as outer:
+        run(outer, k.size(sizes[-1]), None)
+
+
+def _take_reference(x: Any, *indices: Any, axes: tuple[int, ...], wrap: bool) -> Any:
+    return x[_coordinates(indices, axes)]
+
+
+def _coordinates(indices: Sequence[Any], axes: tuple[int, ...]) -> Any:
+    grid = np.indices(np.shape(indices[0]))
+    return tuple(grid[a] if a >= 0 else indices[-1 - a] for a in axes)
+
+
+def _take_vjp(
+    g: Any, x_type: TensorType, indices: Any, axes: tuple[int, ...], wrap: bool, needs: Any
+) -> Any:
+    from flame.ops.conversion import convert
+
+    wide = convert(g, dtype=compute_dtype(g.dtype))  # sums of half-width floats want more bits
+    spread = put_at(None, wide, *indices, axes=axes, shape=x_type.shape, combine="add", wrap=wrap)
+    return (spread, *(None for _ in indices))
+
+
+def _index(*shape: int, low: int = 0, high: int = 4) -> Arg:
+    return Arg(shape, low, high, kind="index")
+
+
+_READS = [
+    ((Arg((4, 3)), _index(5, 3)), {"axes": (-1, 1)}),
+    ((Arg((3, 4)), _index(2, 6)), {"axes": (0, -1)}),
+    ((Arg((3, 4)), _index(5, 3)), {"axes": (1, -1)}),
+    ((Arg((9,)), _index(2, 3, low=-9, high=9)), {"axes": (-1,), "wrap": True}),
+    ((Arg((4, 3, 2)), _index(2, 2), _index(2, 2, high=2)), {"axes": (-1, 1, -2)}),
+    ((Arg((4, 70)), _index(3, 70)), {"axes": (-1, 1)}),
+    ((Arg((4, 3)), _index(0, 3)), {"axes": (-1, 1)}),
+    ((Arg((1,)), _index(high=1)), {"axes": (-1,)}),
+]  # fmt: skip
+
+take_at = Op(
+    "take_at",
+    inputs=("x", "*indices"),
+    infer=_infer_take,
+    lower=_lower_take,
+    vjp=Joint(_take_vjp),
+    reference=_take_reference,
+    samples=[Sample(inputs, {"wrap": False, **attributes}) for inputs, attributes in _READS],
+    failure=failure,
+)
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def _infer_put(
+    types: Types, *, axes: tuple[int, ...], shape: Shape, combine: str, wrap: bool
+) -> TensorType:
+    x, source, *indices = types
+    assert isinstance(source, TensorType)
+    wanted = _check_types("put_at", shape, indices, axes)
+    if source.shape != wanted:
+        raise ShapeError(f"put_at: values of shape {source.shape} where {wanted} are addressed")
+    if isinstance(x, TensorType):
+        if x.shape != shape or x.dtype is not source.dtype:
+            raise ShapeError(f"put_at: values {source} do not fit the tensor {x}")
+    return tensor_type(source.dtype, shape, None, source.device)
+
+
+def _start(types: Types, outputs: tuple[TensorType, ...]) -> KernelBuilder:
+    """The kernel that makes the result a copy of x, or zeros."""
+    x, (out,) = types[0], outputs
+    k = KernelBuilder("put_at_start")
+    given = isinstance(x, TensorType)
+    nest = nest_of((x,) if given else (), outputs)
+    if isinstance(x, TensorType):
+        source = k.tensor("input", 0, tensor_type(x.dtype, nest.sizes, nest.strides[0]))
+    target = k.tensor("output", 0, tensor_type(out.dtype, nest.sizes, nest.strides[-1]))
+    walk(
+        k, nest,
+        lambda index: k.store(target, index, source[index] if given else const(0, out.dtype)),
+        light=True,
+    )  # fmt: skip
+    return k
+
+
+def _combined(combine: str, old: Value, new: Value) -> Value:
+    if combine == "set":
+        return new
+    if old.dtype.kind == "b":  # or, and
+        return values.binary("max" if combine in ("add", "max") else "min", old, new)
+    wide = compute_dtype(old.dtype)
+    return cast(values.binary(combine, cast(old, wide), cast(new, wide)), old.dtype)
+
+
+def _lower_put(
+    types: Types, outputs: tuple[TensorType, ...],
+    *, axes: tuple[int, ...], shape: Shape, combine: str, wrap: bool,
+) -> Lowering:  # fmt: skip
+    source_type, (out,) = types[1], outputs
+    assert isinstance(source_type, TensorType)
+    indices = [t for t in types[2:] if isinstance(t, TensorType)]
+    rank, extents = source_type.ndim, source_type.shape
+    direct = _direct(out, rank, axes)
+    steps = [source_type.strides, direct, *(i.strides for i in indices)]
+    # Different indices of these loops write different elements, so they may run side by side.
+    outer = coalesce(extents, steps, [d for d in by_stride(direct, extents) if d in axes])
+    inner = coalesce(extents, steps, [d for d in range(rank) if d not in axes])
+    sizes = (*outer.sizes, *inner.sizes)
+    strides = [(*a, *b) for a, b in zip(outer.strides, inner.strides, strict=True)]
+    k = KernelBuilder("put_at")
+    source = k.tensor("input", 1, tensor_type(source_type.dtype, sizes, strides[0]))
+    found = [
+        k.tensor("input", n + 2, tensor_type(i.dtype, sizes, strides[n + 2]))
+        for n, i in enumerate(indices)
+    ]
+    target = k.tensor("output", 0, tensor_type(out.dtype, sizes, strides[1]))
+    error = _error(k)
+    addressed = _indexed(axes, len(indices))
+    limits = [k.size(out.shape[a]) for a in addressed]
+    jumps = [k.stride(out.strides[a]) for a in addressed]
+    width = outer.sizes[-1] if outer.sizes else 1
+    lead = len(outer.sizes) - 1
+    varying = lead >= 0 and any(s[lead] for s in strides[2:])
+    blocks = -(-width // COLUMNS)
+    work = math.prod(inner.sizes) * min(width, COLUMNS)
+    with k.parallel(*outer.sizes[:-1], blocks, work=work) as (*before, block):
+        check = _Check(k, error, limits, wrap)
+        start = block * COLUMNS
+        extent = values.binary("min", k.size(width) - start, const(COLUMNS))
+
+        def write(
+            index: tuple[Value, ...], known: tuple[Value, Value], guarded: Value | None
+        ) -> None:
+            at = target.at(index) + known[0]
+            old = values.load(target.buffer, at, guarded)
+            k.store(_At(target, at), (), _combined(combine, old, source[index]), where=guarded)
+
+        def offset_at(index: tuple[Value, ...]) -> tuple[Value, Value]:
+            return check.offset([cast(f[index], dtypes.int64) for f in found], jumps)
+
+        with k.nest([k.size(s) for s in inner.sizes]) as after:
+            if lead < 0:
+                index = tuple(after)
+                known = offset_at(index)
+                with k.when(known[1]):
+                    write(index, known, None)
+            elif varying:
+                with k.vector(extent) as v:
+                    index = (*before, start + v, *after)
+                    known = offset_at(index)
+                    write(index, known, known[1])
+            else:
+                known = offset_at((*before, const(0), *after))
+                with k.when(known[1]), k.vector(extent, 4) as v:
+                    write((*before, start + v, *after), known, None)
+        check.report()
+    return Lowering((_start(types, outputs).bind(), k.bind()))
+
+
+class _At(Operand):
+    """The element of an operand at a computed offset."""
+
+    def __init__(self, operand: Operand, offset: Value) -> None:
+        super().__init__(operand.buffer, (), ())
+        self.offset = offset
+
+    def at(self, index: Sequence[Value]) -> Value:
+        return self.offset
+
+
+_UFUNCS = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
+
+
+def _put_reference(
+    x: Any, source: Any, *indices: Any,
+    axes: tuple[int, ...], shape: Shape, combine: str, wrap: bool,
+) -> Any:  # fmt: skip
+    out = np.zeros(shape, source.dtype) if x is None else np.array(x)
+    place = _coordinates(indices, axes)
+    if combine == "set":
+        for at in np.ndindex(source.shape):
+            out[tuple(p[at] for p in place)] = source[at]
+    else:
+        wide = out.astype(np.float64) if out.dtype.kind not in "biu" else out
+        _UFUNCS[combine].at(wide, place, source.astype(wide.dtype))
+        out = wide.astype(out.dtype)
+    return out
+
+
+def _put_vjp(
+    g: Any, source_type: TensorType, indices: Any, axes: tuple[int, ...], shape: Shape,
+    combine: str, wrap: bool, needs: Any,
+) -> Any:  # fmt: skip
+    from flame.ops.creation import zeros
+    from flame.ops.shapes import expand
+
+    to_x = to_source = None
+    if needs[0]:
+        to_x = g
+        if combine == "set":
+            nothing = expand(zeros((), dtype=g.dtype), source_type.shape)
+            to_x = put_at(g, nothing, *indices, axes=axes, shape=shape, combine="set", wrap=wrap)
+    if needs[1]:
+        to_source = take_at(g, *indices, axes=axes, wrap=wrap)
+    return (to_x, to_source, *(None for _ in indices))
+
+
+# Where "set" writes an element twice, the gradient goes to both values, as in PyTorch, while finite
+# differences see the last only. So in these samples it writes each element once.
+_WRITES = [
+    ((Arg((4, 3)), Arg((5, 3)), _index(5, 3)), {"axes": (-1, 1), "shape": (4, 3), "combine": "add"}),
+    ((Arg((3, 4)), Arg((5, 3)), _index(5, 3)), {"axes": (1, -1), "shape": (3, 4), "combine": "add"}),
+    ((None, Arg((5, 70)), _index(5, 70)), {"axes": (-1, 1), "shape": (4, 70), "combine": "add"}),
+    ((None, Arg((2, 6)), _index(2, 6, low=-4)),
+     {"axes": (0, -1), "shape": (3, 4), "combine": "add", "wrap": True}),
+    ((Arg((9,)), Arg((2, 3)), _index(2, 3, high=9)),
+     {"axes": (-1,), "shape": (9,), "combine": "add"}),
+    ((Arg((4, 3)), Arg((1, 3)), _index(1, 3)), {"axes": (-1, 1), "shape": (4, 3), "combine": "set"}),
+    ((Arg((4,)), Arg(()), _index()), {"axes": (-1,), "shape": (4,), "combine": "set"}),
+    ((Arg((4, 3)), Arg((0, 3)), _index(0, 3)), {"axes": (-1, 1), "shape": (4, 3), "combine": "set"}),
+]  # fmt: skip
+
+put_at = Op(
+    "put_at",
+    inputs=("x", "source", "*indices"),
+    infer=_infer_put,
+    lower=_lower_put,
+    vjp=Joint(_put_vjp),
+    reference=_put_reference,
+    samples=[Sample(inputs, {"wrap": False, **attributes}) for inputs, attributes in _WRITES],
+    failure=failure,
+    updates=True,
+)
+
+
+def _reduce_vjp(
+    g: Any, out: Any, x: Any, source: Any, indices: Any, axes: tuple[int, ...], shape: Shape,
+    combine: str, wrap: bool, needs: Any,
+) -> Any:  # fmt: skip
+    """Extremes share the gradient among those equal to the result; products leave each factor out."""
+
+    def read(t: Any) -> Any:
+        return take_at(t, *indices, axes=axes, wrap=wrap)
+
+    def spread(t: Any, base: Any = None) -> Any:
+        return put_at(base, t, *indices, axes=axes, shape=shape, combine="add", wrap=wrap)
+
+    nothing = tuple(None for _ in indices)
+    if combine == "mul":
+        to_x, to_source = _product_gradients(
+            g, x, source, read, spread, combine_at, indices, axes, wrap
+        )
+        return (to_x, to_source, *nothing)
+    mine = (x == out).to(g.dtype)
+    theirs = (source == read(out)).to(g.dtype)
+    share = g / spread(theirs, mine)
+    return (share * mine, read(share) * theirs, *nothing)
+
+
+def _product_gradients(
+    g: Any, x: Any, source: Any, read: Any, spread: Any, product: Any, indices: Any,
+    axes: tuple[int, ...], wrap: bool,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Each factor's gradient is g times the product of the others: the product of those that are not
+    zero over the factor, if no other factor is zero."""
+    zero_x, zero_source = (x == 0).to(g.dtype), (source == 0).to(g.dtype)
+    zeros = spread(zero_source, zero_x)
+    whole_x, whole_source = x + zero_x, source + zero_source  # zeros replaced by ones
+    rest = product(
+        whole_x, whole_source, *indices, axes=axes, shape=x.shape, combine="mul", wrap=wrap
+    )
+    weight = g * rest
+    to_x = weight / whole_x * (zeros == zero_x).to(g.dtype)
+    to_source = read(weight) / whole_source * (read(zeros) == zero_source).to(g.dtype)
+    return to_x, to_source
+
+
+combine_at = Op(
+    "combine_at",
+    inputs=("x", "source", "*indices"),
+    infer=_infer_put,
+    lower=_lower_put,
+    vjp=Joint(_reduce_vjp),
+    reference=_put_reference,
+    samples=[
+        Sample((Arg((4, 3), 0.5, 2.0, distinct=True), Arg((5, 3), 0.6, 2.1, distinct=True), _index(5, 3)),
+               {"axes": (-1, 1), "shape": (4, 3), "combine": how, "wrap": False})
+        for how in ("mul", "max", "min")
+    ],
+    failure=failure,
+    updates=True,
+)  # fmt: skip
