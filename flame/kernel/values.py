@@ -110,6 +110,12 @@ class Value:
     def __mod__(self, other: Any) -> Value:
         return binary("mod", *promoted(self, other))
 
+    def __pow__(self, other: Any) -> Value:
+        return binary("pow", *promoted(self, other))
+
+    def __rpow__(self, other: Any) -> Value:
+        return binary("pow", *promoted(other, self))
+
     def __and__(self, other: Any) -> Value:
         return binary("and", *promoted(self, other))
 

@@ -1,0 +1,107 @@
+"""Powers, with the common exponents as cheap ops of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from flame.core import dtypes
+from flame.core.dtypes import DType
+from flame.core.errors import ArgumentError
+from flame.kernel import values
+from flame.kernel.values import Value
+from flame.ops.comparison import where
+from flame.ops.elementwise import common_dtype, elementwise, to_float
+from flame.ops.mathematics import log, reciprocal, sqrt, square
+from flame.ops.op import Arg, Sample, Types
+
+if TYPE_CHECKING:
+    from flame.tensor import Tensor
+
+__all__ = ["float_power", "pow"]
+METHODS = ("float_power", "pow")
+IN_PLACE = ("float_power", "pow")
+
+Operand = Any  # a Tensor, or a Python number
+
+
+def _rule(name: str, types: Types) -> tuple[list[DType], list[DType]]:
+    common = common_dtype(types)
+    if common.kind == "b":  # the powers of bits are 0 and 1
+        return [dtypes.uint8, dtypes.uint8], [dtypes.bool_]
+    return [common, common], [common]
+
+
+def _of_base(g: Any, x: Any, exponent: Any) -> Any:
+    """x**(e - 1) may be infinite where e is 0, and the gradient is 0 there."""
+    return where(exponent == 0, 0, g * (exponent * pow(x, exponent - 1)))
+
+
+def _of_exponent(g: Any, out: Any, x: Any, exponent: Any) -> Any:
+    return where((x == 0) & (exponent >= 0), 0, g * (out * log(x)))
+
+
+_pow = elementwise(
+    "pow", lambda x, y: values.binary("pow", x, y), inputs=("x", "exponent"), rule=_rule,
+    vjp=(_of_base, _of_exponent),
+    reference=np.power, domain=(0.3, 2.5),
+    samples=[
+        Sample((Arg((3, 1, 5), 0.3, 2.5), Arg((4, 1), -2.0, 2.0))),
+        Sample((Arg((), 0.3, 2.5), Arg(()))), Sample((Arg((0, 3)), Arg((3,)))),
+        Sample((Arg((5, 7), 0.3, 2.5), 2.5)), Sample((1.7, Arg((2, 3, 19), -2.0, 2.0))),
+    ],
+)  # fmt: skip
+
+_cube = elementwise("cube", lambda x: x * x * x, rule=to_float,
+                    vjp=(lambda g, x: 3 * g * (x * x),), reference=lambda x: x * x * x)  # fmt: skip
+
+
+def pow(input: Operand, exponent: Operand) -> Tensor:
+    """input ** exponent, broadcast; each a tensor or a number, not both numbers.
+
+    Integers to integer powers stay integers. Raises ArgumentError for integers to a negative
+    integer number, whose results are no integers.
+    """
+    if isinstance(exponent, (bool, int, float)) and not isinstance(input, (bool, int, float)):
+        return _to_number(input, exponent)
+    result: Tensor = _pow(input, exponent)
+    return result
+
+
+def _to_number(input: Any, exponent: float) -> Any:
+    whole = input.dtype.kind != "f"
+    if whole and isinstance(exponent, int) and exponent < 0:
+        raise ArgumentError(
+            f"pow: {input.dtype.name} to the power of {exponent} is no integer; convert the tensor "
+            "to a floating dtype"
+        )
+    if isinstance(input, Value):
+        return _pow(input, exponent)
+    if exponent == 2 and not (whole and isinstance(exponent, float)) and input.dtype.kind != "b":
+        return square(input)
+    if whole:
+        return _pow(input, exponent)
+    if exponent == 3:
+        return _cube(input)
+    if exponent == -1:
+        return reciprocal(input)
+    if exponent == 0.5:
+        return sqrt(input)
+    return _pow(input, exponent)
+
+
+def float_power(input: Operand, exponent: Operand) -> Tensor:
+    """input ** exponent in float64."""
+
+    def double(x: Operand) -> Operand:
+        return float(x) if isinstance(x, (bool, int, float)) else x.to(dtypes.float64)
+
+    return pow(double(input), double(exponent))
+
+
+OPERATORS: Final[dict[str, Callable[..., Any]]] = {
+    "__pow__": lambda self, other: pow(self, other),
+    "__rpow__": lambda self, other: _pow(other, self),
+}
