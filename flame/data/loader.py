@@ -13,6 +13,7 @@ from itertools import count, islice
 from typing import Any
 
 from flame.core.errors import ArgumentError, DTypeError, StateError, UnsupportedError
+from flame.data._arguments import whole_number
 from flame.data._batches import BatchMaker, BatchTransform, Collate, SampleStream
 from flame.data._random import Seeded, seed_of
 from flame.data._workers import BatchIterator, Progress, Task, WorkerPool
@@ -249,16 +250,11 @@ def _stream_tasks(maker: BatchMaker, stream: SampleStream, first: int) -> Iterat
 def _check_workers(
     workers: int, timeout: float, prefetch_factor: int | None, persistent: bool
 ) -> None:
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-        raise ArgumentError(
-            f"DataLoader: num_workers must be an int of at least 0, got {workers!r}"
-        )
+    whole_number("DataLoader", "num_workers", workers, least=0)
     if not timeout >= 0:
         raise ArgumentError(f"DataLoader: timeout must be at least 0 seconds, got {timeout}")
-    if prefetch_factor is not None and prefetch_factor < 1:
-        raise ArgumentError(
-            f"DataLoader: prefetch_factor must be at least 1, got {prefetch_factor}"
-        )
+    if prefetch_factor is not None:
+        whole_number("DataLoader", "prefetch_factor", prefetch_factor, least=1)
     for name, given in (
         ("prefetch_factor", prefetch_factor is not None),
         ("persistent_workers", persistent),
@@ -297,9 +293,5 @@ def _check_order(
         )
     if batch_size is None and drop_last:
         raise ArgumentError("DataLoader: drop_last needs a batch_size")
-    if batch_size is not None and (
-        isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
-    ):
-        raise ArgumentError(
-            f"DataLoader: batch_size must be None or an int of at least 1, got {batch_size!r}"
-        )
+    if batch_size is not None:
+        whole_number("DataLoader", "batch_size", batch_size, least=1)

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from flame.core.errors import ArgumentError, StateError, UnsupportedError
+from flame.data._arguments import whole_number
 from flame.data._random import Purpose, Seeded, random_generator, seed_of
 
 __all__ = [
@@ -100,8 +101,8 @@ class RandomSampler(SeededSampler):
         generator: Seeded | None = None,
     ) -> None:
         super().__init__(generator)
-        if num_samples is not None and num_samples < 1:
-            raise ArgumentError(f"RandomSampler: num_samples must be at least 1, got {num_samples}")
+        if num_samples is not None:
+            num_samples = whole_number("RandomSampler", "num_samples", num_samples, least=1)
         self.data_source = data_source
         self.replacement = replacement
         self._num_samples = num_samples
@@ -181,12 +182,8 @@ class BatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, sampler: Iterable[int], batch_size: int, drop_last: bool) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ArgumentError(
-                f"BatchSampler: batch_size must be an int of at least 1, got {batch_size!r}"
-            )
         self.sampler = sampler
-        self.batch_size = batch_size
+        self.batch_size = whole_number("BatchSampler", "batch_size", batch_size, least=1)
         self.drop_last = drop_last
 
     def __iter__(self) -> Iterator[list[int]]:

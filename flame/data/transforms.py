@@ -152,7 +152,9 @@ class ToFloat(BatchTransform):
     def _apply(self, images: np.ndarray, generator: np.random.Generator | None) -> np.ndarray:
         if images.dtype.kind not in "ui":
             return images.astype(np.float32)
-        return np.multiply(images, np.float32(1 / np.iinfo(images.dtype).max), dtype=np.float32)
+        largest = np.iinfo(images.dtype).max
+        scaled: np.ndarray = np.multiply(images, np.float32(1 / largest), dtype=np.float32)
+        return scaled
 
 
 class Normalize(BatchTransform):

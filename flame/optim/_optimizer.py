@@ -117,7 +117,7 @@ class Optimizer:
 
     def _named_tensors(self, params: Any) -> tuple[list[str] | None, list[Tensor]]:
         self._refuse_unordered(params)
-        entries = [params] if isinstance(params, Tensor) else list(params)
+        entries: list[Any] = [params] if isinstance(params, Tensor) else list(params)
         if not entries:
             raise ArgumentError(f"{self._name}: got an empty parameter group")
         named = [isinstance(entry, tuple) and len(entry) == 2 for entry in entries]

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from flame.autograd.mode import enable_grad, no_grad
 from flame.core.dtypes import float32
-from flame.ops import full_like, maximum, sign, sqrt, tensor, where, zeros_like
+from flame.creation import tensor
+from flame.ops.comparison import maximum, where
+from flame.ops.creation import full_like, zeros_like
+from flame.ops.mathematics import sign, sqrt
 from flame.ops.pointwise import pointwise
 from flame.tensor import Tensor
 

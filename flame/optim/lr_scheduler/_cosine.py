@@ -9,7 +9,7 @@ import math
 
 from flame.core.errors import ArgumentError
 from flame.optim._optimizer import Optimizer
-from flame.optim.lr_scheduler._scheduler import LRScheduler, present_rates
+from flame.optim.lr_scheduler._scheduler import LRScheduler, positive_int, present_rates
 
 __all__ = ["CosineAnnealingLR", "CosineAnnealingWarmRestarts"]
 
@@ -77,14 +77,9 @@ class CosineAnnealingWarmRestarts(LRScheduler):
         eta_min: float = 0.0,
         last_epoch: int = -1,
     ) -> None:
-        for name, value in (("T_0", T_0), ("T_mult", T_mult)):
-            if not isinstance(value, int) or value < 1:
-                raise ArgumentError(
-                    f"{self._name}: {name} must be an int of at least 1, got {value!r}"
-                )
-        self.T_0 = T_0
-        self.T_i = T_0
-        self.T_mult = T_mult
+        self.T_0 = positive_int(self._name, "T_0", T_0)
+        self.T_i = self.T_0
+        self.T_mult = positive_int(self._name, "T_mult", T_mult)
         self.eta_min = eta_min
         self.T_cur: float = last_epoch
         super().__init__(optimizer, last_epoch)

@@ -7,7 +7,12 @@ from typing import Any, Literal, NamedTuple
 
 from flame.core.errors import ArgumentError, StateError
 from flame.optim._optimizer import Optimizer
-from flame.optim.lr_scheduler._scheduler import LRScheduler, check_optimizer, one_per_group
+from flame.optim.lr_scheduler._scheduler import (
+    LRScheduler,
+    check_optimizer,
+    one_per_group,
+    positive_int,
+)
 
 __all__ = ["OneCycleLR"]
 
@@ -107,11 +112,7 @@ class OneCycleLR(LRScheduler):
             raise ArgumentError(
                 f"{self._name}: give total_steps, or both epochs and steps_per_epoch"
             )
-        if not isinstance(total_steps, int) or total_steps < 1:
-            raise ArgumentError(
-                f"{self._name}: the number of steps must be an int of at least 1, got {total_steps}"
-            )
-        return total_steps
+        return positive_int(self._name, "the number of steps", total_steps)
 
     def _begin_momentum(
         self, low: float | list[float], high: float | list[float], last_epoch: int

@@ -19,7 +19,14 @@ from flame.optim._arguments import as_float
 from flame.optim._optimizer import Optimizer
 from flame.optim._tensors import Tensor, no_grad
 
-__all__ = ["LRScheduler", "check_optimizer", "one_per_group", "present_rates", "set_rate"]
+__all__ = [
+    "LRScheduler",
+    "check_optimizer",
+    "one_per_group",
+    "positive_int",
+    "present_rates",
+    "set_rate",
+]
 
 T = TypeVar("T")
 
@@ -42,6 +49,13 @@ def one_per_group(owner: str, name: str, value: T | Iterable[T], optimizer: Opti
             f"{owner}: {name} has {len(value)} values, but the optimizer has {groups} groups"
         )
     return list(value)
+
+
+def positive_int(owner: str, name: str, value: object) -> int:
+    """The value, which must be an int of at least 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"{owner}: {name} must be an int of at least 1, got {value!r}")
+    return value
 
 
 def present_rates(optimizer: Optimizer) -> list[float]:

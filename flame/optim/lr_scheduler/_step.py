@@ -6,9 +6,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flame.core.errors import ArgumentError
 from flame.optim._optimizer import Optimizer
-from flame.optim.lr_scheduler._scheduler import LRScheduler, present_rates
+from flame.optim.lr_scheduler._scheduler import LRScheduler, positive_int, present_rates
 
 __all__ = ["MultiStepLR", "StepLR"]
 
@@ -26,9 +25,7 @@ class StepLR(LRScheduler):
     def __init__(
         self, optimizer: Optimizer, step_size: int, gamma: float = 0.1, last_epoch: int = -1
     ) -> None:
-        if step_size < 1:
-            raise ArgumentError(f"{self._name}: step_size must be at least 1, got {step_size}")
-        self.step_size = step_size
+        self.step_size = positive_int(self._name, "step_size", step_size)
         self.gamma = gamma
         super().__init__(optimizer, last_epoch)
 

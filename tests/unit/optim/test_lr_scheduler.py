@@ -343,7 +343,7 @@ def test_milestones_of_pytorch_load() -> None:
 @pytest.mark.parametrize(
     ("build", "match"),
     [
-        (lambda s, o: s.StepLR(o, 0), "step_size must be at least 1"),
+        (lambda s, o: s.StepLR(o, 0), "step_size must be an int of at least 1"),
         (lambda s, o: s.LambdaLR(o, [abs]), "1 values, but the optimizer has 2 groups"),
         (lambda s, o: s.ConstantLR(o, 1.5), "factor must lie in"),
         (lambda s, o: s.ConstantLR(o, 0.0), "factor must lie in"),
