@@ -15,8 +15,6 @@ from typing import Protocol
 
 import numpy as np
 
-from flame.ops.random import default_generator
-
 __all__ = ["Purpose", "Seeded", "random_generator", "seed_of"]
 
 _WORD = 2**64
@@ -46,7 +44,11 @@ def seed_of(generator: Seeded | None) -> int:
     Only its seed is read and nothing is drawn from it: a loader that is made or not made changes no
     other random number of the program, and a resumed run draws what an uninterrupted one does.
     """
-    return int((default_generator if generator is None else generator).initial_seed())
+    if generator is None:
+        from flame.ops.random import default_generator
+
+        generator = default_generator
+    return int(generator.initial_seed())
 
 
 def random_generator(

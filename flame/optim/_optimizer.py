@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
-from flame.core.errors import ArgumentError, DTypeError, UnsupportedError
+from flame.core.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 from flame.optim import _state_dict
 from flame.optim._tensors import Tensor, enable_grad, no_grad, zeros_like
 
@@ -212,6 +212,8 @@ class Optimizer:
                 gradient = parameter.grad
                 if gradient is None:
                     continue
+                if gradient.shape != parameter.shape or gradient.dtype is not parameter.dtype:
+                    raise self._misfit(parameter, gradient)
                 state = self.state[parameter]
                 step = self._advance(parameter, state, update, group)
                 if step != scalars_step:
@@ -222,6 +224,13 @@ class Optimizer:
                     UpdateCall(update.function, (parameter, gradient, *buffers), scalars, outputs)
                 )
         return calls
+
+    def _misfit(self, parameter: Tensor, gradient: Tensor) -> ShapeError:
+        return ShapeError(
+            f"{self._name}: a parameter of shape {tuple(parameter.shape)} and dtype "
+            f"{parameter.dtype.name} has a gradient of shape {tuple(gradient.shape)} and dtype "
+            f"{gradient.dtype.name}; assign gradients of the parameter's own shape and dtype"
+        )
 
     def _advance(
         self, parameter: Tensor, state: dict[str, Any], update: Update, group: dict[str, Any]

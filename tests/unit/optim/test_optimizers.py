@@ -12,7 +12,14 @@ import torch
 
 import flame
 from flame import optim
-from flame.core.errors import ArgumentError, DTypeError, StateError, UnsupportedError
+from flame.core.errors import (
+    ArgumentError,
+    DTypeError,
+    GradientError,
+    ShapeError,
+    StateError,
+    UnsupportedError,
+)
 
 STEPS = 20
 SHAPES = [(3, 4), (5,), (2, 1, 3), (), (0, 2)]
@@ -256,6 +263,43 @@ def test_a_transposed_gradient_is_read_by_its_strides() -> None:
     optim.Adam([a]).step()
     torch.optim.Adam([b]).step()
     np.testing.assert_allclose(a.detach().numpy(), b.detach().numpy(), rtol=1e-12)
+
+
+def test_a_gradient_of_another_shape_or_dtype_is_refused() -> None:
+    parameter = flame.tensor(np.ones(3, np.float32), requires_grad=True)
+    optimizer = optim.SGD([parameter], lr=0.5)
+    for wrong in (np.ones(1, np.float32), np.ones(3, np.float64)):
+        with pytest.raises((ShapeError, DTypeError, GradientError), match="gradient"):
+            step_with(optimizer, parameter, flame.tensor(wrong))
+    assert parameter.tolist() == [1.0, 1.0, 1.0]
+
+
+def step_with(optimizer: optim.Optimizer, parameter: Any, gradient: flame.Tensor) -> None:
+    parameter.grad = gradient
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Lion", "RMSprop", "Adagrad"])
+def test_half_width_parameters_follow_the_full_ones(name: str) -> None:
+    options = {"lr": 0.05, **({"momentum": 0.9} if name == "SGD" else {})}
+    full = flame_parameters(np.float32)
+    half = [
+        flame.tensor(value, dtype=flame.bfloat16, requires_grad=True)
+        for value in values(np.float32, 0)
+    ]
+    kind = getattr(optim, name)
+    advance(kind(full, **options), full, flame.tensor, np.float32, range(STEPS))
+    advance(
+        kind(half, **options),
+        half,
+        lambda gradient: flame.tensor(gradient, dtype=flame.bfloat16),
+        np.float32,
+        range(STEPS),
+    )
+    for a, b in zip(full, half, strict=True):
+        assert b.dtype is flame.bfloat16
+        narrow = b.detach().numpy().astype(np.float32)
+        np.testing.assert_allclose(narrow, a.detach().numpy(), rtol=0.05, atol=0.2)
 
 
 def test_centered_rmsprop_survives_equal_gradients() -> None:
