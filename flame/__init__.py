@@ -30,7 +30,10 @@ from flame.ops.arithmetic import *  # noqa: F403 - each module names its exports
 from flame.ops.comparison import *  # noqa: F403
 from flame.ops.mathematics import *  # noqa: F403
 from flame.ops.powers import *  # noqa: F403
+from flame.ops.division import *  # noqa: F403
+from flame.ops.bitwise import *  # noqa: F403
 from flame.ops.conversion import *  # noqa: F403
+from flame.ops.convolution import *  # noqa: F403
 from flame.ops.creation import *  # noqa: F403
 from flame.ops.indexing import *  # noqa: F403
 from flame.ops.contractions import *  # noqa: F403
@@ -38,6 +41,7 @@ from flame.ops.products import *  # noqa: F403
 from flame.ops.reductions import *  # noqa: F403
 from flame.ops.shapes import *  # noqa: F403
 from flame.ops.softmax import *  # noqa: F403
+from flame.ops.normalization import *  # noqa: F403
 from flame.tensor import Tensor
 
 attach()

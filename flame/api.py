@@ -11,6 +11,9 @@ from types import ModuleType
 from typing import Any, Final
 
 from flame.ops import (
+    bitwise,
+    division,
+    normalization,
     powers,
     mathematics,
     comparison,
@@ -18,6 +21,7 @@ from flame.ops import (
     arithmetic,
     contractions,
     conversion,
+    convolution,
     creation,
     indexing,
     products,
@@ -27,6 +31,9 @@ from flame.ops import (
 from flame.tensor import Tensor
 
 MODULES: Final[tuple[ModuleType, ...]] = (
+    bitwise,
+    division,
+    normalization,
     powers,
     mathematics,
     comparison,
@@ -34,6 +41,7 @@ MODULES: Final[tuple[ModuleType, ...]] = (
     arithmetic,
     contractions,
     conversion,
+    convolution,
     creation,
     indexing,
     products,
