@@ -13,7 +13,8 @@ import numpy as np
 from flame.autograd.engine import edge_of
 from flame.autograd.mode import mode
 from flame.autograd.node import Edge, Node, OpNode
-from flame.compiler.plan import Plan, Step, make_plan
+from flame.compiler.pipeline import make_plan
+from flame.compiler.plan import Plan, Step
 from flame.core.errors import DTypeError, GradientError, ShapeError
 from flame.core.types import TensorType
 from flame.kernel.values import Value
@@ -247,7 +248,8 @@ def make_node(plan: Plan, inputs: tuple[Any, ...], attributes: dict[str, Any]) -
                 edge = edge_of(x)
         edges.append(edge)
         needs.append(edge is not None)
-    return OpNode(plan.op, inputs, plan.types, attributes, tuple(needs), edges, plan.outputs)
+    results = plan.outputs[: len(plan.outputs) - plan.op.extras]
+    return OpNode(plan.op, inputs, plan.types, attributes, tuple(needs), edges, results)
 
 
 def record(
@@ -264,7 +266,7 @@ def record(
         return
     if "out" in node.names:
         node.keep_outputs(tuple(outputs))
-    for position, made in enumerate(outputs):
+    for position, made in enumerate(outputs[: len(node.outputs)]):
         if made.type.dtype.kind == "f":
             made.node = node
             made.output_index = position
