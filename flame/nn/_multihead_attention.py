@@ -12,7 +12,7 @@ import math
 
 import flame
 from flame.core.dtypes import DType
-from flame.core.errors import ArgumentError, ShapeError
+from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.nn import functional as F
 from flame.nn import init
 from flame.nn._arguments import Device
@@ -282,7 +282,13 @@ class MultiheadAttention(Module):
 
 def additive_mask(mask: Tensor, dtype: DType) -> Tensor:
     """A mask that is added to scores: -inf where a boolean mask is True, and 0 elsewhere."""
-    if mask.dtype is not flame.bool_:
-        return mask.to(dtype)
+    if mask.is_floating_point():
+        result: Tensor = mask.to(dtype)
+        return result
+    if mask.dtype is not flame.bool:
+        raise DTypeError(
+            f"MultiheadAttention: a mask must be boolean or floating, got {mask.dtype}; "
+            "convert it by mask.bool()"
+        )
     zeros = flame.zeros(tuple(mask.shape), dtype=dtype, device=mask.device)
     return zeros.masked_fill(mask, -math.inf)

@@ -49,7 +49,7 @@ class _TimeSteps(Function):
 
     @staticmethod
     def forward(ctx: Any, sequence: Tensor) -> Any:
-        return tuple(sequence.unbind(0))
+        return tuple(sequence.detach().unbind(0))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

@@ -280,8 +280,11 @@ class Module:
                 continue
             if set_to_none:
                 parameter.grad = None
-            else:
-                parameter.grad = gradient.detach().zero_()
+                continue
+            if not gradient.is_leaf:  # of a backward pass with create_graph=True
+                gradient.detach_()
+            gradient.requires_grad_(False)
+            gradient.zero_()
 
     # Conversion
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 import flame
+import flame.nn
+import flame.optim
 
 torch = pytest.importorskip("torch")
 

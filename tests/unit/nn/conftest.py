@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import flame
+import flame.nn
 
 TOLERANCES = {"float32": (2e-4, 2e-5), "float64": (1e-9, 1e-10)}  # relative, absolute
 

@@ -9,7 +9,7 @@ import pytest
 
 import flame
 from flame import nn
-from flame.core.errors import ArgumentError, ShapeError, UnsupportedError
+from flame.core.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
@@ -123,6 +123,8 @@ def test_attention_refuses() -> None:
         attention(x, x, x, is_causal=True)
     with pytest.raises(ShapeError, match=r"MultiheadAttention.*\(4, 3, 7\)"):
         attention(x, x[..., :7], x)
+    with pytest.raises(DTypeError, match="boolean or floating"):
+        attention(x, x, x, attn_mask=flame.zeros(4, 4, dtype=flame.int64))
     with pytest.raises(ShapeError, match=r"attn_mask must be \(4, 4\)"):
         attention(x, x, x, attn_mask=flame.zeros(3, 3))
     with pytest.raises(ShapeError, match=r"key_padding_mask must be \(3, 4\)"):
