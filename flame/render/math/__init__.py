@@ -1,9 +1,10 @@
-"""Transcendental instructions in terms of basic ones, so that a renderer without a mathematical library
-can emit them for whole vectors.
+"""Transcendental instructions in terms of basic ones, so that a renderer can emit whole vectors.
 
-Invariant: an expansion holds over the entire range of its dtype, with NaN, infinities, zeros of both signs
-and subnormal numbers, and within the error that `ERROR_BOUNDS` states, in units in the last place of the
-exact result. Only sin, cos and tan of huge arguments are left to the C library, behind a rarely taken branch.
+Invariant: an expansion holds over the entire range of its dtype, with NaN, infinities, zeros of
+both signs and subnormal numbers, within the error that its docstring states, in units in the last
+place (ulp) of the exact result. Only sin, cos and tan of huge arguments are left to the C library,
+behind a rarely taken branch. Floating arithmetic must not be reassociated or flushed to zero, and
+integer arithmetic must wrap.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from typing import Final
 
 from flame.core.errors import CompileError
 from flame.kernel.values import Value
-from flame.render.math import (
-    error_function, exponential, logarithm, power, trigonometric,
-)  # fmt: skip
+from flame.render.math import error_function, exponential, logarithm, power, trigonometric
 from flame.render.math._blocks import FORMATS
 
 _UNARY: Final[Mapping[str, Callable[[Value], Value]]] = {
@@ -40,15 +39,16 @@ _UNARY: Final[Mapping[str, Callable[[Value], Value]]] = {
     "rsqrt": power.rsqrt,
 }
 _BINARY: Final[Mapping[str, Callable[[Value, Value], Value]]] = {
-    "pow": power.pow_,
+    "pow": power.power,
     "atan2": trigonometric.atan2,
 }
 
 
 def expand(op: str, args: tuple[Value, ...]) -> Value:
-    """The instruction ``op`` on ``args`` (float32 or float64; pow also integers) in basic instructions.
+    """The instruction ``op`` on ``args`` in basic instructions.
 
-    Raises CompileError for an instruction or a dtype that has no expansion.
+    args: of one dtype, float32 or float64; for pow also integers. Raises CompileError for an
+    instruction or a dtype that has no expansion.
     """
     dtype = args[0].dtype
     if dtype in FORMATS or (op == "pow" and dtype.kind in "iu"):
@@ -57,6 +57,6 @@ def expand(op: str, args: tuple[Value, ...]) -> Value:
         if op in _BINARY and len(args) == 2:
             return _BINARY[op](args[0], args[1])
     raise CompileError(
-        f"{op} of ({', '.join(a.dtype.name for a in args)}) has no expansion into basic instructions; "
-        "cast to float32 or float64 first"
+        f"{op} of ({', '.join(a.dtype.name for a in args)}) has no expansion into basic "
+        "instructions; cast to float32 or float64 first"
     )

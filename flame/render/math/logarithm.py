@@ -1,8 +1,9 @@
 """log, log2, log10 and log1p.
 
-Method: x = 2**k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and a minimax polynomial for the logarithm of
-1 + f beyond its leading term (Cody & Waite, 1980). The polynomials were computed by Remez's exchange for the
-least relative error of the result, each coefficient rounded to the dtype before the next were fitted.
+Method: x = 2**k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)), and a minimax polynomial for the
+logarithm of 1 + f beyond its leading term (Cody & Waite, "Software Manual for the Elementary
+Functions", 1980). The polynomials were computed by Remez's exchange for the least relative error of
+the result, each coefficient rounded to the dtype before the next were fitted.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from typing import Final
 from flame.core import dtypes
 from flame.core.dtypes import DType
 from flame.kernel.values import Value, binary, bitcast, cast, compare, fma, select
-from flame.render.math._blocks import LN2, bits, bits_of, form, horner, number, split_constant
+from flame.render.math._blocks import (
+    LN2,
+    bits,
+    bits_of,
+    form,
+    long_polynomial,
+    number,
+    split_constant,
+)
 
 _SQRT_HALF: Final = math.sqrt(0.5)
 
@@ -90,22 +99,23 @@ _DECIMAL: Final = _Base(
 
 
 def log(x: Value) -> Value:
-    """The natural logarithm."""
+    """The natural logarithm, within 1 ulp (float64: 1.5)."""
     return _logarithm(x, _NATURAL)
 
 
 def log2(x: Value) -> Value:
-    """The logarithm to base 2; exact for powers of two."""
+    """The logarithm to base 2, within 1 ulp (float64: 1.5); exact for powers of two."""
     return _logarithm(x, _BINARY)
 
 
 def log10(x: Value) -> Value:
-    """The logarithm to base 10."""
+    """The logarithm to base 10, within 1 ulp (float64: 1.5)."""
     return _logarithm(x, _DECIMAL)
 
 
 def log1p(x: Value) -> Value:
-    """log(1 + x): the k of the rounded 1 + x, but f of the exact one, (1 + x) 2**-k - 1."""
+    """log(1 + x), within 2 ulp: with the k of the rounded 1 + x, but f of the exact one,
+    (1 + x) 2**-k - 1."""
     total = x + 1.0
     exponent_bits, exponent = _exponent(total, None)
     inverse = bitcast(bits_of(1.0, x) - exponent_bits, x.dtype)  # 2**-k
@@ -114,8 +124,7 @@ def log1p(x: Value) -> Value:
     huge = compare("gt", x, number(2.0 ** (form(x).mantissa + 2), x))
     fraction = select(huge, _mantissa(total, exponent_bits) - 1.0, exact)
     result = _combine(exponent, fraction, _NATURAL)
-    signed = binary("copysign", _edges(total, result), x)  # log1p(-0) is -0
-    return signed
+    return binary("copysign", _edges(total, result), x)  # log1p(-0) is -0
 
 
 def _logarithm(x: Value, base: _Base) -> Value:
@@ -135,8 +144,11 @@ def reduce(x: Value, *, subnormal: bool = True) -> tuple[Value, Value]:
 
 
 def _exponent(x: Value, raised: Value | None) -> tuple[Value, Value]:
-    """k of a normal x = 2**k m, in the place of the exponent's bits and as a number, less the stored bits
-    of the mantissa where ``raised``."""
+    """k of a normal x = 2**k m: in the place of the exponent's bits, and as a number.
+
+    Where ``raised``, x was multiplied by two to the stored bits of the mantissa, and the number is
+    that of the original.
+    """
     f = form(x)
     exponent_bits = (bits(x) - bits_of(_SQRT_HALF, x)) & f.exponent_mask
     if x.dtype is dtypes.float32:
@@ -162,9 +174,9 @@ def _combine(exponent: Value, fraction: Value, base: _Base) -> Value:
     """k unit + leading f + f P(f), the small terms first."""
     series = base.series[exponent.dtype]
     if series[0]:
-        small = fraction * horner(fraction, series)
+        small = fraction * long_polynomial(fraction, series)
     else:
-        small = fraction * fraction * horner(fraction, series[1:])
+        small = fraction * fraction * long_polynomial(fraction, series[1:])
     unit, rest = split_constant(*base.unit, exponent)
     # in float32 the rest of ln 2 is below 0.05 ulp of any result
     if base is _DECIMAL or (base is _NATURAL and exponent.dtype is dtypes.float64):

@@ -1,10 +1,10 @@
 """pow, reciprocal and rsqrt.
 
-Method: |x|**y = 2**(y log2 |x|), with log2(m) = 2 / ln 2 * atanh(s), s = (m - 1) / (m + 1), for a mantissa m in
-[sqrt(1/2), sqrt(2)). As the error of the product is an error relative to the result, the logarithm needs more
-bits than the result: float32 computes in float64, float64 in pairs of numbers (Dekker, "A floating-point
-technique for extending the available precision", 1971, with fused multiply-adds for exact products).
-The polynomials were computed by Remez's exchange.
+Method: |x|**y = 2**(y log2 |x|), with log2(m) = 2 / ln 2 * atanh(s), s = (m - 1) / (m + 1), for a
+mantissa m in [sqrt(1/2), sqrt(2)). As an error of the product is a relative error of the result,
+the logarithm needs more bits than the result has: float32 computes in float64, float64 in pairs of
+numbers (Dekker, "A floating-point technique for extending the available precision", 1971, with
+fused multiply-adds for exact products). The polynomials were computed by Remez's exchange.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ from typing import Final
 
 from flame.core import dtypes
 from flame.kernel.values import (
-    Number, Value, binary, cast, compare, const, fma, is_const, number_of, select, unary,
+    Number,
+    Value,
+    binary,
+    cast,
+    compare,
+    const,
+    fma,
+    is_const,
+    number_of,
+    select,
+    unary,
 )  # fmt: skip
 from flame.render.math._blocks import clamp, horner, nearest, number, times_power
 from flame.render.math.exponential import exp2_sum
@@ -42,18 +52,21 @@ Pair = tuple[Value, Value]  # the unevaluated sum of a number and one below its 
 
 
 def reciprocal(x: Value) -> Value:
-    """1 / x."""
+    """1 / x, within 0.5 ulp."""
     return number(1, x) / x
 
 
 def rsqrt(x: Value) -> Value:
-    """1 / sqrt(x)."""
+    """1 / sqrt(x), within 1.5 ulp."""
     return number(1, x) / unary("sqrt", x)
 
 
-def pow_(x: Value, y: Value) -> Value:
-    """x**y, with C's results at zeros, infinities and NaN; integers wrap, and a negative exponent gives the
-    quotient 1 / x**-y rounded to zero (0 for a base of 0), as PyTorch does."""
+def power(x: Value, y: Value) -> Value:
+    """x**y, within 1 ulp, with C's results at zeros, infinities and NaN.
+
+    Integers wrap; a negative exponent gives the quotient 1 / x**-y rounded to zero, and 0 for a
+    base of 0, as PyTorch does.
+    """
     if x.dtype.kind in "iu":
         return _integer_power(x, y)
     if y.op == "const":

@@ -1,9 +1,9 @@
 """sin, cos, tan and their inverses.
 
-Method: Cody & Waite's reduction by multiples of pi/2 in three parts ("Software Manual for the Elementary
-Functions", 1980), and minimax polynomials computed by Remez's exchange for the least relative error of the
-result, each coefficient rounded to the dtype before the next were fitted. Arguments beyond `_LIMIT`, which
-are rare, go to the C library.
+Method: Cody & Waite's reduction by multiples of pi/2 in three parts ("Software Manual for the
+Elementary Functions", 1980), and minimax polynomials computed by Remez's exchange for the least
+relative error of the result, each coefficient rounded to the dtype before the next were fitted.
+Arguments beyond `_LIMIT`, which are rare, go to the C library.
 """
 
 from __future__ import annotations
@@ -15,11 +15,19 @@ from typing import Final
 from flame.core import dtypes
 from flame.kernel.values import Value, binary, compare, fma, libm, select, unary
 from flame.render.math._blocks import (
-    HALF_PI, PI, Table, bits, flip_sign, form, horner, nearest, number, split_constant,
+    HALF_PI,
+    PI,
+    Table,
+    bits,
+    flip_sign,
+    horner,
+    nearest,
+    number,
+    split_constant,
 )  # fmt: skip
 
-# pi/2 in three parts; the first is also a multiple of the unit in the last place of any argument's
-# remainder, so that subtracting it is exact
+# pi/2 in three parts. Multiples of the first, and arguments above 1/2, are multiples of one unit of
+# which a remainder below 1 has no more than fit into a mantissa: subtracting the first is exact.
 _HALF_PI: Final[Table] = {
     dtypes.float32: (1.5707964, -4.371139e-08, -1.7151245e-15),
     dtypes.float64: (1.5707963267948966, 6.123233995736766e-17, -1.4973849048591815e-33),
@@ -70,7 +78,7 @@ _ATAN: Final[Table] = {
 
 
 def sin(x: Value) -> Value:
-    """The sine of x in radians."""
+    """The sine of x in radians, within 1.5 ulp."""
 
     def by_quadrant(quadrant: Value, sine: Value, cosine: Value) -> Value:
         flipped = bits(x) ^ (quadrant << (x.dtype.bits - 2))
@@ -80,7 +88,7 @@ def sin(x: Value) -> Value:
 
 
 def cos(x: Value) -> Value:
-    """The cosine of x in radians."""
+    """The cosine of x in radians, within 1.5 ulp."""
 
     def by_quadrant(quadrant: Value, sine: Value, cosine: Value) -> Value:
         flipped = (quadrant + 1) << (x.dtype.bits - 2)
@@ -90,7 +98,7 @@ def cos(x: Value) -> Value:
 
 
 def tan(x: Value) -> Value:
-    """The tangent of x in radians."""
+    """The tangent of x in radians, within 3 ulp."""
 
     def by_quadrant(quadrant: Value, sine: Value, cosine: Value) -> Value:
         odd = _odd(quadrant)
@@ -105,12 +113,13 @@ def _odd(quadrant: Value) -> Value:
 
 
 def _circular(name: str, x: Value, by_quadrant: Callable[[Value, Value, Value], Value]) -> Value:
-    """``by_quadrant(n, sin(r), cos(r))`` for |x| = n pi/2 + r; n counts modulo a power of two above 4."""
+    """``by_quadrant(n, sin(r), cos(r))`` for |x| = n pi/2 + r; only the low bits of n are right."""
     size = abs(x)
     shifted, count = nearest(size, 2 / math.pi)
     rest, lost = _remainder(size, count)
     square = rest * rest
-    # what the remainder's rounding lost is up to a unit in the sine's last place, and less in the cosine's
+    # what the remainder's rounding lost is up to a unit of the sine's last place, but half of the
+    # cosine's
     sine = rest + fma(rest * square, horner(square, _SIN[x.dtype]), lost)
     cosine = horner(square, _COS[x.dtype])
     near = by_quadrant(bits(shifted), sine, cosine)
@@ -122,7 +131,7 @@ def _remainder(size: Value, count: Value) -> tuple[Value, Value]:
     """size - count pi/2, as a number and what its rounding lost."""
     first, second, third = (number(-part, size) for part in _HALF_PI[size.dtype])
     exact = fma(count, first, size)
-    # Dekker's fast sum: right where |exact| >= |small|, and where they cancel, as the sum is exact then
+    # Dekker's fast sum: right where |exact| >= |small|, and where they cancel and the sum is exact
     small = count * second
     rest = exact + small
     lost = small - (rest - exact)
@@ -130,7 +139,10 @@ def _remainder(size: Value, count: Value) -> tuple[Value, Value]:
 
 
 def asin(x: Value) -> Value:
-    """The angle in [-pi/2, pi/2]; NaN beyond [-1, 1]. Above 1/2, pi/2 - 2 asin(sqrt((1 - x) / 2))."""
+    """The angle in [-pi/2, pi/2], within 2.5 ulp; NaN beyond [-1, 1].
+
+    Above 1/2 it is pi/2 - 2 asin(sqrt((1 - x) / 2)).
+    """
     size = abs(x)
     outer, angle = _asin_folded(size)
     half_pi, rest = split_constant(*HALF_PI, x)
@@ -139,7 +151,7 @@ def asin(x: Value) -> Value:
 
 
 def acos(x: Value) -> Value:
-    """The angle in [0, pi]; NaN beyond [-1, 1]. Near ±1, from asin(sqrt((1 - |x|) / 2)) as in `asin`."""
+    """The angle in [0, pi], within 1.5 ulp; NaN beyond [-1, 1]. Folded as `asin`."""
     outer, angle = _asin_folded(abs(x))
     half_pi, half_rest = split_constant(*HALF_PI, x)
     pi, rest = split_constant(*PI, x)
@@ -150,7 +162,7 @@ def acos(x: Value) -> Value:
 
 
 def _asin_folded(size: Value) -> tuple[Value, Value]:
-    """Whether size > 1/2, and asin(sqrt((1 - size) / 2)) where it is, asin(size) where it is not."""
+    """Whether size > 1/2; and asin(sqrt((1 - size) / 2)) where so, asin(size) elsewhere."""
     outer = compare("gt", size, number(0.5, size))
     square = select(outer, fma(size, number(-0.5, size), number(0.5, size)), size * size)
     root = select(outer, unary("sqrt", square), size)
@@ -158,7 +170,7 @@ def _asin_folded(size: Value) -> tuple[Value, Value]:
 
 
 def atan(x: Value) -> Value:
-    """The angle in [-pi/2, pi/2]. Above 1, pi/2 - atan(1/x)."""
+    """The angle in [-pi/2, pi/2], within 2 ulp. Above 1 it is pi/2 - atan(1/x)."""
     size = abs(x)
     inverted = compare("gt", size, number(1, x))
     angle = _atan_below_one(select(inverted, number(1, x) / size, size))
@@ -172,7 +184,10 @@ def _atan_below_one(ratio: Value) -> Value:
 
 
 def atan2(y: Value, x: Value) -> Value:
-    """The angle of the point (x, y) in [-pi, pi], with C's results at zeros and infinities."""
+    """The angle of the point (x, y) in [-pi, pi], within 2 ulp.
+
+    Zeros and infinities give C's results.
+    """
     zero, one = number(0, x), number(1, x)
     high, wide = abs(y), abs(x)
     steep = compare("gt", high, wide)
