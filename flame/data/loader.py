@@ -101,7 +101,7 @@ class DataLoader:
         self._seed: int | None = None
         self._progress = Progress(epoch=0, batches=0)
         self._started = False  # whether the progress is of an iteration, or where the next begins
-        self._sampler_state: Any = None
+        self._sampler_state: Any = None  # as it was when the latest iteration began
         self._pool: WorkerPool | None = None
 
     def __iter__(self) -> Iterator[Any]:
@@ -158,12 +158,12 @@ class DataLoader:
         if self._seed is None:
             self._seed = seed_of(self.generator)
         epoch, batches = self._position()
-        sampler = self._sampler_state if batches else self._present_sampler_state()
+        within = self._started and not self._progress.finished
         return {
             "seed": self._seed,
             "epoch": epoch,
             "batches": batches,
-            "sampler": sampler,
+            "sampler": self._sampler_state if within else self._present_sampler_state(),
             "batch_size": self.batch_size,
             "samples": self._samples(),
         }
@@ -192,7 +192,6 @@ class DataLoader:
             source.load_state_dict(state_dict["sampler"])
         self._seed = int(state_dict["seed"])
         self._progress = Progress(int(state_dict["epoch"]), int(state_dict["batches"]))
-        self._sampler_state = state_dict["sampler"]
         self._started = False
 
     def _default_sampler(self, shuffle: bool) -> Iterable[int] | None:
