@@ -32,14 +32,20 @@ from flame.ops.mathematics import *  # noqa: F403
 from flame.ops.powers import *  # noqa: F403
 from flame.ops.division import *  # noqa: F403
 from flame.ops.bitwise import *  # noqa: F403
+from flame.ops.bivariate import *  # noqa: F403
+from flame.ops.activations import *  # noqa: F403
 from flame.ops.conversion import *  # noqa: F403
 from flame.ops.convolution import *  # noqa: F403
 from flame.ops.creation import *  # noqa: F403
 from flame.ops.indexing import *  # noqa: F403
+from flame.ops.joining import *  # noqa: F403
+from flame.ops.masking import *  # noqa: F403
 from flame.ops.contractions import *  # noqa: F403
 from flame.ops.products import *  # noqa: F403
 from flame.ops.reductions import *  # noqa: F403
 from flame.ops.shapes import *  # noqa: F403
+from flame.ops.slicing import *  # noqa: F403
+from flame.ops.subscript import *  # noqa: F403
 from flame.ops.softmax import *  # noqa: F403
 from flame.ops.normalization import *  # noqa: F403
 from flame.tensor import Tensor

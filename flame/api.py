@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import Any, Final
 
 from flame.ops import (
+    activations,
+    bivariate,
     bitwise,
     division,
     normalization,
@@ -24,13 +26,19 @@ from flame.ops import (
     convolution,
     creation,
     indexing,
+    joining,
+    masking,
     products,
     reductions,
     shapes,
+    slicing,
+    subscript,
 )
 from flame.tensor import Tensor
 
 MODULES: Final[tuple[ModuleType, ...]] = (
+    activations,
+    bivariate,
     bitwise,
     division,
     normalization,
@@ -44,9 +52,13 @@ MODULES: Final[tuple[ModuleType, ...]] = (
     convolution,
     creation,
     indexing,
+    joining,
+    masking,
     products,
     reductions,
     shapes,
+    slicing,
+    subscript,
 )
 
 

@@ -19,6 +19,7 @@ from flame.core.errors import DTypeError
 from flame.kernel import values
 from flame.kernel.values import Value, cast, compare, const, select, unary
 from flame.ops.comparison import clamp, where
+from flame.ops.creation import zeros_like
 from flame.ops.elementwise import (
     Elementwise, common_dtype, elementwise, scalar_unary, to_bool, to_float,
 )  # fmt: skip
@@ -54,6 +55,11 @@ def _float_only(name: str, types: Types) -> tuple[list[DType], list[DType]]:
 def _as_first(name: str, types: Types) -> tuple[list[DType], list[DType]]:
     first = common_dtype(types[:1])
     return [first] * len(types), [first]
+
+
+def without_slope(g: Any) -> Any:
+    """The gradient of what is constant between its jumps."""
+    return 0 if isinstance(g, Value) else zeros_like(g)
 
 
 def _floats(
@@ -200,7 +206,7 @@ _abs = elementwise(
     reference=np.abs, avoid=(0.0,),
 )  # fmt: skip
 _sign = elementwise(
-    "sign", _sign_scalar, vjp=(lambda g: g * 0,), reference=np.sign, avoid=(0.0,)
+    "sign", _sign_scalar, vjp=(without_slope,), reference=np.sign, avoid=(0.0,)
 )
 
 
@@ -209,7 +215,7 @@ def _rounding(name: str, reference: Callable[..., Any]) -> Elementwise:
         return unary(name, x) if x.dtype.kind == "f" else x
 
     return elementwise(
-        name, scalar, rule=_numeric, vjp=(lambda g: g * 0,), reference=reference,
+        name, scalar, rule=_numeric, vjp=(without_slope,), reference=reference,
         avoid=tuple(n / 2 for n in range(-8, 9)),
     )  # fmt: skip
 
