@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -399,6 +401,18 @@ def test_an_exception_in_the_loop_body_ends_the_threads() -> None:
 
     with pytest.raises(BrokenError):
         consume()
+
+
+def test_the_interpreter_may_end_in_the_middle_of_an_iteration() -> None:
+    script = (
+        "from flame.data import DataLoader\n"
+        "iterator = iter(DataLoader(list(range(1000)), 2, num_workers=2))\n"
+        "print(next(iterator).tolist())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[0, 1]\n", "")
 
 
 def test_no_more_than_the_prefetched_are_made() -> None:
