@@ -101,7 +101,10 @@ class OpNode(Node):
         """Keep the outputs, given without their tape, if a formula names them."""
         if "out" in self.names:
             assert self.kept is not None
-            self.kept[self.names.index("out")] = [Saved(t.alias()) for t in outputs]
+            unkept = len(self.outputs) if self.op.extras else 0
+            self.kept[self.names.index("out")] = [
+                None if i < unkept else Saved(t.alias()) for i, t in enumerate(outputs)
+            ]
 
     def release(self) -> None:
         self.kept = None
@@ -125,7 +128,11 @@ class OpNode(Node):
             if name != "out":
                 return tensors
             if attach:
-                tensors = tuple(t.alias(self, i) for i, t in enumerate(tensors))
+                known = len(self.outputs)  # the rest are extras, which have no history
+                tensors = tuple(
+                    t if t is None or i >= known else t.alias(self, i)
+                    for i, t in enumerate(tensors)
+                )
             return tensors[0] if len(tensors) == 1 else tensors
         return kept
 

@@ -91,9 +91,12 @@ class Op:
     updates: the result starts as a copy of the first input, which the first kernel makes; it is left
         out where the op runs in place on that input.
     reads(type): whether the kernel can read an operand of this layout; others are copied first.
+    extras: how many of the last outputs serve the backward pass alone. No gradient flows through them,
+        and ``out`` holds only them (None in place of the others), so a large result is not kept.
     """
 
     updates = False
+    extras = 0
 
     def __init__(
         self,
@@ -109,10 +112,12 @@ class Op:
         tolerance: float = 1.0,
         updates: bool = False,
         reads: Callable[[TensorType], bool] | None = None,
+        extras: int = 0,
         register: bool = True,
     ) -> None:
         self.name = name
         self.reads = reads
+        self.extras = extras
         self.inputs = tuple(inputs)
         self.infer = infer
         self.lower = lower

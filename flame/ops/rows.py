@@ -1,9 +1,9 @@
 """Row kernels: several passes over the same elements, row by row, while a row is in cache.
 
-Invariants: a row is all elements that share a kept index. One body serves two layouts: rows that lie
-along memory (vectors run along the row), and rows side by side (vectors run across rows, every lane its
-own row). In both, `RowLoops.each` visits a row's elements and registers made before it hold what the
-row accumulates.
+Invariants: a row is all elements that share a kept index. One body serves two layouts: rows that
+lie along memory (vectors run along the row), and rows side by side (vectors run across rows, every
+lane its own row). In both, `RowLoops.each` visits a row's elements, and registers made before it
+hold what the row accumulates.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from typing import Final
 from flame.core.dtypes import DType
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.kernel import values
-from flame.kernel.builder import BoundKernel, KernelBuilder, Operand, Role
+from flame.kernel.builder import KernelBuilder, Operand, Role
 from flame.kernel.values import Value
-from flame.ops.elementwise import nest_of, walk
 from flame.ops.loops import Nest, by_stride, coalesce
 
 COLUMNS: Final = 64  # rows side by side that one step of a parallel loop takes
@@ -57,9 +56,7 @@ def rows_of(sizes: Shape, row_dims: Sequence[int], strides: Sequence[Shape]) -> 
     order = by_stride(strides[0], sizes)
     kept = coalesce(sizes, strides, [d for d in order if d not in row_dims])
     row = coalesce(sizes, strides, [d for d in order if d in row_dims])
-    columns = bool(kept.sizes) and (
-        not row.sizes or kept.strides[0][-1] < row.strides[0][-1]
-    )
+    columns = bool(kept.sizes) and (not row.sizes or kept.strides[0][-1] < row.strides[0][-1])
     return Rows(kept, row, columns)
 
 
@@ -105,25 +102,6 @@ class RowLoops:
 def unroll_for(extent: int) -> int:
     """Native vectors to handle together in a loop of ``extent`` float32 steps."""
     return 4 if extent >= 64 else 2 if extent >= 32 else 1
-
-
-def packed(
-    role: Role, position: int, x: TensorType, temporaries: list[int], kernels: list[BoundKernel]
-) -> tuple[Role, int, TensorType]:
-    """Where a row-major form of an operand stands: itself, or a temporary that a kernel fills."""
-    if x.contiguous:
-        return role, position, tensor_type(x.dtype, x.shape, None, x.device)
-    made = tensor_type(x.dtype, x.shape)
-    k = KernelBuilder("pack")
-    nest = nest_of((x,), (made,))
-    source = k.tensor(role, position, tensor_type(x.dtype, nest.sizes, nest.strides[0]))
-    target = k.tensor(
-        "temporary", len(temporaries), tensor_type(x.dtype, nest.sizes, nest.strides[1])
-    )
-    walk(k, nest, lambda index: k.store(target, index, source[index]), light=True)
-    kernels.append(k.bind())
-    temporaries.append(max(x.numel, 1) * x.dtype.itemsize)
-    return "temporary", len(temporaries) - 1, made
 
 
 def type_of(x: object) -> TensorType:

@@ -1,7 +1,7 @@
 """Softmax and its kin over one dimension, as fused row kernels.
 
-Invariant: exponentials are taken of differences to the row's maximum, so nothing overflows; a row of
--inf alone gives NaN, as its softmax has no value.
+Invariant: exponentials are taken of differences to the row's maximum, so nothing overflows; a row
+of -inf alone gives NaN, as its softmax has no value.
 """
 
 from __future__ import annotations
@@ -49,9 +49,7 @@ def _infer(name: str) -> Callable[..., TensorType]:
 class RowKernel:
     """A kernel over the rows along ``dim`` of equally shaped operands, outputs last."""
 
-    def __init__(
-        self, name: str, types: Types, outputs: tuple[TensorType, ...], dim: int
-    ) -> None:
+    def __init__(self, name: str, types: Types, outputs: tuple[TensorType, ...], dim: int) -> None:
         self.k = KernelBuilder(name)
         inputs = [type_of(t) for t in types]
         out = outputs[0]
@@ -180,10 +178,11 @@ def _samples(count: int) -> list[Sample]:
 def _exp(x: Tensor) -> Tensor:
     from flame.ops.mathematics import exp
 
-    return exp(x)
+    result: Tensor = exp(x)
+    return result
 
 
-softmax_backward = Op(
+softmax_backward: Op = Op(
     "softmax_backward", inputs=("grad", "y"), infer=_infer("softmax_backward"),
     lower=_lower_softmax_backward,
     vjp=(
@@ -196,7 +195,7 @@ softmax_backward = Op(
     reference=_reference_softmax_backward, samples=_samples(2),
 )  # fmt: skip
 
-log_softmax_backward = Op(
+log_softmax_backward: Op = Op(
     "log_softmax_backward", inputs=("grad", "y"), infer=_infer("log_softmax_backward"),
     lower=_lower_log_softmax_backward,
     vjp=(

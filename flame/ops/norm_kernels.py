@@ -1,0 +1,366 @@
+"""Kernels of the normalizations: statistics, scale and shift in one visit of each row.
+
+Invariants: variances are means of squared differences to the mean, taken in a second pass over a
+row that is in cache, so no cancellation occurs; statistics of half-width floats are float32.
+Gradients of scale and shift are sums in an order that depends on shapes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from flame.core.dtypes import DType
+from flame.core.types import Shape, TensorType, tensor_type
+from flame.kernel import values
+from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Operand
+from flame.kernel.values import Value, cast, const
+from flame.ops.elementwise import compute_dtype
+from flame.ops.op import Types
+from flame.ops.rows import COLUMNS, Index, RowLoops, Rows, rows_of, type_of, unroll_for
+
+PARTS: Final = 64  # runs of rows whose contributions to a parameter's gradient are summed apart
+
+Load = Callable[[Operand, Index], Value]
+
+
+class Statistics:
+    """Sums over one row, written into a kernel."""
+
+    def __init__(self, loops: RowLoops, compute: DType, count: Value) -> None:
+        self.loops, self.k, self.compute = loops, loops.k, compute
+        self.count = cast(count, compute)
+
+    def load(self, operand: Operand, index: Index) -> Value:
+        return cast(operand[index], self.compute)
+
+    def sums(self, row: Index, terms: Callable[[Index], tuple[Value, ...]], n: int) -> list[Value]:
+        """Sums of ``n`` terms over the row."""
+        totals = [self.k.register(0.0, self.compute) for _ in range(n)]
+        with self.loops.each(row) as index:
+            for total, term in zip(totals, terms(index), strict=True):
+                self.k.accumulate(total, "add", term)
+        return [values.read(total) for total in totals]
+
+    def mean(self, x: Operand, row: Index) -> Value:
+        (total,) = self.sums(row, lambda index: (self.load(x, index),), 1)
+        return total / self.count
+
+    def variance(self, x: Operand, row: Index, mean: Value) -> Value:
+        def square(index: Index) -> tuple[Value]:
+            difference = self.load(x, index) - mean
+            return (difference * difference,)
+
+        return self.sums(row, square, 1)[0] / self.count
+
+
+def inverse_root(variance: Value, eps: Value) -> Value:
+    """1 / sqrt(variance + eps)."""
+    return const(1.0, variance.dtype) / values.unary("sqrt", variance + cast(eps, variance.dtype))
+
+
+class NormKernel:
+    """A kernel over the rows of x, with scale and shift as far as they are given.
+
+    operands: (role, position, dtype, strides in the dimensions ``sizes``); the first decides the
+    order of the loops.
+    """
+
+    def __init__(
+        self, name: str, sizes: Shape, reduced: tuple[int, ...],
+        operands: list[tuple[str, int, DType, Shape]], compute: DType,
+    ) -> None:  # fmt: skip
+        self.k = KernelBuilder(name)
+        self.rows: Rows = rows_of(sizes, reduced, [o[3] for o in operands])
+        self.loops = RowLoops(self.k, self.rows)
+        self.operands: dict[tuple[str, int], Operand] = {}
+        for which, (role, position, dtype, _) in enumerate(operands):
+            made = self.rows.operand(self.k, role, position, dtype, which)  # type: ignore[arg-type]
+            self.operands[role, position] = made
+        self.statistics = Statistics(self.loops, compute, self.k.size(self.rows.length))
+
+
+def lower_forward(
+    name: str, sizes: Shape, reduced: tuple[int, ...], types: Types,
+    outputs: tuple[TensorType, ...], strides: list[Shape | None], *, centred: bool,
+) -> Lowering:  # fmt: skip
+    """y = (x - mean) * rstd * weight + bias; outputs (y,) or (y, mean, variance).
+
+    ``strides`` of x, weight, bias and the outputs in the dimensions ``sizes``; None: left out.
+    """
+    x_type = type_of(types[0])
+    compute = compute_dtype(x_type.dtype)
+    operands: list[tuple[str, int, DType, Shape]] = []
+    for position in range(3):
+        s = strides[position]
+        if s is not None:
+            operands.append(("input", position, type_of(types[position]).dtype, s))
+    for position, out in enumerate(outputs):
+        s = strides[3 + position]
+        assert s is not None
+        operands.append(("output", position, out.dtype, s))
+    kernel = NormKernel(name, sizes, reduced, operands, compute)
+    k, statistics = kernel.k, kernel.statistics
+    eps = k.number(3, float)
+    found = kernel.operands
+    x, y = found["input", 0], found["output", 0]
+    weight, bias = found.get(("input", 1)), found.get(("input", 2))
+    load = statistics.load
+    with kernel.loops.each_row(passes=4) as row:
+        if centred:
+            mean = statistics.mean(x, row)
+            variance = statistics.variance(x, row, mean)
+        else:
+            mean = const(0.0, compute)
+            variance = statistics.variance(x, row, mean)
+        scale = inverse_root(variance, eps)
+        with kernel.loops.each(row) as index:
+            made = (load(x, index) - mean) * scale
+            if weight is not None:
+                made = made * load(weight, index)
+            if bias is not None:
+                made = made + load(bias, index)
+            k.store(y, index, made)
+        if len(outputs) > 1:
+            first = (*row, *(const(0) for _ in kernel.rows.row.sizes))
+            k.store(found["output", 1], first, mean)
+            k.store(found["output", 2], first, variance)
+    return k.finish()
+
+
+def _inputs(
+    k: KernelBuilder, types: Types, shape: Shape, scale: Shape
+) -> tuple[Operand, Operand, Operand | None]:
+    """grad, x and weight, all row-major, seen with these shapes."""
+    grad, x, weight = types[:3]
+    return (
+        k.tensor("input", 0, tensor_type(type_of(grad).dtype, shape)),
+        k.tensor("input", 1, tensor_type(type_of(x).dtype, shape)),
+        None if weight is None else k.tensor("input", 2, tensor_type(type_of(weight).dtype, scale)),
+    )
+
+
+def _with_sums(k: KernelBuilder, sums: TensorType, outputs: tuple[TensorType, ...]) -> Lowering:
+    """The kernel, then the sums over runs of the temporaries that it filled."""
+    totals = [sum_parts(sums, i, out, i + 1) for i, out in enumerate(outputs[1:])]
+    nbytes = max(sums.numel, 1) * sums.dtype.itemsize
+    return Lowering((k.bind(), *totals), (nbytes,) * len(totals))
+
+
+def lower_layer_backward(
+    types: Types, outputs: tuple[TensorType, ...], *, length: int, centred: bool
+) -> Lowering:
+    """Of (grad, x, weight, eps): dx, and the sums dweight and dbias, from one visit of each row.
+
+    Rows are taken in at most `PARTS` runs; each run sums its own dweight and dbias.
+    """
+    x = type_of(types[1])
+    compute = compute_dtype(x.dtype)
+    count = x.numel // length if length else 0
+    step = max(1, -(-count // PARTS))
+    parts = max(1, -(-count // step))
+    sums = tensor_type(compute, (parts, length))
+    k = KernelBuilder("layer_norm_backward" if centred else "rms_norm_backward")
+    g_rows, x_rows, scale = _inputs(k, types, (count, length), (length,))
+    eps = k.number(3, float)
+    dx = k.tensor("output", 0, tensor_type(outputs[0].dtype, (count, length)))
+    partial = [k.tensor("temporary", i, sums) for i, _ in enumerate(outputs[1:])]
+    size, total, run = k.size(length), k.size(count), k.size(step)
+    unroll = unroll_for(length)
+    with k.parallel(parts, work=step * length * 6) as (part,):
+        begin = part * run
+        for target in partial:
+            with k.vector(size, unroll) as i:
+                k.store(target, (part, i), const(0.0, compute))
+        with k.loop(values.binary("min", total - begin, run)) as offset:
+            row = begin + offset
+            _layer_row(
+                k,
+                row,
+                part,
+                size,
+                unroll,
+                compute,
+                g_rows,
+                x_rows,
+                scale,
+                eps,
+                dx,
+                partial,
+                centred,
+            )
+    return _with_sums(k, sums, outputs)
+
+
+def _layer_row(
+    k: KernelBuilder, row: Value, part: Value, size: Value, unroll: int, compute: DType,
+    grad: Operand, x: Operand, weight: Operand | None, eps: Value, dx: Operand,
+    partial: list[Operand], centred: bool,
+) -> None:  # fmt: skip
+    """dx of one row, and its contributions to the run's sums."""
+    count = cast(size, compute)
+
+    def sums(terms: Callable[[Value], list[Value]], n: int) -> list[Value]:
+        totals = [k.register(0.0, compute) for _ in range(n)]
+        with k.vector(size, unroll) as i:
+            for total, term in zip(totals, terms(i), strict=True):
+                k.accumulate(total, "add", term)
+        return [values.read(total) / count for total in totals]
+
+    def loaded(i: Value) -> Value:
+        return cast(x[row, i], compute)
+
+    mean = sums(lambda i: [loaded(i)], 1)[0] if centred else const(0.0, compute)
+
+    def square(i: Value) -> list[Value]:
+        return [(loaded(i) - mean) * (loaded(i) - mean)]
+
+    scale = inverse_root(sums(square, 1)[0], eps)
+
+    def scaled(i: Value) -> tuple[Value, Value, Value]:
+        g = cast(grad[row, i], compute)
+        return g, g if weight is None else g * cast(weight[i], compute), (loaded(i) - mean) * scale
+
+    totals = [k.register(0.0, compute) for _ in range(2)]
+    with k.vector(size, unroll) as i:
+        g, through, normal = scaled(i)
+        k.accumulate(totals[0], "add", through)
+        k.accumulate(totals[1], "add", through * normal)
+        writes = [
+            (t, (part, i), t[part, i] + v) for t, v in zip(partial, (g * normal, g), strict=False)
+        ]
+        if writes:
+            k.store_all(writes)
+    average, slope = (values.read(t) / count for t in totals)
+    with k.vector(size, unroll) as i:
+        _, through, normal = scaled(i)
+        inner = through - average if centred else through
+        k.store(dx, (row, i), (inner - normal * slope) * scale)
+
+
+def sum_parts(partial: TensorType, position: int, out: TensorType, number: int) -> BoundKernel:
+    """The columns of a temporary (parts, n) summed, in order, into a row-major output."""
+    parts, length = partial.shape
+    k = KernelBuilder("sum_parts")
+    source = k.tensor("temporary", position, partial)
+    target = k.tensor("output", number, tensor_type(out.dtype, (length,)))
+    size, rows = k.size(length), k.size(parts)
+    with k.parallel(-(-length // COLUMNS), work=parts * COLUMNS) as (block,):
+        start = block * COLUMNS
+        extent = values.binary("min", size - start, const(COLUMNS))
+        with k.vector(extent, unroll_for(length)) as i:
+            total = k.register(0.0, partial.dtype)
+            with k.loop(rows) as part:
+                k.accumulate(total, "add", source[part, start + i])
+            k.store(target, (start + i,), values.read(total))
+    return k.bind()
+
+
+def lower_group_backward(types: Types, outputs: tuple[TensorType, ...], *, groups: int) -> Lowering:
+    """Of (grad, x, weight, eps), x being (N, C, ...): dx, dweight and dbias."""
+    x = type_of(types[1])
+    compute = compute_dtype(x.dtype)
+    batch, channels = x.shape[:2]
+    width = channels // groups
+    space = x.numel // max(batch * channels, 1)
+    sums = tensor_type(compute, (batch, channels))
+    k = KernelBuilder("group_norm_backward")
+    shape = (batch * groups, width, space)
+    g_rows, x_rows, scale = _inputs(k, types, shape, (groups, width))
+    eps = k.number(3, float)
+    dx = k.tensor("output", 0, tensor_type(outputs[0].dtype, shape))
+    flat = tensor_type(compute, shape[:2])
+    partial = [k.tensor("temporary", i, flat) for i, _ in enumerate(outputs[1:])]
+    with k.parallel(batch, groups, work=width * space * 6) as (n, group):
+        row = n * k.size(groups) + group
+        weights = None if scale is None else (lambda c: cast(scale[group, c], compute))
+        _group_row(k, row, shape, compute, g_rows, x_rows, weights, eps, dx, partial)
+    return _with_sums(k, sums, outputs)
+
+
+def _group_row(
+    k: KernelBuilder, row: Value, shape: Shape, compute: DType, grad: Operand, x: Operand,
+    weight: Callable[[Value], Value] | None, eps: Value, dx: Operand, partial: list[Operand],
+) -> None:  # fmt: skip
+    """dx of one group of one sample, and the sums for each of its channels."""
+    _, width, space = shape
+    channels, size, run = k.size(width), k.size(space), k.size(width * space)
+    count = cast(run, compute)
+    unroll, wide = unroll_for(space), unroll_for(width * space)
+    whole = Operand(x.buffer, (shape[0], width * space), (k.size(width * space), const(1)))
+
+    def average(term: Callable[[Value], Value]) -> Value:
+        total = k.register(0.0, compute)
+        with k.vector(run, wide) as i:
+            k.accumulate(total, "add", term(i))
+        return values.read(total) / count
+
+    def loaded(i: Value) -> Value:
+        return cast(whole[row, i], compute)
+
+    mean = average(loaded)
+    scale = inverse_root(average(lambda i: (loaded(i) - mean) * (loaded(i) - mean)), eps)
+
+    def pair(c: Value, s: Value) -> tuple[Value, Value]:
+        return cast(grad[row, c, s], compute), (cast(x[row, c, s], compute) - mean) * scale
+
+    through = [k.register(0.0, compute) for _ in range(2)]
+    with k.loop(channels) as c:
+        mine = [k.register(0.0, compute) for _ in range(2)]
+        with k.vector(size, unroll) as s:
+            g, normal = pair(c, s)
+            k.accumulate(mine[0], "add", g * normal)
+            k.accumulate(mine[1], "add", g)
+        for target, total in zip(partial, mine, strict=False):
+            k.store(target, (row, c), values.read(total))
+        for total, channel in zip(through, mine, strict=True):
+            part = values.read(channel)
+            k.accumulate(total, "add", part if weight is None else part * weight(c))
+    slope, shift = (values.read(t) / count for t in through)
+    with k.loop(channels) as c, k.vector(size, unroll) as s:
+        g, normal = pair(c, s)
+        inner = g if weight is None else g * weight(c)
+        k.store(dx, (row, c, s), (inner - shift - normal * slope) * scale)
+
+
+def lower_batch_backward(
+    sizes: Shape, reduced: tuple[int, ...], types: Types, outputs: tuple[TensorType, ...],
+    strides: list[Shape | None],
+) -> Lowering:  # fmt: skip
+    """Of (grad, x, mean, variance, weight, eps): dx, dweight, dbias; each row is a channel."""
+    compute = compute_dtype(type_of(types[1]).dtype)
+    operands: list[tuple[str, int, DType, Shape]] = []
+    for position in (1, 0, 2, 3, 4):  # x first: it decides the order of the loops
+        s = strides[position]
+        if s is not None:
+            operands.append(("input", position, type_of(types[position]).dtype, s))
+    for position, out in enumerate(outputs):
+        s = strides[6 + position]
+        assert s is not None
+        operands.append(("output", position, out.dtype, s))
+    kernel = NormKernel("batch_norm_backward", sizes, reduced, operands, compute)
+    k, statistics, found = kernel.k, kernel.statistics, kernel.operands
+    eps = k.number(5, float)
+    load = statistics.load
+    grad, x, dx = found["input", 0], found["input", 1], found["output", 0]
+    with kernel.loops.each_row(passes=3) as row:
+        first = (*row, *(const(0) for _ in kernel.rows.row.sizes))
+        mean = load(found["input", 2], first)
+        scale = inverse_root(load(found["input", 3], first), eps)
+
+        def terms(index: Index) -> tuple[Value, Value]:
+            g = load(grad, index)
+            return g, g * ((load(x, index) - mean) * scale)
+
+        shift, slope = statistics.sums(row, terms, 2)
+        if len(outputs) > 1:
+            k.store(found["output", 1], first, slope)
+            k.store(found["output", 2], first, shift)
+        outer = scale
+        if ("input", 4) in found:
+            outer = scale * load(found["input", 4], first)
+        average, along = shift / statistics.count, slope / statistics.count * scale
+        with kernel.loops.each(row) as index:
+            centred = load(x, index) - mean
+            k.store(dx, index, (load(grad, index) - average - centred * along) * outer)
+    return k.finish()
