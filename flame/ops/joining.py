@@ -1,84 +1,325 @@
-"""Placing tensors into larger ones: embed (the inverse of a slice), cat, stack."""
+"""Tensors laid into larger ones: place (the inverse of a strided view), cat, stack and their kin."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
-from flame.kernel.builder import KernelBuilder, Lowering
-from flame.ops.elementwise import walk
-from flame.ops.loops import broadcast_strides, coalesce
-from flame.ops.op import Arg, Op, Sample, Types
-from flame.ops.shapes import slice_dim
+from flame.core.errors import ArgumentError, DTypeError, ShapeError
+from flame.core.types import Shape, TensorType, tensor_type
+from flame.kernel.builder import KernelBuilder, Lowering, Operand
+from flame.kernel.values import Value, cast, const
+from flame.ops.conversion import contiguous
+from flame.ops.elementwise import common_dtype, compute_dtype, walk
+from flame.ops.loops import by_stride, coalesce
+from flame.ops.op import Arg, Joint, Op, Sample, Types
+from flame.ops.shapes import as_strided, expand, reshape, slice_dim, unsqueeze, wrap_dim
 
 if TYPE_CHECKING:
-    pass
+    from flame.tensor import Tensor
+
+__all__ = [
+    "cat", "column_stack", "concat", "concatenate", "dstack", "hstack", "repeat_interleave",
+    "row_stack", "stack", "tile", "vstack",
+]  # fmt: skip
+METHODS = ("repeat", "repeat_interleave", "tile")
 
 
-def _infer_embed(types: Types, *, shape: Shape, dim: int, start: int, step: int) -> TensorType:
+class Shifted(Operand):
+    """An operand whose first element is ``offset`` further on."""
+
+    def __init__(self, operand: Operand, offset: Value) -> None:
+        super().__init__(operand.buffer, operand.shape, operand.strides)
+        self.offset = offset
+
+    def at(self, index: Sequence[Value]) -> Value:
+        return super().at(index) + self.offset
+
+
+# --- place ------------------------------------------------------------------------------------------
+
+
+def _infer_place(types: Types, *, shape: Shape, strides: Shape) -> TensorType:
     x = types[0]
     assert isinstance(x, TensorType)
+    if len(strides) != x.ndim:
+        raise ShapeError(f"place: {len(strides)} strides for a tensor of shape {x.shape}")
     return tensor_type(x.dtype, shape, None, x.device)
 
 
-def _lower_embed(
-    types: Types, outputs: tuple[TensorType, ...], *, shape: Shape, dim: int, start: int, step: int
+def _lower_place(
+    types: Types, outputs: tuple[TensorType, ...], *, shape: Shape, strides: Shape
 ) -> Lowering:
-    """Zeros first, then the part: two kernels."""
-    (x,), (out,) = types, outputs
+    """Zeros first, then the part: two kernels. The offset is a number given at the call."""
+    (x, _), (out,) = types, outputs
     assert isinstance(x, TensorType)
-    zero = KernelBuilder("zero")
-    flat = tensor_type(out.dtype, (out.numel,))
-    target = zero.tensor("output", 0, flat)
-    walk(zero, coalesce(flat.shape, [flat.strides]),
-         lambda index: zero.store(target, index, _zero(out)), light=True)  # fmt: skip
     k = KernelBuilder("place")
-    strides = list(contiguous_strides(shape))
-    offset = start * strides[dim]
-    strides[dim] *= step
-    nest = coalesce(x.shape, [broadcast_strides(x, x.shape), tuple(strides)])
+    nest = coalesce(x.shape, [x.strides, strides], by_stride(strides, x.shape))
     source = k.tensor("input", 0, tensor_type(x.dtype, nest.sizes, nest.strides[0]))
+    offset = k.number(1, int)
     part = k.tensor("output", 0, tensor_type(x.dtype, nest.sizes, nest.strides[1]))
-    first = k.size(offset)
-    shifted = _Shifted(part, first)
-    walk(k, nest, lambda index: k.store(shifted, index, source[index]), light=True)
-    return Lowering((zero.bind(), k.bind()))
+    target = Shifted(part, offset)
+    walk(k, nest, lambda index: k.store(target, index, source[index]), light=True)
+    return Lowering((zeroing(out).bind(), k.bind()))
 
 
-def _zero(out: TensorType) -> Any:
-    from flame.kernel.values import const
-
-    return const(0, out.dtype)
-
-
-class _Shifted:
-    """An operand whose first element is further on."""
-
-    def __init__(self, operand: Any, offset: Any) -> None:
-        self.operand, self.offset = operand, offset
-        self.buffer, self.dtype = operand.buffer, operand.dtype
-
-    def at(self, index: Any) -> Any:
-        return self.operand.at(index) + self.offset
+def zeroing(out: TensorType) -> KernelBuilder:
+    """The kernel that fills a fresh output with zeros."""
+    k = KernelBuilder("zero")
+    flat = tensor_type(out.dtype, (out.numel,))
+    target = k.tensor("output", 0, flat)
+    nest = coalesce(flat.shape, [flat.strides])
+    walk(k, nest, lambda index: k.store(target, index, const(0, out.dtype)), light=True)
+    return k
 
 
-def _embed_reference(x: Any, *, shape: Shape, dim: int, start: int, step: int) -> Any:
+def _place_reference(x: Any, offset: int, *, shape: Shape, strides: Shape) -> Any:
     out = np.zeros(shape, x.dtype)
-    stop = start + step * x.shape[dim]
-    out[(slice(None),) * dim + (slice(start, stop, step),)] = x
+    steps = tuple(s * out.itemsize for s in strides)
+    np.lib.stride_tricks.as_strided(out.reshape(-1)[offset:], x.shape, steps)[...] = x
     return out
 
 
-embed = Op(
-    "embed", inputs=("x",), infer=_infer_embed, lower=_lower_embed,
+place = Op(
+    "place", inputs=("x", "offset"), infer=_infer_place, lower=_lower_place,
     vjp=(
-        lambda g, x_type, dim, start, step: slice_dim(
-            g, dim, start, start + step * (x_type.shape[dim] - 1) + 1, step
+        lambda g, x_type, offset, strides: as_strided(
+            contiguous(g), shape=x_type.shape, strides=strides, offset=offset
         ),
+        None,
     ),
-    reference=_embed_reference,
-    samples=[Sample((Arg((2, 3)),), {"shape": (5, 3), "dim": 0, "start": 1, "step": 2}),
-             Sample((Arg((2, 2)),), {"shape": (2, 4), "dim": 1, "start": 2, "step": 1})],
+    reference=_place_reference,
+    samples=[Sample((Arg((2, 3)), 3), {"shape": (5, 3), "strides": (6, 1)}),
+             Sample((Arg((2, 2)), 2), {"shape": (2, 4), "strides": (4, 1)}),
+             Sample((Arg(()), 5), {"shape": (2, 4), "strides": ()}),
+             Sample((Arg((0, 2)), 0), {"shape": (2, 2), "strides": (2, 1)}),
+             Sample((Arg((3,)), 0), {"shape": (3, 3), "strides": (4,)})],
 )  # fmt: skip
+
+
+# --- cat --------------------------------------------------------------------------------------------
+
+
+def _infer_cat(types: Types, *, dim: int) -> TensorType:
+    first = types[0]
+    assert isinstance(first, TensorType)
+    total = 0
+    for t in types:
+        if not isinstance(t, TensorType):
+            raise DTypeError(f"cat joins tensors, got a {getattr(t, '__name__', t)}")
+        rest = (t.shape[:dim], t.shape[dim + 1 :])
+        if rest != (first.shape[:dim], first.shape[dim + 1 :]):
+            raise ShapeError(
+                f"cat: shapes {first.shape} and {t.shape} must agree in all dimensions but {dim}"
+            )
+        total += t.shape[dim]
+    shape = (*first.shape[:dim], total, *first.shape[dim + 1 :])
+    return tensor_type(common_dtype(types), shape, None, first.device)
+
+
+def _lower_cat(types: Types, outputs: tuple[TensorType, ...], *, dim: int) -> Lowering:
+    (out,) = outputs
+    kernels = []
+    start = 0
+    for position, x in enumerate(types):
+        assert isinstance(x, TensorType)
+        k = KernelBuilder("cat")
+        nest = coalesce(x.shape, [x.strides, out.strides], by_stride(out.strides, x.shape))
+        source = k.tensor("input", position, tensor_type(x.dtype, nest.sizes, nest.strides[0]))
+        part = k.tensor("output", 0, tensor_type(out.dtype, nest.sizes, nest.strides[1]))
+        target = Shifted(part, k.size(start * out.strides[dim]))
+        wide = x.dtype if x.dtype is out.dtype else compute_dtype(out.dtype)
+        walk(
+            k, nest, lambda i, s=source, t=target, w=wide, k=k: k.store(t, i, cast(s[i], w)),
+            light=True,
+        )  # fmt: skip
+        kernels.append(k.bind())
+        start += x.shape[dim]
+    return Lowering(tuple(kernels))
+
+
+def _cat_vjp(g: Any, tensors_type: Any, dim: int, needs: Any) -> Any:
+    parts, start = [], 0
+    for t, need in zip(tensors_type, needs, strict=True):
+        stop = start + t.shape[dim]
+        parts.append(slice_dim(g, dim, start, stop) if need else None)
+        start = stop
+    return tuple(parts)
+
+
+_cat = Op(
+    "cat", inputs=("*tensors",), infer=_infer_cat, lower=_lower_cat, vjp=Joint(_cat_vjp),
+    reference=lambda *tensors, dim: np.concatenate(tensors, dim),
+    samples=[Sample((Arg((2, 3)), Arg((4, 3))), {"dim": 0}),
+             Sample((Arg((2, 3)), Arg((2, 0)), Arg((2, 2))), {"dim": 1}),
+             Sample((Arg((5,)),), {"dim": 0}),
+             Sample((Arg((0, 3)), Arg((0, 3))), {"dim": 0})],
+)  # fmt: skip
+
+
+def _listed(name: str, tensors: Any) -> list[Tensor]:
+    from flame.tensor import Tensor
+
+    if isinstance(tensors, Tensor) or not hasattr(tensors, "__iter__"):
+        raise DTypeError(f"{name} takes a list or tuple of tensors, got {type(tensors).__name__}")
+    found = list(tensors)
+    if not found:
+        raise ArgumentError(f"{name} needs at least one tensor, got an empty list")
+    for t in found:
+        if not isinstance(t, Tensor):
+            raise DTypeError(f"{name} takes tensors, got {type(t).__name__} in the list")
+    return found
+
+
+def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Tensors one after the other along ``dim``, in their common dtype.
+
+    All other dimensions must agree; empty tensors of one dimension are passed over.
+    """
+    found = _listed("cat", tensors)
+    if any(t.ndim == 0 for t in found):
+        raise ShapeError("cat: 0-d tensors cannot be joined; use stack")
+    whole = [t for t in found if t.shape != (0,)] or found[:1]
+    dim = wrap_dim("cat", dim, whole[0].ndim)
+    ranks = {t.ndim for t in whole}
+    if len(ranks) > 1:
+        raise ShapeError(f"cat: tensors of {sorted(ranks)} dimensions cannot be joined")
+    result: Tensor = _cat(*whole, dim=dim)
+    return result
+
+
+def concat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """As `cat`."""
+    return cat(tensors, dim)
+
+
+def concatenate(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """As `cat`."""
+    return cat(tensors, dim)
+
+
+def stack(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Tensors of one shape along a new dimension at ``dim``."""
+    found = _listed("stack", tensors)
+    dim = wrap_dim("stack", dim, found[0].ndim + 1)
+    for t in found:
+        if t.shape != found[0].shape:
+            raise ShapeError(
+                f"stack: all tensors must have one shape, got {found[0].shape} and {t.shape}"
+            )
+    return cat([unsqueeze(t, dim) for t in found], dim)
+
+
+def hstack(tensors: Sequence[Tensor]) -> Tensor:
+    """Joined along the second dimension, or the only one of 1-d tensors."""
+    from flame.ops.slicing import atleast_1d
+
+    found = [atleast_1d(t) for t in _listed("hstack", tensors)]
+    return cat(found, 0 if found[0].ndim == 1 else 1)
+
+
+def vstack(tensors: Sequence[Tensor]) -> Tensor:
+    """Joined along the first dimension, 1-d tensors as rows."""
+    from flame.ops.slicing import atleast_2d
+
+    return cat([atleast_2d(t) for t in _listed("vstack", tensors)], 0)
+
+
+def row_stack(tensors: Sequence[Tensor]) -> Tensor:
+    """As `vstack`."""
+    return vstack(tensors)
+
+
+def dstack(tensors: Sequence[Tensor]) -> Tensor:
+    """Joined along the third dimension."""
+    from flame.ops.slicing import atleast_3d
+
+    return cat([atleast_3d(t) for t in _listed("dstack", tensors)], 2)
+
+
+def column_stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Joined along the second dimension, 1-d tensors as columns."""
+    found = _listed("column_stack", tensors)
+    return hstack([reshape(t, (t.numel(), 1)) if t.ndim <= 1 else t for t in found])
+
+
+# --- repetition -------------------------------------------------------------------------------------
+
+
+def repeat(input: Tensor, *repeats: Any) -> Tensor:
+    """The tensor laid side by side, ``repeats[d]`` times along dimension d; new ones in front."""
+    from flame.ops.creation import shape_of
+
+    counts = shape_of(*repeats)
+    if len(counts) < input.ndim or any(c < 0 for c in counts):
+        raise ShapeError(
+            f"repeat: {counts} must name at least {input.ndim} counts, none of them negative"
+        )
+    sizes = (1,) * (len(counts) - input.ndim) + input.shape
+    pairs = [n for pair in zip((1,) * len(sizes), sizes, strict=True) for n in pair]
+    spread = [n for pair in zip(counts, sizes, strict=True) for n in pair]
+    whole = [c * s for c, s in zip(counts, sizes, strict=True)]
+    if all(c == 1 for c in counts):
+        from flame.ops.conversion import clone
+
+        return clone(reshape(input, sizes))
+    return reshape(expand(reshape(input, pairs), spread), whole)
+
+
+def tile(input: Tensor, *dims: Any) -> Tensor:
+    """As `repeat`, with missing counts taken as 1."""
+    from flame.ops.creation import shape_of
+
+    counts = shape_of(*dims)
+    return repeat(input, (1,) * (input.ndim - len(counts)) + counts)
+
+
+def repeat_interleave(
+    input: Tensor, repeats: Any = None, dim: int | None = None, *, output_size: int | None = None
+) -> Tensor:
+    """Each entry of ``dim`` (of the flattened tensor by default) ``repeats`` times in a row.
+
+    repeats: a number, or one for each entry as a tensor. With a tensor of counts alone: the indices
+    0, 1, ... each as often as it says.
+    """
+    from flame.creation import tensor
+    from flame.ops.indexing import index_select
+    from flame.tensor import Tensor, from_array
+
+    if repeats is None:
+        return from_array(np.repeat(np.arange(input.numel()), _counts(input)))
+    if dim is None:
+        input, dim = reshape(input, (-1,)), 0
+    dim = wrap_dim("repeat_interleave", dim, input.ndim)
+    if not input.ndim:
+        input = reshape(input, (1,))
+    size = input.shape[dim]
+    if isinstance(repeats, (list, tuple)):
+        repeats = tensor(repeats)
+    if isinstance(repeats, Tensor) and repeats.numel() != 1:
+        counts = _counts(repeats)
+        if counts.shape != (size,):
+            raise ShapeError(
+                f"repeat_interleave: {counts.size} counts for dimension {dim} of size {size}"
+            )
+        return index_select(input, dim, from_array(np.repeat(np.arange(size), counts)))
+    count = int(repeats)
+    if count < 0:
+        raise ArgumentError(f"repeat_interleave: repeats must not be negative, got {count}")
+    shape = (*input.shape[: dim + 1], count, *input.shape[dim + 1 :])
+    grown = expand(unsqueeze(input, dim + 1), shape)
+    return reshape(grown, (*input.shape[:dim], size * count, *input.shape[dim + 1 :]))
+
+
+def _counts(repeats: Tensor) -> np.ndarray[Any, Any]:
+    if repeats.dtype.kind not in "iu" or repeats.ndim > 1:
+        raise DTypeError(
+            f"repeat_interleave: counts must be a 1-d integer tensor, got {repeats.dtype.name} of "
+            f"shape {repeats.shape}"
+        )
+    counts = repeats.numpy()
+    if counts.size and counts.min() < 0:
+        raise ArgumentError("repeat_interleave: repeats must not be negative")
+    return counts

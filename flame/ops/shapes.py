@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flame.core.dtypes import DType
 from flame.core.errors import IndexRangeError, ShapeError, UnsupportedError
-from flame.core.types import Shape, TensorType, tensor_type
+from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
 from flame.ops.creation import shape_of
 from flame.ops.loops import by_stride
 from flame.ops.op import Arg, Sample, Types
@@ -96,17 +97,41 @@ def as_strided_backward(
     g: Tensor, *, base: TensorType, shape: Shape, strides: Shape, offset: int
 ) -> Tensor:
     """``g`` added into zeros like ``base`` at the elements that the strided view addressed."""
-    from flame.ops.creation import arange, zeros
-    from flame.ops.indexing import index_add
+    from flame.ops.joining import place
 
-    place: Any = arange(offset, offset + 1)
-    for axis, (size, stride) in enumerate(zip(shape, strides, strict=True)):
-        steps = arange(size) * stride
-        place = place + steps.reshape((size,) + (1,) * (len(shape) - axis - 1))
-    flat = zeros(base.numel, dtype=g.dtype)
-    spread = index_add(flat, 0, place.reshape(-1), g.reshape(-1))
     order = memory_order(base)
-    return permute(reshape(spread, tuple(base.shape[d] for d in order)), inverse(order))
+    sizes = tuple(base.shape[d] for d in order)
+    if apart(shape, strides):
+        spread = place(g, offset, shape=sizes, strides=strides)
+    else:
+        spread = reshape(_summed(g, base.numel, strides, offset), sizes)
+    return permute(spread, inverse(order))
+
+
+def apart(shape: Shape, strides: Shape) -> bool:
+    """Whether no two elements of such a view share memory, by each stride clearing those below it."""
+    reach = 0
+    for stride, size in sorted((t, s) for s, t in zip(shape, strides, strict=True) if s != 1):
+        if stride <= reach:
+            return False
+        reach += stride * (size - 1)
+    return True
+
+
+def _summed(g: Tensor, numel: int, strides: Shape, offset: int) -> Tensor:
+    """``g`` summed into ``numel`` zeros, where several of its elements may meet."""
+    from flame.ops.creation import arange
+    from flame.ops.indexed import put_at
+
+    where: Any = arange(offset, offset + 1)
+    for axis, (size, stride) in enumerate(zip(g.shape, strides, strict=True)):
+        steps = arange(size) * stride
+        where = where + steps.reshape((size,) + (1,) * (g.ndim - axis - 1))
+    flat = reshape(g, (-1,))
+    spread: Tensor = put_at(
+        None, flat, where.reshape(-1), axes=(-1,), shape=(numel,), combine="add", wrap=False
+    )
+    return spread
 
 
 def memory_order(base: TensorType) -> tuple[int, ...]:
@@ -256,7 +281,7 @@ _view_op = ViewOp(
     "view", _view,
     vjp=(lambda g, x_type: reshape(g, x_type.shape),),
     reference=lambda x, *, shape: np.reshape(x, shape),
-    samples=[Sample((Arg((2, 6)),), {"shape": (3, 4)}), Sample((Arg((1,)),), {"shape": ()}),
+    samples=[Sample((Arg((2, 6), contiguous=True),), {"shape": (3, 4)}), Sample((Arg((1,)),), {"shape": ()}),
              Sample((Arg((2, 0)),), {"shape": (0, 5)}), Sample((Arg(()),), {"shape": (1, 1)})],
 )  # fmt: skip
 
@@ -282,7 +307,13 @@ def view(input: Tensor, *shape: Any) -> Tensor:
     """The same memory in another shape, or (given a dtype) with bits seen as another dtype's.
 
     Raises ShapeError where that needs a copy."""
-    result: Tensor = _view_op(input, shape=whole_shape("view", input.type, shape_of(*shape)))
+    result: Tensor
+    if len(shape) == 1 and isinstance(shape[0], DType):
+        from flame.ops.slicing import view_bits
+
+        result = view_bits(input, dtype=shape[0]) if shape[0] is not input.dtype else input
+        return result
+    result = _view_op(input, shape=whole_shape("view", input.type, shape_of(*shape)))
     return result
 
 
@@ -324,9 +355,12 @@ _slice_op = ViewOp(
 
 
 def _unslice(g: Any, shape: Shape, dim: int, start: int, stop: int, step: int) -> Any:
-    from flame.ops.joining import embed
+    from flame.ops.joining import place
 
-    return embed(g, shape=shape, dim=dim, start=start, step=step)
+    strides = list(contiguous_strides(shape))
+    offset = start * strides[dim]
+    strides[dim] *= step
+    return place(g, offset, shape=shape, strides=tuple(strides))
 
 
 def slice_dim(input: Tensor, dim: int, start: int, stop: int, step: int = 1) -> Tensor:

@@ -1,0 +1,527 @@
+"""Views of parts of a tensor and of its dimensions in other orders; nothing here copies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from flame.core import dtypes
+from flame.core.dtypes import DType
+from flame.core.errors import ArgumentError, DTypeError, IndexRangeError, ShapeError
+from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
+from flame.ops.creation import shape_of
+from flame.ops.loops import broadcast_shapes as common_shape
+from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Sample, Types
+from flame.ops.shapes import (
+    apart, as_strided_backward, expand, permute, reshape, slice_dim, transpose, view, wrap_dim,
+    wrap_dims,
+)  # fmt: skip
+from flame.ops.views import ViewOp
+
+if TYPE_CHECKING:
+    from flame.tensor import Tensor
+
+__all__ = [
+    "adjoint", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_shapes", "broadcast_tensors",
+    "chunk", "diagonal", "dsplit", "flatten", "hsplit", "moveaxis", "movedim", "ravel", "select",
+    "split", "split_with_sizes", "swapaxes", "swapdims", "t", "tensor_split", "unbind", "unflatten",
+    "vsplit",
+]  # fmt: skip
+METHODS = (
+    "adjoint", "chunk", "diagonal", "dsplit", "expand_as", "flatten", "hsplit", "moveaxis", "movedim",
+    "ravel", "reshape_as", "select", "split", "split_with_sizes", "swapaxes", "swapdims", "t",
+    "tensor_split", "unbind", "unflatten", "unfold", "view_as", "vsplit",
+)  # fmt: skip
+
+Item = int | tuple[int, int, int] | None  # an index; (start, size, step); a new dimension
+
+
+# --- subscripts of ints, slices and None, as one view -------------------------------------------------
+
+
+def geometry(shape: Shape, strides: Shape, items: tuple[Item, ...]) -> tuple[Shape, Shape, int]:
+    """(shape, strides, offset) of the part that ``items``, one for each dimension, address."""
+    sizes: list[int] = []
+    steps: list[int] = []
+    offset, dim = 0, 0
+    for item in items:
+        if item is None:
+            sizes.append(1)
+            steps.append(0)
+            continue
+        if isinstance(item, int):
+            offset += item * strides[dim]
+        else:
+            start, size, step = item
+            offset += start * strides[dim] if size else 0
+            sizes.append(size)
+            steps.append(step * strides[dim])
+        dim += 1
+    if 0 in sizes:
+        offset = 0
+    return tuple(sizes), tuple(steps), offset
+
+
+def _part(types: Types, *, items: tuple[Item, ...]) -> tuple[TensorType, int]:
+    x = types[0]
+    assert isinstance(x, TensorType)
+    shape, strides, offset = geometry(x.shape, x.strides, items)
+    return tensor_type(x.dtype, shape, strides, x.device), offset
+
+
+def _place_part(g: Any, shape: Shape, items: tuple[Item, ...]) -> Any:
+    from flame.ops.joining import place
+
+    _, strides, offset = geometry(shape, contiguous_strides(shape), items)
+    return place(g, offset, shape=shape, strides=strides)
+
+
+def _as_index(items: tuple[Item, ...]) -> Any:
+    return tuple(
+        slice(i[0], i[0] + i[1] * i[2], i[2]) if isinstance(i, tuple) else i for i in items
+    )
+
+
+part = ViewOp(
+    "part", _part,
+    vjp=(lambda g, x_type, items: _place_part(g, x_type.shape, items),),
+    reference=lambda x, *, items: x[_as_index(items)],
+    samples=[Sample((Arg((5, 6)),), {"items": (2, (1, 2, 3))}),
+             Sample((Arg((5, 6)),), {"items": ((1, 2, 2), None, (0, 6, 1))}),
+             Sample((Arg((4,)),), {"items": (3,)}),
+             Sample((Arg((4, 2)),), {"items": ((0, 0, 1), 1)})],
+)  # fmt: skip
+
+
+def select(input: Tensor, dim: int, index: int) -> Tensor:
+    """Entry ``index`` of a dimension, which is left out."""
+    if not input.ndim:
+        raise IndexRangeError("select: a 0-d tensor has no dimension to select from")
+    dim = wrap_dim("select", dim, input.ndim)
+    place = _wrapped("select", index, dim, input.shape)
+    items = tuple(place if d == dim else (0, s, 1) for d, s in enumerate(input.shape))
+    result: Tensor = part(input, items=items)
+    return result
+
+
+def _wrapped(name: str, index: Any, dim: int, shape: Shape) -> int:
+    found: int = index.__index__()
+    if not -shape[dim] <= found < shape[dim]:
+        raise IndexRangeError(
+            f"{name}: index {found} is out of range for dimension {dim}, which has size {shape[dim]}"
+        )
+    return found + shape[dim] if found < 0 else found
+
+
+def unbind(input: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+    """Views of the entries of a dimension."""
+    if not input.ndim:
+        raise IndexRangeError("unbind: a 0-d tensor has no dimension to unbind")
+    dim = wrap_dim("unbind", dim, input.ndim)
+    return tuple(select(input, dim, i) for i in range(input.shape[dim]))
+
+
+# --- diagonal, unfold, bit views ----------------------------------------------------------------------
+
+
+def _diagonal_geometry(
+    shape: Shape, strides: Shape, offset: int, dim1: int, dim2: int
+) -> tuple[Shape, Shape, int]:
+    rows, columns = shape[dim1], shape[dim2]
+    size = max(0, min(rows, columns - offset) if offset >= 0 else min(rows + offset, columns))
+    start = offset * strides[dim2] if offset >= 0 else -offset * strides[dim1]
+    kept = [d for d in range(len(shape)) if d not in (dim1, dim2)]
+    made = (*(shape[d] for d in kept), size)
+    steps = (*(strides[d] for d in kept), strides[dim1] + strides[dim2])
+    return made, steps, 0 if 0 in made else start
+
+
+def _diagonal(types: Types, *, offset: int, dim1: int, dim2: int) -> tuple[TensorType, int]:
+    x = types[0]
+    assert isinstance(x, TensorType)
+    shape, strides, start = _diagonal_geometry(x.shape, x.strides, offset, dim1, dim2)
+    return tensor_type(x.dtype, shape, strides, x.device), start
+
+
+def _diagonal_back(g: Any, shape: Shape, offset: int, dim1: int, dim2: int) -> Any:
+    from flame.ops.joining import place
+
+    _, strides, start = _diagonal_geometry(shape, contiguous_strides(shape), offset, dim1, dim2)
+    return place(g, start, shape=shape, strides=strides)
+
+
+_diagonal_op = ViewOp(
+    "diagonal", _diagonal,
+    vjp=(
+        lambda g, x_type, offset, dim1, dim2: _diagonal_back(g, x_type.shape, offset, dim1, dim2),
+    ),
+    reference=lambda x, *, offset, dim1, dim2: np.diagonal(x, offset, dim1, dim2),
+    samples=[Sample((Arg((4, 5)),), {"offset": 0, "dim1": 0, "dim2": 1}),
+             Sample((Arg((2, 3, 4)),), {"offset": 1, "dim1": 2, "dim2": 0}),
+             Sample((Arg((4, 5)),), {"offset": -2, "dim1": 0, "dim2": 1}),
+             Sample((Arg((2, 3)),), {"offset": 7, "dim1": 0, "dim2": 1})],
+)  # fmt: skip
+
+
+def diagonal(input: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
+    """The diagonal of two dimensions, as a view; it becomes the last dimension."""
+    dim1, dim2 = (wrap_dim("diagonal", d, input.ndim) for d in (dim1, dim2))
+    if dim1 == dim2:
+        raise ShapeError(f"diagonal: the two dimensions must differ, both are {dim1}")
+    result: Tensor = _diagonal_op(input, offset=offset, dim1=dim1, dim2=dim2)
+    return result
+
+
+def _unfold(types: Types, *, dim: int, size: int, step: int) -> tuple[TensorType, int]:
+    x = types[0]
+    assert isinstance(x, TensorType)
+    return tensor_type(x.dtype, *_unfolded(x.shape, x.strides, dim, size, step), x.device), 0
+
+
+def _unfolded(shape: Shape, strides: Shape, dim: int, size: int, step: int) -> tuple[Shape, Shape]:
+    count = (shape[dim] - size) // step + 1
+    made = (*shape[:dim], count, *shape[dim + 1 :], size)
+    return made, (*strides[:dim], step * strides[dim], *strides[dim + 1 :], strides[dim])
+
+
+def _unfold_back(g: Any, base: TensorType, dim: int, size: int, step: int) -> Any:
+    whole = tensor_type(base.dtype, base.shape)
+    shape, strides = _unfolded(whole.shape, whole.strides, dim, size, step)
+    if apart(shape, strides):
+        return as_strided_backward(g, base=whole, shape=shape, strides=strides, offset=0)
+    # windows overlap: each of their positions is a slice, and the slices are summed
+    total = None
+    count = shape[dim]
+    for at in range(size):
+        window = select(g, -1, at)
+        items = tuple(
+            (at, count, step) if d == dim else (0, s, 1) for d, s in enumerate(base.shape)
+        )
+        placed = _place_part(window, base.shape, items)
+        total = placed if total is None else total + placed
+    return total
+
+
+def _unfold_reference(x: Any, *, dim: int, size: int, step: int) -> Any:
+    windows = np.lib.stride_tricks.sliding_window_view(x, size, axis=dim)
+    return windows[(slice(None),) * dim + (slice(None, None, step),)]
+
+
+_unfold_op = ViewOp(
+    "unfold", _unfold,
+    vjp=(lambda g, x_type, dim, size, step: _unfold_back(g, x_type, dim, size, step),),
+    reference=_unfold_reference,
+    samples=[Sample((Arg((7,)),), {"dim": 0, "size": 3, "step": 2}),
+             Sample((Arg((3, 8)),), {"dim": 1, "size": 2, "step": 2}),
+             Sample((Arg((5, 2)),), {"dim": 0, "size": 5, "step": 1})],
+)  # fmt: skip
+
+
+def unfold(input: Tensor, dimension: int, size: int, step: int) -> Tensor:
+    """Windows of ``size`` entries of a dimension, ``step`` apart, in a new last dimension: a view."""
+    dim = wrap_dim("unfold", dimension, input.ndim)
+    length = input.shape[dim] if input.ndim else 1
+    if size < 0 or size > length or step <= 0:
+        raise ArgumentError(
+            f"unfold: windows of {size} in steps of {step} do not fit dimension {dim} of size {length}"
+        )
+    if not input.ndim:
+        return reshape(input, (1,)) if size else slice_dim(reshape(input, (1,)), 0, 0, 0)
+    result: Tensor = _unfold_op(input, dim=dim, size=size, step=step)
+    return result
+
+
+def _bits(types: Types, *, dtype: DType) -> tuple[TensorType, int]:
+    x = types[0]
+    assert isinstance(x, TensorType)
+    old, new = x.dtype.itemsize, dtype.itemsize
+    if old == new:
+        return tensor_type(dtype, x.shape, x.strides, x.device), 0
+    fits = x.ndim > 0 and x.strides[-1] == 1
+    if fits and new > old:
+        ratio = new // old
+        fits = x.shape[-1] % ratio == 0 and all(s % ratio == 0 for s in x.strides[:-1])
+    if not fits:
+        raise ShapeError(
+            f"view: {x} cannot be seen as {dtype.name}: the last dimension must be contiguous, and "
+            "its bytes and the other strides must be whole numbers of elements"
+        )
+    shape = (*x.shape[:-1], x.shape[-1] * old // new)
+    strides = (*(s * old // new for s in x.strides[:-1]), 1)
+    return tensor_type(dtype, shape, strides, x.device), 0
+
+
+def _bits_reference(x: Any, *, dtype: DType) -> Any:
+    return np.ascontiguousarray(x).view(dtype.numpy)
+
+
+view_bits = ViewOp(
+    "view_bits", _bits, vjp=NOT_DIFFERENTIABLE, reference=_bits_reference,
+    samples=[Sample((Arg((3, 4), 0, 9, kind="index", contiguous=True),), {"dtype": dtypes.int32}),
+             Sample((Arg((3, 4), 0, 9, kind="index", contiguous=True),), {"dtype": dtypes.float64})],
+)  # fmt: skip
+
+
+# --- dimensions: merged, split, reordered ---------------------------------------------------------------
+
+
+def flatten(input: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
+    """Dimensions start_dim to end_dim as one."""
+    first, last = (wrap_dim("flatten", d, input.ndim) for d in (start_dim, end_dim))
+    if first > last:
+        raise ShapeError(f"flatten: start_dim {start_dim} comes after end_dim {end_dim}")
+    if not input.ndim:
+        return reshape(input, (1,))
+    if first == last:
+        return input
+    count = 1
+    for size in input.shape[first : last + 1]:
+        count *= size
+    return reshape(input, (*input.shape[:first], count, *input.shape[last + 1 :]))
+
+
+def unflatten(input: Tensor, dim: int, sizes: Any) -> Tensor:
+    """One dimension as several, of the given sizes (one may be -1)."""
+    from flame.ops.shapes import whole_shape
+
+    dim = wrap_dim("unflatten", dim, input.ndim)
+    if not input.ndim:
+        raise IndexRangeError("unflatten: a 0-d tensor has no dimension to split")
+    wanted = shape_of(sizes)
+    if not wanted:
+        raise ShapeError("unflatten: sizes must not be empty")
+    made = whole_shape("unflatten", tensor_type(input.dtype, (input.shape[dim],)), wanted)
+    return view(input, (*input.shape[:dim], *made, *input.shape[dim + 1 :]))
+
+
+def ravel(input: Tensor) -> Tensor:
+    """All elements in one dimension; a view where possible."""
+    return reshape(input, (-1,))
+
+
+def movedim(input: Tensor, source: Any, destination: Any) -> Tensor:
+    """Dimensions ``source`` moved to the places ``destination``; the rest keep their order."""
+    before = wrap_dims("movedim", source, input.ndim)
+    after = wrap_dims("movedim", destination, input.ndim)
+    if len(before) != len(after):
+        raise ShapeError(f"movedim: {source} and {destination} must name as many dimensions")
+    if not input.ndim:
+        return permute(input, ())
+    order = dict(zip(after, before, strict=True))
+    rest = iter(d for d in range(input.ndim) if d not in before)
+    return permute(input, tuple(order[d] if d in order else next(rest) for d in range(input.ndim)))
+
+
+def moveaxis(input: Tensor, source: Any, destination: Any) -> Tensor:
+    """As `movedim`."""
+    return movedim(input, source, destination)
+
+
+def swapaxes(input: Tensor, axis0: int, axis1: int) -> Tensor:
+    """As `transpose`."""
+    return transpose(input, axis0, axis1)
+
+
+def swapdims(input: Tensor, dim0: int, dim1: int) -> Tensor:
+    """As `transpose`."""
+    return transpose(input, dim0, dim1)
+
+
+def t(input: Tensor) -> Tensor:
+    """A matrix transposed; tensors of fewer dimensions as they are."""
+    if input.ndim > 2:
+        raise ShapeError(
+            f"t: at most two dimensions, got shape {input.shape}; use .mT or transpose"
+        )
+    return transpose(input, 0, 1) if input.ndim == 2 else permute(input, tuple(range(input.ndim)))
+
+
+def adjoint(input: Tensor) -> Tensor:
+    """The last two dimensions swapped, as all numbers here are real."""
+    return _matrices(input)
+
+
+def _matrices(input: Tensor) -> Tensor:
+    if input.ndim < 2:
+        raise ShapeError(f"mT: a matrix is needed, got shape {input.shape}")
+    return transpose(input, -2, -1)
+
+
+def _reversed(input: Tensor) -> Tensor:
+    return permute(input, tuple(reversed(range(input.ndim))))
+
+
+def expand_as(input: Tensor, other: Tensor) -> Tensor:
+    """`expand` to the shape of ``other``."""
+    return expand(input, other.shape)
+
+
+def view_as(input: Tensor, other: Tensor) -> Tensor:
+    """`view` in the shape of ``other``."""
+    return view(input, other.shape)
+
+
+def reshape_as(input: Tensor, other: Tensor) -> Tensor:
+    """`reshape` to the shape of ``other``."""
+    return reshape(input, other.shape)
+
+
+def broadcast_shapes(*shapes: Any) -> Shape:
+    """The common shape of several, by the rules of broadcasting."""
+    return common_shape("broadcast_shapes", [shape_of(s) for s in shapes])
+
+
+def broadcast_tensors(*tensors: Any) -> tuple[Tensor, ...]:
+    """Views of the tensors in their common shape."""
+    given = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)) else tensors
+    shape = common_shape("broadcast_tensors", [x.shape for x in given])
+    return tuple(expand(x, shape) for x in given)
+
+
+# --- splits -------------------------------------------------------------------------------------------
+
+
+def _split_at(name: str, input: Tensor, dim: int, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    if any(s < 0 for s in sizes) or sum(sizes) != input.shape[dim]:
+        raise ShapeError(
+            f"{name}: sizes {tuple(sizes)} must add up to {input.shape[dim]}, the size of dimension {dim}"
+        )
+    found, start = [], 0
+    for size in sizes:
+        found.append(slice_dim(input, dim, start, start + size))
+        start += size
+    return tuple(found)
+
+
+def _splittable(name: str, input: Tensor, dim: int) -> int:
+    if not input.ndim:
+        raise ShapeError(f"{name}: a 0-d tensor cannot be split")
+    return wrap_dim(name, dim, input.ndim)
+
+
+def split(input: Tensor, split_size_or_sections: Any, dim: int = 0) -> tuple[Tensor, ...]:
+    """Views of parts of one size (the last may be smaller), or of the given sizes."""
+    dim = _splittable("split", input, dim)
+    if not isinstance(split_size_or_sections, int):
+        return _split_at("split", input, dim, shape_of(split_size_or_sections))
+    size, length = split_size_or_sections, input.shape[dim]
+    if size < 0 or (size == 0 and length):
+        raise ArgumentError(f"split: parts of size {size} cannot cover dimension {dim} of {length}")
+    if not length:
+        return (slice_dim(input, dim, 0, 0),)
+    return _split_at("split", input, dim, [min(size, length - at) for at in range(0, length, size)])
+
+
+def split_with_sizes(input: Tensor, split_sizes: Any, dim: int = 0) -> tuple[Tensor, ...]:
+    """Views of parts of the given sizes."""
+    dim = _splittable("split_with_sizes", input, dim)
+    return _split_at("split_with_sizes", input, dim, shape_of(split_sizes))
+
+
+def chunk(input: Tensor, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:
+    """Views of at most ``chunks`` parts of one size; the last may be smaller."""
+    dim = _splittable("chunk", input, dim)
+    if chunks <= 0:
+        raise ArgumentError(f"chunk: the number of chunks must be positive, got {chunks}")
+    length = input.shape[dim]
+    if not length:
+        return tuple(slice_dim(input, dim, 0, 0) for _ in range(chunks))
+    return split(input, -(-length // chunks), dim)
+
+
+def tensor_split(input: Tensor, indices_or_sections: Any, dim: int = 0) -> tuple[Tensor, ...]:
+    """Views of parts as equal as can be (for a number), or between the given indices."""
+    from flame.tensor import Tensor
+
+    dim = _splittable("tensor_split", input, dim)
+    length, given = input.shape[dim], indices_or_sections
+    if isinstance(given, Tensor):
+        if given.ndim > 1 or given.dtype.kind not in "iu":
+            raise DTypeError(
+                "tensor_split: a tensor of sections must be integer, of 0 or 1 dimensions"
+            )
+        given = given.tolist()
+    if isinstance(given, int):
+        if given <= 0:
+            raise ArgumentError(
+                f"tensor_split: the number of sections must be positive, got {given}"
+            )
+        size, longer = divmod(length, given)
+        ends = [size * i + min(i, longer) for i in range(given + 1)]
+    else:
+        ends = [0, *shape_of(given), length]
+    found = []
+    for start, stop in zip(ends[:-1], ends[1:], strict=True):
+        first, last, _ = slice(start, stop).indices(length)
+        found.append(slice_dim(input, dim, first, max(first, last)))
+    return tuple(found)
+
+
+def _evenly(name: str, input: Tensor, given: Any, dim: int) -> tuple[Tensor, ...]:
+    if isinstance(given, int) and (given <= 0 or input.shape[dim] % given):
+        raise ShapeError(
+            f"{name}: dimension {dim} of {input.shape} cannot be split into {given} equal parts"
+        )
+    return tensor_split(input, given, dim)
+
+
+def hsplit(input: Tensor, indices_or_sections: Any) -> tuple[Tensor, ...]:
+    """Equal parts of the second dimension, or the only one of a 1-d tensor."""
+    if not input.ndim:
+        raise ShapeError("hsplit: a 0-d tensor cannot be split")
+    return _evenly("hsplit", input, indices_or_sections, 0 if input.ndim == 1 else 1)
+
+
+def vsplit(input: Tensor, indices_or_sections: Any) -> tuple[Tensor, ...]:
+    """Equal parts of the first dimension of a tensor of two or more."""
+    if input.ndim < 2:
+        raise ShapeError(f"vsplit: two dimensions are needed, got shape {input.shape}")
+    return _evenly("vsplit", input, indices_or_sections, 0)
+
+
+def dsplit(input: Tensor, indices_or_sections: Any) -> tuple[Tensor, ...]:
+    """Equal parts of the third dimension."""
+    if input.ndim < 3:
+        raise ShapeError(f"dsplit: three dimensions are needed, got shape {input.shape}")
+    return _evenly("dsplit", input, indices_or_sections, 2)
+
+
+# --- at least so many dimensions ----------------------------------------------------------------------
+
+
+def _each(function: Any, tensors: tuple[Any, ...]) -> Any:
+    if len(tensors) == 1 and not isinstance(tensors[0], (list, tuple)):
+        return function(tensors[0])
+    given = tensors[0] if len(tensors) == 1 else tensors
+    return tuple(function(x) for x in given)
+
+
+def atleast_1d(*tensors: Any) -> Any:
+    """Tensors with at least one dimension."""
+    return _each(lambda x: x if x.ndim else reshape(x, (1,)), tensors)
+
+
+def atleast_2d(*tensors: Any) -> Any:
+    """Tensors with at least two dimensions; new ones stand in front."""
+    return _each(lambda x: x if x.ndim > 1 else reshape(x, (1,) * (2 - x.ndim) + x.shape), tensors)
+
+
+def atleast_3d(*tensors: Any) -> Any:
+    """Tensors with at least three dimensions: 1-d ones lie in the middle, 2-d ones get a last one."""
+
+    def one(x: Any) -> Any:
+        if x.ndim > 2:
+            return x
+        return reshape(x, (*x.shape, 1) if x.ndim == 2 else (1, *(x.shape or (1,)), 1))
+
+    return _each(one, tensors)
+
+
+OPERATORS: Final[dict[str, Any]] = {
+    "T": property(_reversed, doc="All dimensions in reverse order."),
+    "mT": property(_matrices, doc="The last two dimensions swapped."),
+    "mH": property(_matrices, doc="As mT, for real numbers."),
+    "H": property(t, doc="A matrix transposed."),
+}
