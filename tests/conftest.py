@@ -9,6 +9,10 @@ TIERS = ("tiny", "unit", "ops", "text", "models", "train", "gpu")
 ROOT = Path(__file__).parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update", action="store_true", help="rewrite the golden texts")
+
+
 def tier_of(path: Path) -> str:
     """The folder below ``tests`` that ``path`` stands in."""
     return path.relative_to(ROOT).parts[0]

@@ -78,7 +78,10 @@ class Operand:
         return self.load(*(index if isinstance(index, tuple) else (index,)))
 
     def matrix(self, *index: Value, transposed: bool = False) -> Matrix:
-        """The matrix of the last two dimensions whose first element is at ``index``."""
+        """The matrix of the last two dimensions whose first element is at ``index``.
+
+        ``transposed``: its columns, not its rows, are contiguous in memory.
+        """
         row = self.strides[-1] if transposed else self.strides[-2]
         return Matrix(self.buffer, self.at(index), row, transposed)
 
