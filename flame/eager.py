@@ -95,10 +95,9 @@ class Eager(Interpreter):
         made = Tensor.wrap(x.storage, x.pointer + plan.view_offset * type_.dtype.itemsize, type_)
         base = x.base
         made.base = x if base is None else base
-        if mode.enabled:
-            if x.requires_grad:
-                record(plan, (x,), attributes, [made])
-            made.base_node = made.base.node
+        if mode.enabled and x.requires_grad:
+            record(plan, (x,), attributes, [made])
+        made.base_node = made.base.node
         return made
 
     def _in_place(
