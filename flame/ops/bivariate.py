@@ -14,8 +14,9 @@ from flame.kernel import values
 from flame.kernel.values import Value, compare, const, select, unary
 from flame.ops.comparison import where
 from flame.ops.elementwise import common_dtype, elementwise, scalar_binary, to_float
-from flame.ops.mathematics import exp, log
+from flame.ops.mathematics import exp
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Sample, Types
+from flame.ops.powers import logarithm
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -98,7 +99,7 @@ def _xlogy_scalar(x: Value, y: Value) -> Value:
 _xlogy = elementwise(
     "xlogy", _xlogy_scalar, inputs=("x", "y"), rule=to_float,
     vjp=(
-        lambda g, x, y: where((x == 0) & (y <= 0), 0, g * log(y)),
+        lambda g, x, y: where((x == 0) & (y <= 0), 0, g * logarithm(y)),
         lambda g, x, y: g * x / y,
     ),
     reference=lambda x, y: x * np.log(y), domain=(0.3, 3.0),

@@ -398,3 +398,4 @@ def nan_to_num(
 
 METHODS = tuple(__all__)
 IN_PLACE = tuple(n for n in __all__ if not n.startswith("is") and n not in ("signbit", "positive"))
+OPERATORS: Final[dict[str, Callable[..., Any]]] = {"__abs__": abs}

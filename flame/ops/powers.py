@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,13 +35,20 @@ def _rule(name: str, types: Types) -> tuple[list[DType], list[DType]]:
     return [common, common], [common]
 
 
+def logarithm(x: Any) -> Any:
+    """log(x) of a tensor, or of a Python number."""
+    if not isinstance(x, (bool, int, float)):
+        return log(x)
+    return math.log(x) if x > 0 else -math.inf if x == 0 else math.nan
+
+
 def _of_base(g: Any, x: Any, exponent: Any) -> Any:
     """x**(e - 1) may be infinite where e is 0, and the gradient is 0 there."""
     return where(exponent == 0, 0, g * (exponent * pow(x, exponent - 1)))
 
 
 def _of_exponent(g: Any, out: Any, x: Any, exponent: Any) -> Any:
-    return where((x == 0) & (exponent >= 0), 0, g * (out * log(x)))
+    return where((x == 0) & (exponent >= 0), 0, g * (out * logarithm(x)))
 
 
 _pow = elementwise(

@@ -1,0 +1,202 @@
+"""Elementwise ops against PyTorch: values, dtypes, shapes and gradients on PyTorch's own samples of arguments."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flame
+import numpy as np
+import pytest
+import torch
+from flame.core import dtypes
+from flame.core.errors import FlameError
+from flame.ops import activations
+from flame.tensor import Tensor
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from torch.testing._internal.common_methods_invocations import op_db
+
+DTYPES = {
+    torch.float64: dtypes.float64, torch.float32: dtypes.float32, torch.float16: dtypes.float16,
+    torch.bfloat16: dtypes.bfloat16, torch.int64: dtypes.int64, torch.int32: dtypes.int32,
+    torch.int16: dtypes.int16, torch.int8: dtypes.int8, torch.uint8: dtypes.uint8,
+    torch.bool: dtypes.bool_,
+}  # fmt: skip
+TOLERANCE = {
+    torch.float64: (1e-9, 1e-11), torch.float32: (2e-5, 2e-6), torch.float16: (2e-3, 2e-3),
+    torch.bfloat16: (2e-2, 2e-2),
+}  # fmt: skip
+
+FUNCTIONS = """
+abs acos acosh add addcdiv addcmul allclose asin asinh atan atan2 atanh bitwise_and
+bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil clamp clamp_max
+clamp_min copysign cos cosh deg2rad div.no_rounding_mode div.floor_rounding div.trunc_rounding eq
+equal erf exp exp2 expm1 float_power floor floor_divide fmax fmin fmod frac ge gt hypot isclose
+isfinite isinf isnan isneginf isposinf le lerp log log10 log1p log2 logaddexp logaddexp2 logical_and
+logical_not logical_or logical_xor logit lt max.binary maximum min.binary minimum mul nan_to_num ne
+neg positive pow rad2deg reciprocal remainder round round.decimals_0 round.decimals_3
+round.decimals_neg_3 rsqrt rsub sgn sigmoid sign signbit sin sinc sinh sqrt square sub tan tanh
+true_divide trunc where xlogy
+__radd__ __rand__ __rdiv__ __rmod__ __rmul__ __ror__ __rpow__ __rsub__ __rxor__
+""".split()
+NEURAL = """
+celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish prelu relu relu6
+selu silu softplus softshrink softsign tanhshrink threshold
+""".split()
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "__radd__": operator.add, "__rand__": operator.and_, "__rdiv__": operator.truediv,
+    "__rmod__": operator.mod, "__rmul__": operator.mul, "__ror__": operator.or_,
+    "__rpow__": operator.pow, "__rsub__": operator.sub, "__rxor__": operator.xor,
+}  # fmt: skip
+
+
+def _entries() -> Iterator[Any]:
+    wanted = {*FUNCTIONS, *(f"nn.functional.{n}" for n in NEURAL)}
+    found = set()
+    for entry in op_db:
+        name = entry.name + (f".{entry.variant_test_name}" if entry.variant_test_name else "")
+        plain = entry.name if entry.variant_test_name and name not in wanted else name
+        if plain in wanted and not (entry.variant_test_name and name not in wanted):
+            found.add(name)
+            yield pytest.param(entry, id=name)
+    missing = wanted - found
+    assert not missing, f"not in op_db: {sorted(missing)}"
+
+
+def _function(entry: Any) -> Callable[..., Any]:
+    """Our function of the same name."""
+    name = entry.name
+    if name in OPERATORS:
+        return lambda x, other: OPERATORS[name](other, x)
+    if name == "where":
+        return lambda x, condition, other: flame.where(condition, x, other)
+    if name in ("max", "min"):
+        return getattr(flame, f"{name}imum")
+    if name.startswith("nn.functional."):
+        return getattr(activations, name.removeprefix("nn.functional."))
+    return getattr(flame, name)
+
+
+def to_flame(x: Any) -> Any:
+    if isinstance(x, torch.Tensor):
+        made = from_torch(x)
+        return made.requires_grad_() if x.requires_grad else made
+    if isinstance(x, torch.dtype):
+        return DTYPES[x]
+    if isinstance(x, (list, tuple)):
+        return type(x)(map(to_flame, x))
+    return x
+
+
+def from_torch(x: torch.Tensor) -> Tensor:
+    x = x.detach().clone()  # keeps dense layouts
+    if x.dtype is torch.bfloat16:
+        return flame.from_numpy(x.view(torch.int16).numpy().view(dtypes.bfloat16.numpy))
+    return flame.from_numpy(x.numpy())
+
+
+def values(x: Any) -> np.ndarray[Any, Any]:
+    if isinstance(x, Tensor):
+        x = x.detach()
+        return (x.to(dtypes.float32) if x.dtype is dtypes.bfloat16 else x).numpy()
+    x = x.detach()
+    x = x.clone() if x._is_zerotensor() else x
+    return (x.float() if x.dtype is torch.bfloat16 else x).numpy()
+
+
+def assert_same(ours: Any, theirs: Any, what: str) -> None:
+    if not isinstance(theirs, torch.Tensor):
+        assert ours == theirs, what
+        return
+    assert ours.shape == tuple(theirs.shape), what
+    assert ours.dtype is DTYPES[theirs.dtype], f"{what}: {ours.dtype} but {theirs.dtype}"
+    relative, absolute = TOLERANCE.get(theirs.dtype, (0, 0))
+    if "hardsigmoid" in what and theirs.dtype is torch.float64:
+        relative = 1e-7  # PyTorch's sixth is of float32
+    if "'trunc'" in what and theirs.dtype.itemsize == 2:
+        absolute = 1  # PyTorch rounds the quotient to 16 bits before it truncates
+    np.testing.assert_allclose(
+        values(ours), values(theirs), rtol=relative, atol=absolute, err_msg=what
+    )
+
+
+def _tensors(x: Any) -> Iterator[Any]:
+    if isinstance(x, (Tensor, torch.Tensor)):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for item in x:
+            yield from _tensors(item)
+
+
+def _cases(entry: Any) -> Iterator[tuple[torch.dtype, Any, str]]:
+    supported = entry.supported_dtypes("cpu")
+    for dtype in DTYPES:
+        if dtype in supported:
+            wanted = dtype is torch.float64 and entry.supports_autograd
+            samples = entry.sample_inputs("cpu", dtype, requires_grad=wanted)
+            for number, sample in enumerate(samples):
+                yield dtype, sample, f"{entry.name} {dtype} sample {number}: {sample}"
+
+
+def _call(function: Callable[..., Any], sample: Any, convert: Callable[[Any], Any]) -> Any:
+    operands = [convert(sample.input), *map(convert, sample.args)]
+    options = {k: convert(v) for k, v in sample.kwargs.items()}
+    leaves = [t for x in (*operands, *options.values()) for t in _tensors(x) if t.requires_grad]
+    return function(*operands, **options), leaves
+
+
+ENTRIES = list(_entries())
+
+
+@pytest.mark.ops
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_as_pytorch(entry: Any) -> None:
+    count = 0
+    for _, sample, what in _cases(entry):
+        theirs, their_leaves = _call(entry.op, sample, lambda x: x)
+        ours, leaves = _call(_function(entry), sample, to_flame)
+        assert_same(ours, theirs, what)
+        if isinstance(theirs, torch.Tensor) and theirs.requires_grad:
+            _compare_gradients(ours, theirs, leaves, their_leaves, what)
+        count += 1
+    assert count
+
+
+def _compare_gradients(
+    ours: Any, theirs: Any, leaves: list[Any], their_leaves: list[Any], what: str
+) -> None:
+    """First order, and second order through the sum of the squares of the first."""
+    weight = torch.linspace(0.5, 1.5, theirs.numel(), dtype=theirs.dtype).reshape(theirs.shape)
+    expected = torch.autograd.grad(
+        theirs, their_leaves, weight, create_graph=True, allow_unused=True
+    )
+    found = flame.autograd.engine.grad(
+        [ours], leaves, [from_torch(weight)], retain_graph=True, create_graph=True, allow_unused=True
+    )
+    total, their_total = None, None
+    for a, b in zip(found, expected, strict=True):
+        if b is None:
+            assert a is None or not np.any(values(a)), what
+            continue
+        assert_same(a, b, f"gradient of {what}")
+        if a.requires_grad and b.requires_grad:
+            total = (a * a).sum() if total is None else total + (a * a).sum()
+            their_total = (b * b).sum() if their_total is None else their_total + (b * b).sum()
+    if their_total is None or not bool(torch.isfinite(their_total)):
+        return
+    assert total is not None, what
+    expected = torch.autograd.grad(their_total, their_leaves, allow_unused=True)
+    found = flame.autograd.engine.grad([total], leaves, [None], None, False, True)
+    for a, b in zip(found, expected, strict=True):
+        if b is None:
+            assert a is None or not np.any(values(a)), what
+        elif a is None:
+            assert not np.any(values(b)), what
+        else:
+            assert_same(a, b, f"second gradient of {what}")
