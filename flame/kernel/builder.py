@@ -6,10 +6,10 @@ parameter. So equal texts serve tensors of all sizes, and the text alone is the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from flame.core import dtypes
 from flame.core.dtypes import DType
@@ -17,6 +17,7 @@ from flame.core.types import TensorType
 from flame.kernel import values
 from flame.kernel.program import (
     Accumulate, Assign, Declare, Gemm, If, Kernel, Loop, LoopKind, Matrix, Statement, Store, Target,
+    Transpose,
 )  # fmt: skip
 from flame.kernel.values import Buffer, Number, Register, Value, const
 
@@ -45,10 +46,15 @@ class BoundKernel:
 
 @dataclass(frozen=True, eq=False)
 class Lowering:
-    """What one operation does: kernels in order, over temporaries of the given bytes."""
+    """What one operation does: kernels in order, over temporaries of the given bytes.
+
+    ``host`` instead of kernels: a function of a CPU library that takes the operands as NumPy arrays
+    (numbers as they are) and fills the outputs, for what loops do badly, as sorting.
+    """
 
     kernels: tuple[BoundKernel, ...]
     temporaries: tuple[int, ...] = ()
+    host: Callable[[Sequence[Any], Sequence[Any]], None] | None = None
 
 
 class Operand:
@@ -258,6 +264,10 @@ class KernelBuilder:
     ) -> None:  # fmt: skip
         """c = a @ b + beta * c by the vendor's library; see `Gemm`."""
         self._emit(Gemm(m, n, k, a, b, c, const(0) if beta is None else beta))
+
+    def transpose(self, rows: Value, columns: Value, source: Matrix, target: Matrix) -> None:
+        """target[j, i] = source[i, j]; both of one dtype of 4 or 8 bytes, outside vector loops."""
+        self._emit(Transpose(rows, columns, source, target))
 
     # --- result -----------------------------------------------------------------------------------
 

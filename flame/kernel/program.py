@@ -9,6 +9,7 @@ Grammar:
                 | store((buffer, index, value [, where])*)      all values are read before any is written
                 | if(condition) { statement* }
                 | gemm(...)                                     one matrix product by the vendor's library
+                | transpose(...)                                one matrix turned, elements of 4 or 8 bytes
 
 Invariant: the one parallel loop is the outermost statement; its iterations touch disjoint memory, so they
 may run in any order and on any thread.
@@ -120,7 +121,17 @@ class Gemm:
     beta: Value
 
 
-Statement = Loop | Declare | Assign | Accumulate | Store | If | Gemm
+@dataclass(frozen=True, eq=False)
+class Transpose:
+    """target[j, i] = source[i, j] for i < rows, j < columns; not of each other's memory."""
+
+    rows: Value
+    columns: Value
+    source: Matrix
+    target: Matrix
+
+
+Statement = Loop | Declare | Assign | Accumulate | Store | If | Gemm | Transpose
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +189,9 @@ def _lines(statement: Statement, pad: str) -> Iterator[str]:
                 for x in (c, a, b)
             ]
             yield f"{pad}gemm ({m!r}, {n!r}, {k!r}) {operand[0]} = {operand[1]} @ {operand[2]} + {beta!r} * {operand[0]}"
+        case Transpose(rows, columns, source, target):
+            operand = [f"{x.buffer.name}[{x.offset!r}; {x.row_stride!r}]" for x in (target, source)]
+            yield f"{pad}transpose ({rows!r}, {columns!r}) {operand[0]} = {operand[1]}"
 
 
 ZERO: Final = const(0)

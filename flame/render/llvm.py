@@ -18,11 +18,13 @@ from flame.core.dtypes import DType
 from flame.core.errors import CompileError
 from flame.kernel import values
 from flame.kernel.program import (
-    Accumulate, Assign, Declare, Gemm, If, Kernel, Loop, LoopKind, Statement, Store, Target, identity,
+    Accumulate, Assign, Declare, Gemm, If, Kernel, Loop, LoopKind, Statement, Store, Target, Transpose,
+    identity,
 )  # fmt: skip
 from flame.kernel.values import Buffer, Register, Value
 from flame.render import llvm_instructions as instructions
 from flame.render.llvm_instructions import LLVM_TYPE, memory_type
+from flame.render.llvm_transpose import transpose_function
 from flame.render.math import expand
 
 
@@ -85,10 +87,11 @@ class _Renderer:
         self.counters: dict[str, str] = {}
         self.pointers: dict[Buffer, str] = {}
         self.declared: set[str] = set()
+        self.functions: dict[str, str] = {}  # of this text's own, by name
         self.uses_of: dict[Value, _Uses] = {}
         self.written = {s.buffer for s in _stores(kernel.body)} | {
             g.c.buffer for g in _gemms(kernel.body)
-        }
+        } | {t.target.buffer for t in _transposes(kernel.body)}
 
     # --- text -------------------------------------------------------------------------------------
 
@@ -98,8 +101,15 @@ class _Renderer:
         lines = "\n".join(f"  {line}" if not line.endswith(":") else line
                           for line in self.scopes[0].lines)  # fmt: skip
         head = "define void @SYMBOL(ptr %args, i64 %begin, i64 %end, i64 %worker) {"
-        declares = "\n".join(sorted(self.declared))
+        declares = "\n".join(self._declarations())
         return f"{head}\nentry:\n{lines}\n  ret void\n}}\n{declares}\n"
+
+    def _declarations(self) -> Iterator[str]:
+        """Declarations, each once, and the functions that come with the kernel."""
+        lines = [line for text in self.functions.values() for line in text.split("\n")]
+        own = {line for line in lines if line.startswith("declare ")}
+        yield from sorted(self.declared | own)
+        yield from (line for line in lines if line not in own)
 
     def _arguments(self) -> None:
         position = 0
@@ -176,6 +186,8 @@ class _Renderer:
                     self._if(statement)
                 case Gemm():
                     self._gemm(statement)
+                case Transpose():
+                    self._transpose(statement)
 
     def _set(self, register: Register, name: str, lanes: int) -> None:
         self.registers[register] = (name, lanes)
@@ -641,6 +653,22 @@ class _Renderer:
         )
         self._forget(lambda uses: g.c.buffer in uses.buffers)
 
+    # --- matrices turned --------------------------------------------------------------------------
+
+    def _transpose(self, t: Transpose) -> None:
+        dtype = t.target.buffer.dtype
+        if dtype.itemsize not in (4, 8) or t.source.buffer.dtype is not dtype:
+            raise CompileError(f"kernel {self.kernel.name}: a transpose of {dtype.name} elements")
+        name, text = transpose_function(LLVM_TYPE[dtype], self.vector_bytes // dtype.itemsize)
+        self.functions[name] = text
+        matrices = []
+        for matrix in (t.source, t.target):
+            address = self.address(matrix.buffer, matrix.offset, None)
+            matrices.append(f"ptr {address}, i64 {self.value(matrix.row_stride, 1)}")
+        rows, columns = self.value(t.rows, 1), self.value(t.columns, 1)
+        self.emit_void(f"call void {name}({', '.join(matrices)}, i64 {rows}, i64 {columns})")
+        self._forget(lambda uses: t.target.buffer in uses.buffers)
+
 
 def _suffix(type_: str) -> str:
     return {"float": "f32", "double": "f64", "half": "f16"}.get(type_, type_)
@@ -661,6 +689,10 @@ def _stores(loop: Loop) -> Iterator[Target]:
 
 def _gemms(loop: Loop) -> Iterator[Gemm]:
     return (s for s in _walk(loop.body) if isinstance(s, Gemm))
+
+
+def _transposes(loop: Loop) -> Iterator[Transpose]:
+    return (s for s in _walk(loop.body) if isinstance(s, Transpose))
 
 
 def _written_registers(body: Iterable[Statement]) -> Iterator[Register]:

@@ -15,13 +15,14 @@ from flame.core.dtypes import DType
 from flame.core.types import TensorType
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Operand, Ref
+from flame.kernel.program import Matrix
 from flame.kernel.values import Value, cast, const, fma, read
 from flame.ops.convolution.blocking import Tile
 from flame.ops.convolution.geometry import Phase
-from flame.ops.convolution.packing import flat, table_type
+from flame.ops.convolution.packing import flat, table_type, turnable
 
 CAPACITY = 512  # positions of a block, at most
-CHUNK_BYTES = 24576  # of weights that pass over a block's tiles together
+CHUNK_BYTES = 36864  # of weights that pass over a block's tiles together
 LEAST_ITEMS = 32  # blocks wanted, to keep threads evenly busy
 
 
@@ -182,8 +183,14 @@ class _Contraction:
             row = low - begin
             if self._contiguous() and self.out_type.strides[1] != 1:
                 place = here + (low - image * pixels)
-                with k.loop(channels) as c, k.vector(high - low, 1) as j:
-                    k.store(self.out, (place + c * steps[1] + j,), self.sums[row + j, c])
+                if turnable(self.dtype, self.out_type.dtype):
+                    k.transpose(
+                        high - low, channels, Matrix(self.sums.buffer, row * lanes, const(lanes)),
+                        Matrix(self.out.buffer, place, steps[1]),
+                    )  # fmt: skip
+                else:
+                    with k.loop(channels) as c, k.vector(high - low, 1) as j:
+                        k.store(self.out, (place + c * steps[1] + j,), self.sums[row + j, c])
             else:
                 self._scatter(here, low - image * pixels, high - low, row, channels, steps)
 

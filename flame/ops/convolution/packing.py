@@ -12,8 +12,9 @@ from flame.core.dtypes import DType
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Operand, Role
+from flame.kernel.program import Matrix
 from flame.kernel.values import Value, cast, const
-from flame.ops.convolution.blocking import Tile
+from flame.ops.convolution.blocking import Tile, vector_bytes
 from flame.ops.convolution.geometry import Phase
 from flame.ops.elementwise import compute_dtype
 
@@ -22,10 +23,39 @@ def packed_source_type(x: TensorType, dtype: DType, groups: int, padded: Shape) 
     return tensor_type(dtype, (x.shape[0], groups, *padded, x.shape[1] // groups))
 
 
+def flat_of(operand: Operand) -> Operand:
+    """The same memory addressed by one offset."""
+    return Operand(operand.buffer, (1,), (const(1),))
+
+
+def turnable(source: DType, target: DType) -> bool:
+    """Whether a matrix of such elements can be transposed as it is copied."""
+    return source is target and source.itemsize >= 4
+
+
+def _joined(x: TensorType, packed: TensorType, low: Shape) -> tuple[TensorType, TensorType]:
+    """Spatial dimensions without padding as one, where memory allows it: longer rows to turn."""
+    shape, strides, target = list(x.shape), list(x.strides), list(packed.shape)
+    for axis in (3, 2):
+        whole = shape[4] == target[4] and shape[axis] == target[axis]
+        if whole and (shape[axis] == 1 or strides[axis] == shape[4] * strides[4]):
+            shape[4], target[4] = shape[4] * shape[axis], target[4] * target[axis]
+            shape[axis] = target[axis] = 1
+        else:
+            break
+    if any(low):
+        return x, packed
+    return tensor_type(x.dtype, tuple(shape), tuple(strides)), tensor_type(
+        packed.dtype, tuple(target)
+    )
+
+
 def pack_source(
     x: TensorType, position: int, packed: TensorType, temporary: int, low: Shape
 ) -> BoundKernel:
     """Copy (N, C, D, H, W) into a padded source with ``low`` zeros in front of each dimension."""
+    if turnable(x.dtype, packed.dtype) and (x.strides[4] == 1 or x.shape[4] == 1):
+        return _turn_source(x, position, packed, temporary, low)
     k = KernelBuilder("pack_source")
     source = k.tensor("input", position, x)
     target = k.tensor("temporary", temporary, packed)
@@ -42,6 +72,47 @@ def pack_source(
                 index = (n, g * count + c, d - before[0], h - before[1], w - before[2])
                 value = source.load(*index, where=here)
                 k.store(target, (n, g, d, h, w, c), cast(value, compute_dtype(x.dtype)))
+    return k.bind()
+
+
+def _turn_source(
+    x: TensorType, position: int, packed: TensorType, temporary: int, low: Shape
+) -> BoundKernel:
+    """As `pack_source`, for rows that lie side by side: each (channels, W) is a matrix to turn."""
+    x, packed = _joined(x, packed, low)
+    k = KernelBuilder("turn_source")
+    source = k.tensor("input", position, x)
+    target = k.tensor("temporary", temporary, packed)
+    images, groups, *padded, channels = packed.shape
+    sizes = [k.size(s) for s in x.shape[2:4]]
+    before = [_signed(k, n) for n in low[:2]]
+    count = k.size(channels)
+    first, skipped = max(0, low[2]), max(0, -low[2])
+    columns = max(0, min(x.shape[4] - skipped, padded[2] - first))
+    zero = const(0, packed.dtype)
+
+    def clear(at: tuple[Value, ...], begin: int, end: int) -> None:
+        if end > begin:
+            with k.vector(k.size((end - begin) * channels), 1) as v:
+                offset = target.at((*at, const(0), const(0))) + k.size(begin * channels)
+                k.store(flat_of(target), (offset + v,), zero)
+
+    with k.parallel(images, groups, padded[0], padded[1], work=padded[2] * channels) as at:
+        n, g, d, h = at
+        inside = _inside(d - before[0], sizes[0]) & _inside(h - before[1], sizes[1])
+        with k.when(inside):
+            clear(at, 0, first)
+            index = (n, g * count, d - before[0], h - before[1], k.size(skipped))
+            place = target.at((*at, k.size(first), const(0)))
+            k.transpose(
+                count, k.size(columns),
+                Matrix(source.buffer, source.at(index), source.strides[1]),
+                Matrix(target.buffer, place, target.strides[4]),
+            )  # fmt: skip
+            clear(at, first + columns, padded[2])
+        if any(low) or packed.shape[2:4] != x.shape[2:4]:
+            with k.when(~inside):
+                clear(at, 0, padded[2])
     return k.bind()
 
 
@@ -69,6 +140,15 @@ def pack_weight(
 
     ``lanes``: channels of a group along the axis that is not summed over.
     """
+    turned = weight.contiguous and turnable(weight.dtype, packed.dtype)
+    pack = _turn_weight if turned else _gather_weight
+    return pack(weight, position, packed, temporary, phase, summed_axis, lanes)
+
+
+def _gather_weight(
+    weight: TensorType, position: int, packed: TensorType, temporary: int, phase: Phase,
+    summed_axis: int, lanes: int,
+) -> BoundKernel:  # fmt: skip
     k = KernelBuilder("pack_weight")
     source = k.tensor("input", position, weight)
     target = k.tensor("temporary", temporary, packed)
@@ -90,6 +170,55 @@ def pack_weight(
             value = cast(source.load(*index, *place), compute_dtype(weight.dtype))
             zero = const(0, value.dtype)
             k.store(target, (g, block, tap, s, v), values.select(inside, value, zero))
+    return k.bind()
+
+
+COLUMNS = 256  # of a matrix that is turned in scratch memory
+
+
+def _turn_weight(
+    weight: TensorType, position: int, packed: TensorType, temporary: int, phase: Phase,
+    summed_axis: int, lanes: int,
+) -> BoundKernel:  # fmt: skip
+    """Turn (channels, channels summed over and taps) in scratch memory, then put rows in order.
+
+    For the gradient the taps of one channel summed over are such a matrix.
+    """
+    k = KernelBuilder("turn_weight")
+    source = k.tensor("input", position, weight)
+    target = k.tensor("temporary", temporary, packed)
+    groups, blocks, _, summed, width = packed.shape
+    count = weight.shape[2] * weight.shape[3] * weight.shape[4]
+    own, other, all_taps = k.size(lanes), k.size(summed), k.size(count)
+    axes = phase.axes
+    first = [k.size(a.first) for a in axes]
+    stride = [_step(k, a.stride) for a in axes]
+    taps = [k.size(a.taps) for a in axes]
+    sizes = [k.size(s) for s in weight.shape[3:]]
+    together = min(summed, max(1, COLUMNS // count)) if summed_axis == 1 else 1
+    rows = k.scratch(packed.dtype, (max(COLUMNS, count), width))
+    with k.parallel(groups, blocks, -(-summed // together), work=together * count * width // 4) as at:
+        g, block, part = at
+        begin = part * k.size(together)
+        height = values.binary("min", own - block * width, const(width))
+        channel = g * own + block * width
+        if summed_axis == 1:
+            length = values.binary("min", other - begin, k.size(together))
+            offset, distance = (channel * other + begin) * all_taps, other * all_taps
+        else:
+            length = const(1)
+            offset, distance = ((g * other + begin) * own + block * width) * all_taps, all_taps
+        k.transpose(
+            height, length * all_taps, Matrix(source.buffer, offset, distance),
+            Matrix(rows.buffer, const(0), const(width)),
+        )  # fmt: skip
+        with k.nest(taps) as t, k.loop(length) as s:
+            place = [f + i * st for f, i, st in zip(first, t, stride, strict=True)]
+            row = (place[0] * sizes[0] + place[1]) * sizes[1] + place[2] + s * all_taps
+            tap = (t[0] * taps[1] + t[1]) * taps[2] + t[2]
+            with k.vector(width, width * packed.dtype.itemsize // vector_bytes()) as v:
+                value = values.select(v < height, rows[row, v], const(0, packed.dtype))
+                k.store(target, (g, block, tap, begin + s, v), value)
     return k.bind()
 
 

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from flame.core.dtypes import DType
 from flame.core.types import TensorType, tensor_type
 from flame.kernel import values
-from flame.kernel.builder import BoundKernel, KernelBuilder, Ref
+from flame.kernel.builder import BoundKernel, KernelBuilder, Operand, Ref
+from flame.kernel.program import Matrix
 from flame.kernel.values import Value, cast, const, read
-from flame.ops.convolution.blocking import Tile
+from flame.ops.convolution.blocking import Tile, vector_bytes
 from flame.ops.convolution.contraction import product_sum
 from flame.ops.convolution.geometry import Phase
-from flame.ops.convolution.packing import table_type
+from flame.ops.convolution.packing import COLUMNS, flat_of, table_type, turnable
 from flame.ops.elementwise import compute_dtype
 
-CHUNK = 128  # positions that pass over a block's tiles together
-ROWS = 96  # sums of one iteration, in vectors of lanes
+CHUNK = 128
+ROWS = 192
 LEAST_ITEMS = 32
 
 
@@ -68,6 +69,8 @@ def packed_gradient_type(g: TensorType, dtype: DType, groups: int, tile: Tile) -
 
 def pack_gradient(g: TensorType, position: int, packed: TensorType, temporary: int) -> BoundKernel:
     """Copy the output's gradient (N, C, D, H, W) with the channels of a block side by side."""
+    if turnable(g.dtype, packed.dtype) and (g.strides[4] == 1 or g.shape[4] == 1):
+        return _turn_gradient(g, position, packed, temporary)
     k = KernelBuilder("pack_gradient")
     source = k.tensor("input", position, g)
     target = k.tensor("temporary", temporary, packed)
@@ -85,6 +88,39 @@ def pack_gradient(g: TensorType, position: int, packed: TensorType, temporary: i
             value = cast(source.load(n, channel, d, h, w), compute_dtype(g.dtype))
             value = values.select(inside, value, const(0, value.dtype))
             k.store(target, (group, block, row + w, v), value)
+    return k.bind()
+
+
+def _turn_gradient(g: TensorType, position: int, packed: TensorType, temporary: int) -> BoundKernel:
+    """As `pack_gradient`, for rows that lie side by side."""
+    n_count, channels, *sizes = g.shape
+    strides = list(g.strides)
+    for axis in (1, 0):
+        if sizes[axis] == 1 or strides[2 + axis] == sizes[2]:
+            sizes[2], sizes[axis] = sizes[2] * sizes[axis], 1
+        else:
+            break
+    g = tensor_type(g.dtype, (n_count, channels, *sizes), tuple(strides))
+    k = KernelBuilder("turn_gradient")
+    source = k.tensor("input", position, g)
+    target = k.tensor("temporary", temporary, packed)
+    groups, blocks, _, lanes = packed.shape
+    own = k.size(channels // groups)
+    d_count, h_count, w_count = (k.size(s) for s in sizes)
+    with k.parallel(n_count, groups, blocks, *sizes[:2], work=sizes[2] * lanes // 4) as at:
+        n, group, block, d, h = at
+        row = ((n * d_count + d) * h_count + h) * w_count
+        height = values.binary("min", own - block * lanes, const(lanes))
+        index = (n, group * own + block * lanes, d, h, const(0))
+        place = target.at((group, block, const(0), const(0))) + row * lanes
+        k.transpose(
+            height, w_count, Matrix(source.buffer, source.at(index), source.strides[1]),
+            Matrix(target.buffer, place, const(lanes)),
+        )  # fmt: skip
+        if (channels // groups) % lanes:
+            with k.when(height < lanes), k.loop(w_count) as w, k.vector(const(lanes) - height) as v:
+                zero = const(0, packed.dtype)
+                k.store(flat_of(target), (place + w * lanes + height + v,), zero)
     return k.bind()
 
 
@@ -146,26 +182,47 @@ def sum_products(
 def add_partials(
     partial: tuple[int, TensorType], weight: TensorType, phase: Phase, layout: Layout
 ) -> BoundKernel:
-    """weight (O, C of a group, D, H, W) = the sum of the partial sums, in order."""
+    """weight (O, C of a group, D, H, W) = the sum of the partial sums, in order.
+
+    Rows of a few channels and all taps are added up in scratch memory, then turned.
+    """
     k = KernelBuilder("add_weight_gradients")
     source = k.tensor("temporary", partial[0], partial[1])
     out = k.tensor("output", 0, weight)
-    splits, groups, blocks, _, run, lanes = partial[1].shape
-    own = k.size(weight.shape[0] // groups)
-    counts = [k.size(t) for t in layout.taps]
-    summed = k.size(weight.shape[1])
-    with k.parallel(groups, blocks, *layout.taps, run, work=lanes * splits) as at:
-        g, b, td, th, tw, j = at
-        channel, kw = j, tw
-        if layout.merged:
-            channel, kw = values.binary("urem", j, summed), values.binary("udiv", j, summed)
-        tap = (td * counts[1] + th) * counts[2] + tw
-        extent = values.binary("min", own - b * lanes, const(lanes))
-        with k.vector(extent, 1) as v:
-            total = k.register(const(0, partial[1].dtype))
-            with k.loop(k.size(splits)) as s:
-                k.assign(total, read(total) + source[s, g, b, tap, j, v])
-            k.store(out, (g * own + b * lanes + v, channel, td, th, kw), read(total))
+    splits, groups, blocks, _, _, lanes = partial[1].shape
+    dtype = partial[1].dtype
+    summed, count = weight.shape[1], weight.shape[2] * weight.shape[3] * weight.shape[4]
+    together = min(summed, max(1, COLUMNS // count))
+    rows = k.scratch(dtype, (max(COLUMNS, count), lanes))
+    own, other, all_taps = k.size(weight.shape[0] // groups), k.size(summed), k.size(count)
+    unroll = lanes * max(dtype.itemsize, 4) // vector_bytes()
+    # in a run the taps along W stand outside the channels, so in memory it is as if not merged
+    work = together * count * lanes * splits // 4
+    with k.parallel(groups, blocks, -(-summed // together), work=work) as (g, b, part):
+        begin = part * k.size(together)
+        length = values.binary("min", other - begin, k.size(together))
+        base = source.at((const(0), g, b, const(0), const(0), const(0)))
+        with k.loop(all_taps) as t, k.loop(length) as c, k.vector(lanes, unroll) as v:
+            index = base + (t * other + begin + c) * lanes + v
+            total = k.register(values.load(source.buffer, index))
+            with k.loop(k.size(splits - 1)) as s:
+                value = values.load(source.buffer, index + (s + 1) * source.strides[0])
+                k.assign(total, read(total) + value)
+            k.store(rows, (c * all_taps + t, v), read(total))
+        channels = values.binary("min", own - b * lanes, const(lanes))
+        first = g * own + b * lanes
+        if turnable(dtype, weight.dtype):
+            place = out.at((first, *[const(0)] * 4)) + begin * all_taps
+            k.transpose(
+                length * all_taps, channels, Matrix(rows.buffer, const(0), const(lanes)),
+                Matrix(out.buffer, place, other * all_taps),
+            )  # fmt: skip
+        else:
+            place = begin * all_taps
+            with k.loop(channels) as o, k.vector(length * all_taps, 1) as j:
+                target = (first + o) * other * all_taps + place + j
+                value = values.load(rows.buffer, j * lanes + o)
+                k.store(flat_of(out), (target,), value)
     return k.bind()
 
 
