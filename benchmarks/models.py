@@ -103,9 +103,14 @@ def resnet(lib: Any) -> Any:
         stages += [Block(inside, outside, stride), Block(outside, outside, 1)]
         inside = outside
     return nn.Sequential(
-        nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
-        *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10),
-    )  # fmt: skip
+        nn.Conv2d(3, 64, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        *stages,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    )
 
 
 def unet(lib: Any) -> Any:
@@ -191,14 +196,21 @@ BENCHMARKS = {
         mlp, lambda r: (_normal(r, 128, 784), r.integers(0, 10, 128)), _cross_entropy, 20
     ),
     "gpt": Benchmark(
-        gpt, lambda r: (r.integers(0, 256, (8, 256)), r.integers(0, 256, (8, 256))), _cross_entropy, 1
+        gpt,
+        lambda r: (r.integers(0, 256, (8, 256)), r.integers(0, 256, (8, 256))),
+        _cross_entropy,
+        1,
     ),
     "resnet": Benchmark(
         resnet, lambda r: (_normal(r, 32, 3, 32, 32), r.integers(0, 10, 32)), _cross_entropy, 1
     ),
     "unet": Benchmark(
         unet,
-        lambda r: (_normal(r, 8, 3, 32, 32), r.random(8, np.float32) * 1000, _normal(r, 8, 3, 32, 32)),
+        lambda r: (
+            _normal(r, 8, 3, 32, 32),
+            r.random(8, np.float32) * 1000,
+            _normal(r, 8, 3, 32, 32),
+        ),
         _mse,
         1,
     ),

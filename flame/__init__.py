@@ -25,31 +25,31 @@ from flame.core.dtypes import (
 from flame.core.dtypes import bool_ as bool
 from flame.creation import as_tensor, from_dlpack, from_numpy, tensor
 from flame.eager import Eager
-from flame.ops.activations import *  # noqa: F403
-from flame.ops.arithmetic import *  # noqa: F403 - each module names its exports
-from flame.ops.bitwise import *  # noqa: F403
-from flame.ops.bivariate import *  # noqa: F403
-from flame.ops.comparison import *  # noqa: F403
-from flame.ops.contractions import *  # noqa: F403
-from flame.ops.conversion import *  # noqa: F403
-from flame.ops.convolution import *  # noqa: F403
-from flame.ops.creation import *  # noqa: F403
-from flame.ops.division import *  # noqa: F403
-from flame.ops.indexing import *  # noqa: F403
-from flame.ops.joining import *  # noqa: F403
-from flame.ops.masking import *  # noqa: F403
-from flame.ops.mathematics import *  # noqa: F403
-from flame.ops.normalization import *  # noqa: F403
+from flame.ops.activations import *
+from flame.ops.arithmetic import *
+from flame.ops.bitwise import *
+from flame.ops.bivariate import *
+from flame.ops.comparison import *
+from flame.ops.contractions import *
+from flame.ops.conversion import *
+from flame.ops.convolution import *
+from flame.ops.creation import *
+from flame.ops.division import *
+from flame.ops.indexing import *
+from flame.ops.joining import *
+from flame.ops.masking import *
+from flame.ops.mathematics import *
+from flame.ops.normalization import *
 from flame.ops.op import set_interpreter
-from flame.ops.powers import *  # noqa: F403
-from flame.ops.products import *  # noqa: F403
-from flame.ops.rearranging import *  # noqa: F403
-from flame.ops.reductions import *  # noqa: F403
-from flame.ops.scans import *  # noqa: F403
-from flame.ops.shapes import *  # noqa: F403
-from flame.ops.slicing import *  # noqa: F403
-from flame.ops.softmax import *  # noqa: F403
-from flame.ops.subscript import *  # noqa: F403
+from flame.ops.powers import *
+from flame.ops.products import *
+from flame.ops.rearranging import *
+from flame.ops.reductions import *
+from flame.ops.scans import *
+from flame.ops.shapes import *
+from flame.ops.slicing import *
+from flame.ops.softmax import *
+from flame.ops.subscript import *
 from flame.tensor import Tensor
 
 attach()

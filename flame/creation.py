@@ -26,9 +26,10 @@ def tensor(
         made = data.detach().clone() if dtype is None else data.detach().to(dtype, copy=True)
     elif isinstance(data, (bool, int, float)):
         made = _full(
-            data, shape=(),
+            data,
+            shape=(),
             dtype=dtype or dtypes.of_scalar(type(data), dtypes.get_default_dtype()),
-        )  # fmt: skip
+        )
     else:
         made = from_array(_array(data, dtype))
     return made.requires_grad_() if requires_grad else made
@@ -41,7 +42,9 @@ def _array(data: Any, dtype: DType | None) -> np.ndarray[Any, Any]:
         try:
             array = np.array(_plain(data))
         except ValueError as error:
-            raise ShapeError(f"tensor: nested sequences must have equal lengths ({error})") from None
+            raise ShapeError(
+                f"tensor: nested sequences must have equal lengths ({error})"
+            ) from None
         if array.dtype == np.float64:
             array = array.astype(dtypes.get_default_dtype().numpy)
         if array.size == 0 and dtype is None:
@@ -63,8 +66,8 @@ def _plain(data: Any) -> Any:
 def from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
     """A tensor over the memory of a NumPy array: a change of one is seen in the other.
 
-    Arrays with negative strides, or read-only ones, are copied. Raises DTypeError where the dtype has
-    no counterpart.
+    Arrays with negative strides, or read-only ones, are copied. Raises DTypeError where the dtype
+    has no counterpart.
     """
     if not isinstance(array, np.ndarray):
         raise DTypeError(f"from_numpy takes a NumPy array, got {type(array).__name__}")

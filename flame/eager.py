@@ -1,4 +1,5 @@
-"""Eager execution: every op call runs at once, and is put on the tape where a gradient may be wanted.
+"""Eager execution: every op call runs at once, and is put on the tape where a gradient may be
+wanted.
 
 The warm path is one dictionary look-up by the operands' types, an allocation, and a launch.
 """
@@ -111,9 +112,9 @@ class Eager(Interpreter):
         for target in out:
             _check_target(plan.op, target, mode.enabled)
         updated = inputs[0] if plan.op.updates and inputs[0] is out[0] else None
-        safe = tuple([
-            x if x is updated and not i else _apart(plan.op, x, out) for i, x in enumerate(inputs)
-        ])
+        safe = tuple(
+            [x if x is updated and not i else _apart(plan.op, x, out) for i, x in enumerate(inputs)]
+        )
         if tracking:
             # the node sees the operands as they were called, with their versions before the write
             node = make_node(plan, inputs, attributes)
@@ -185,11 +186,13 @@ def run(plan: Plan, inputs: tuple[Any, ...], out: tuple[Any, ...] | None = None)
     step = plan.direct
     if step is not None:
         cpu.launch(
-            step.address, step.extent, step.grain,
+            step.address,
+            step.extent,
+            step.grain,
             *[x.pointer if isinstance(x, Tensor) else x for x in inputs],
             *[t.pointer for t in outputs],
             *step.sizes,
-        )  # fmt: skip
+        )
     elif plan.steps:
         _run_steps(plan, inputs, outputs)
     return outputs
@@ -242,9 +245,9 @@ def make_node(plan: Plan, inputs: tuple[Any, ...], attributes: dict[str, Any]) -
     formulas = plan.op.formulas
     for position, x in enumerate(inputs):
         edge = None
-        if isinstance(x, Tensor) and x.requires_grad and x.dtype.kind == "f":
-            if not formulas or formulas[position] is not None:
-                edge = edge_of(x)
+        wanted = not formulas or formulas[position] is not None
+        if wanted and isinstance(x, Tensor) and x.requires_grad and x.dtype.kind == "f":
+            edge = edge_of(x)
         edges.append(edge)
         needs.append(edge is not None)
     results = plan.outputs[: len(plan.outputs) - plan.op.extras]

@@ -1,7 +1,7 @@
 """Tensor: the user's handle on typed, strided memory.
 
-Invariants: a tensor is (storage, pointer, type); every method that computes goes through an op, so it is
-recorded; ``node`` is where its gradient goes, and a leaf has none.
+Invariants: a tensor is (storage, pointer, type); every method that computes goes through an op, so
+it is recorded; ``node`` is where its gradient goes, and a leaf has none.
 """
 
 from __future__ import annotations
@@ -17,8 +17,13 @@ from flame.autograd.mode import mode
 from flame.core import dtypes
 from flame.core.dtypes import DType
 from flame.core.errors import (
-    ArgumentError, DeviceError, DTypeError, GradientError, ShapeError, StateError,
-)  # fmt: skip
+    ArgumentError,
+    DeviceError,
+    DTypeError,
+    GradientError,
+    ShapeError,
+    StateError,
+)
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.runtime.storage import Storage
 
@@ -65,8 +70,8 @@ class RemovableHandle:
 class Tensor:
     """A multi-dimensional array on a device, with automatic differentiation.
 
-    Make one by `flame.tensor`, `flame.from_numpy`, `flame.zeros` and the like. Methods are PyTorch's by
-    name, arguments and meaning.
+    Make one by `flame.tensor`, `flame.from_numpy`, `flame.zeros` and the like. Methods are
+    PyTorch's by name, arguments and meaning.
     """
 
     # Defaults stand on the class, so that making a tensor sets only what differs.
@@ -205,7 +210,8 @@ class Tensor:
         """
         if self.requires_grad and not force:
             raise GradientError(
-                "numpy() on a tensor that requires grad would lose its history; use .detach().numpy()"
+                "numpy() on a tensor that requires grad would lose its history; "
+                "use .detach().numpy()"
             )
         return self._array()
 
@@ -410,8 +416,8 @@ class Tensor:
     ) -> None:
         """Accumulate the gradients of this tensor into the leaves it was computed from.
 
-        gradient: of this tensor's shape; not needed for a scalar. create_graph: the gradients can be
-        differentiated again. Raises GradientError where no gradient can flow.
+        gradient: of this tensor's shape; not needed for a scalar. create_graph: the gradients can
+        be differentiated again. Raises GradientError where no gradient can flow.
         """
         if isinstance(inputs, Tensor):
             inputs = [inputs]
@@ -432,9 +438,7 @@ class Tensor:
         node.hooks.append(entry)
         return RemovableHandle(node.hooks, entry)
 
-    def register_post_accumulate_grad_hook(
-        self, hook: Callable[[Tensor], None]
-    ) -> RemovableHandle:
+    def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
         """Call ``hook(self)`` after a backward pass has accumulated ``grad``. Leaves only."""
         if not self.is_leaf or not self.requires_grad:
             raise GradientError("post-accumulate hooks are for leaves that require grad")
@@ -462,7 +466,9 @@ class Tensor:
         raise DeviceError("this build of FLAME has no CUDA device; use device='cpu'")
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Convert to a dtype, a device, or both; ``self`` where nothing changes (unless ``copy``)."""
+        """Convert to a dtype, a device, or both; ``self`` where nothing changes (unless
+        ``copy``).
+        """
         from flame.ops.conversion import convert
 
         dtype, copy = kwargs.pop("dtype", None), kwargs.pop("copy", False)

@@ -23,14 +23,17 @@ class _CheckpointNode(Node):
     name = "checkpoint"
 
     def __init__(
-        self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any],
-        random: Any, edges: Sequence[Any], outputs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        random: Any,
+        edges: Sequence[Any],
+        outputs: Any,
+    ) -> None:
         super().__init__(edges, outputs)
         self.function, self.keywords, self.random = function, kwargs, random
-        self.arguments: list[Any] | None = [
-            Saved(a) if hasattr(a, "storage") else a for a in args
-        ]
+        self.arguments: list[Any] | None = [Saved(a) if hasattr(a, "storage") else a for a in args]
 
     def apply(self, grads: Sequence[Any], differentiable: bool) -> Sequence[Any]:
         if differentiable:
@@ -56,7 +59,9 @@ class _CheckpointNode(Node):
         outputs = list(made) if isinstance(made, tuple) else [made]
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
         engine.backward([o for o, _ in pairs], [g for _, g in pairs], None, False)
-        return [None if edge is None else x.grad for x, edge in zip(inputs, self.edges, strict=True)]
+        return [
+            None if edge is None else x.grad for x, edge in zip(inputs, self.edges, strict=True)
+        ]
 
     def release(self) -> None:
         self.arguments = None

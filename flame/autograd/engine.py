@@ -1,7 +1,7 @@
 """The backward pass: nodes from the youngest to the oldest, gradients summed where paths meet.
 
-As an edge always points to an older node, popping by age visits a node after all that use it; there is
-no recursion and no counting of dependencies.
+As an edge always points to an older node, popping by age visits a node after all that use it;
+there is no recursion and no counting of dependencies.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class _Pass:
         results = list(node.apply(full, self.create_graph))
         if len(results) != len(node.edges):
             raise GradientError(
-                f"backward of {node.name} gave {len(results)} gradients for {len(node.edges)} inputs"
+                f"backward of {node.name} gave {len(results)} gradients for "
+                f"{len(node.edges)} inputs"
             )
         for position, (edge, grad) in enumerate(zip(node.edges, results, strict=True)):
             if edge is not None and grad is not None:
@@ -134,13 +135,13 @@ def _seed(tensor: Any, gradient: Any) -> Any:
     if gradient is None:
         if tensor.type.numel != 1:
             raise GradientError(
-                f"backward from a tensor of shape {tensor.shape} needs its gradient as an argument; "
+                f"backward from a tensor of shape {tensor.shape} needs its gradient as argument; "
                 "without one, the tensor must be a scalar (call .sum() or .mean() first)"
             )
         return ones_like(tensor)
     if gradient.type.shape != tensor.type.shape:
         raise ShapeError(
-            f"the gradient has shape {gradient.shape}, its tensor {tensor.shape}; they must be equal"
+            f"the gradient has shape {gradient.shape}, its tensor {tensor.shape}; make them equal"
         )
     if gradient.dtype is not tensor.dtype:
         raise DTypeError(f"the gradient is {gradient.dtype}, its tensor {tensor.dtype}")
@@ -219,7 +220,7 @@ def grad(
     for position, tensor in enumerate(inputs):
         if not tensor.requires_grad:
             raise GradientError(f"grad: input {position} does not require grad")
-    capture = dict((id(t), key) for t, key in _capture(current, inputs))
+    capture = {id(t): key for t, key in _capture(current, inputs)}
     with set_grad_enabled(create_graph):
         for tensor, gradient in zip(outputs, gradients, strict=True):
             current.give(edge_of(tensor), _seed(tensor, gradient))

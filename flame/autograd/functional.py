@@ -16,24 +16,36 @@ def _sequence(value: Any) -> list[Any]:
 def _gradients(name: str, tensors: list[Any], gradients: Any) -> list[Any]:
     found = [None] * len(tensors) if gradients is None else _sequence(gradients)
     if len(found) != len(tensors):
-        raise ArgumentError(f"{name}: {len(tensors)} outputs need as many gradients, got {len(found)}")
+        raise ArgumentError(
+            f"{name}: {len(tensors)} outputs need as many gradients, got {len(found)}"
+        )
     return found
 
 
 def backward(
-    tensors: Any, grad_tensors: Any = None, retain_graph: bool | None = None,
-    create_graph: bool = False, inputs: Any = None,
-) -> None:  # fmt: skip
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
     """Accumulate gradients of several tensors into the leaves that they were computed from."""
     roots = _sequence(tensors)
     given = None if inputs is None else _sequence(inputs)
-    engine.backward(roots, _gradients("backward", roots, grad_tensors), retain_graph, create_graph, given)
+    engine.backward(
+        roots, _gradients("backward", roots, grad_tensors), retain_graph, create_graph, given
+    )
 
 
 def grad(
-    outputs: Any, inputs: Any, grad_outputs: Any = None, retain_graph: bool | None = None,
-    create_graph: bool = False, allow_unused: bool | None = None, materialize_grads: bool = False,
-) -> tuple[Any, ...]:  # fmt: skip
+    outputs: Any,
+    inputs: Any,
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    allow_unused: bool | None = None,
+    materialize_grads: bool = False,
+) -> tuple[Any, ...]:
     """Gradients of ``outputs`` with respect to ``inputs``, without touching any ``.grad``.
 
     Raises GradientError for an input that was not used, unless ``allow_unused``.
@@ -44,8 +56,10 @@ def grad(
         roots, leaves, _gradients("grad", roots, grad_outputs), retain_graph, create_graph, unused
     )
     if materialize_grads:
-        found = [engine.zeros(x.shape, dtype=x.dtype) if g is None else g
-                 for g, x in zip(found, leaves, strict=True)]  # fmt: skip
+        found = [
+            engine.zeros(x.shape, dtype=x.dtype) if g is None else g
+            for g, x in zip(found, leaves, strict=True)
+        ]
     return tuple(found)
 
 
@@ -56,7 +70,13 @@ def jacobian(function: Callable[..., Any], inputs: Any, create_graph: bool = Fal
         output = function(*leaves)
         flat = output.reshape(-1)
         rows = [
-            grad(flat[i], leaves, retain_graph=True, create_graph=create_graph, materialize_grads=True)
+            grad(
+                flat[i],
+                leaves,
+                retain_graph=True,
+                create_graph=create_graph,
+                materialize_grads=True,
+            )
             for i in range(flat.numel())
         ]
     from flame.ops.joining import stack

@@ -53,21 +53,21 @@ class _Switch:
         return wrapper  # type: ignore[return-value]  # functools.wraps keeps the signature
 
 
-class no_grad(_Switch):  # noqa: N801 - PyTorch's name
+class no_grad(_Switch):
     """Inside, operations are not recorded. Context manager and decorator."""
 
     def __init__(self) -> None:
         super().__init__(enabled=False)
 
 
-class enable_grad(_Switch):  # noqa: N801
+class enable_grad(_Switch):
     """Inside, operations are recorded again."""
 
     def __init__(self) -> None:
         super().__init__(enabled=True)
 
 
-class set_grad_enabled(_Switch):  # noqa: N801
+class set_grad_enabled(_Switch):
     """Record operations inside, or not. Takes effect at once, also without ``with``."""
 
     def __init__(self, mode: bool) -> None:
@@ -82,14 +82,14 @@ class set_grad_enabled(_Switch):  # noqa: N801
         return super().__enter__()
 
 
-class inference_mode(_Switch):  # noqa: N801
+class inference_mode(_Switch):
     """As `no_grad`: nothing is recorded inside."""
 
     def __init__(self, mode: bool = True) -> None:
         super().__init__(enabled=not mode, inference=mode)
 
 
-class detect_anomaly(_Switch):  # noqa: N801
+class detect_anomaly(_Switch):
     """Inside, a backward pass that gives NaN raises, and names the line of the forward call."""
 
     def __init__(self, check_nan: bool = True) -> None:

@@ -1,6 +1,7 @@
 """The tape: one node for each recorded operation.
 
-Invariants: an edge points to an older node, or to a leaf tensor; a node keeps what its formulas name
+Invariants: an edge points to an older node, or to a leaf tensor; a node keeps what its formulas
+name
 and nothing else; an output that a formula needs is kept without its node, so the tape has no cycle.
 """
 
@@ -23,7 +24,9 @@ Hook = Callable[[Any], Any]
 
 
 class Node:
-    """Base of all nodes. ``apply`` turns gradients of the outputs into gradients along ``edges``."""
+    """Base of all nodes. ``apply`` turns gradients of the outputs into gradients along
+    ``edges``.
+    """
 
     __slots__ = ("__weakref__", "age", "edges", "hooks", "line", "outputs")
 
@@ -63,9 +66,9 @@ class Saved:
     def get(self, node: Node, name: str) -> Any:
         if self.tensor.storage.version != self.version:
             raise GradientError(
-                f"backward of {node.name} needs {name} (shape {self.tensor.shape}) as it was in the "
-                "forward pass, but an in-place operation has changed it since; use the out-of-place "
-                "form, or clone it before"
+                f"backward of {node.name} needs {name} (shape {self.tensor.shape}) as it was in "
+                "the forward pass, but an in-place operation has changed it since; use the "
+                "out-of-place form, or clone it before"
             )
         return self.tensor
 

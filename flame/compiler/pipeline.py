@@ -1,6 +1,6 @@
 """The flow from an operation to a program, one verb and one noun a stage.
 
-    call -> Graph -> Lowering (kernels, sizes) -> Source (text) -> Step (machine code) -> Plan
+call -> Graph -> Lowering (kernels, sizes) -> Source (text) -> Step (machine code) -> Plan
 """
 
 from __future__ import annotations
@@ -42,10 +42,14 @@ def make_plan(
     sources = [source_of(bound.kernel) for bound in lowering.kernels]
     steps = [load(b, s) for b, s in zip(lowering.kernels, sources, strict=True) if b.extent]
     return Plan(
-        op, types, outputs, tuple(steps), lowering.temporaries,
+        op,
+        types,
+        outputs,
+        tuple(steps),
+        lowering.temporaries,
         direct_step(steps, types, outputs),
         checked=any(r.role == "error" for s in steps for r in s.operands),
-    )  # fmt: skip
+    )
 
 
 def unreadable(op: Op, types: Types) -> tuple[int, ...]:
@@ -84,10 +88,13 @@ def load(bound: BoundKernel, source: Source) -> Step:
     from flame.runtime.cpu import jit  # llvmlite is loaded with the first kernel, not with FLAME
 
     return Step(
-        jit.load(source.text, source.symbol), bound.extent, bound.grain, bound.operands,
+        jit.load(source.text, source.symbol),
+        bound.extent,
+        bound.grain,
+        bound.operands,
         tuple(-(-count * b.dtype.itemsize // 64) * 64 for b, count in bound.kernel.scratch),
         bound.sizes,
-    )  # fmt: skip
+    )
 
 
 def direct_step(
@@ -130,7 +137,9 @@ def check_operands(op: Op, types: Types) -> None:
 def check_out(op: Op, inferred: tuple[TensorType, ...], out: tuple[TensorType, ...]) -> None:
     """Raise where results do not fit the tensors that they are written into."""
     if len(inferred) != len(out):
-        raise ShapeError(f"{op.name} gives {len(inferred)} results, but {len(out)} were given to fill")
+        raise ShapeError(
+            f"{op.name} gives {len(inferred)} results, but {len(out)} were given to fill"
+        )
     for made, given in zip(inferred, out, strict=True):
         if made.shape != given.shape:
             raise ShapeError(

@@ -1,12 +1,14 @@
 """Plan: one operation made ready to run on operands of given types.
 
-Invariant: a Plan depends on the types and attributes alone, never on a tensor's memory, so it serves
-every call with the same signature.
+Invariant: a Plan depends on the types and attributes alone, never on a tensor's memory, so it
+serves every call with the same signature.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flame.core.types import TensorType
 from flame.kernel.builder import Ref
@@ -41,3 +43,4 @@ class Plan:
     checked: bool
     view_offset: int | None = None
     copies: tuple[int, ...] = ()  # operands that must be copied to row-major memory first
+    host: Callable[[Sequence[Any], Sequence[Any]], None] | None = None  # instead of steps

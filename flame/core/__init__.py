@@ -1,1 +1,3 @@
-"""The vocabulary that every layer shares: dtypes, tensor types, errors. Imports nothing of FLAME above it."""
+"""The vocabulary that every layer shares: dtypes, tensor types, errors. Imports nothing of FLAME
+above it.
+"""

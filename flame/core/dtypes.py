@@ -15,7 +15,9 @@ from flame.core.errors import DTypeError
 
 
 class DType:
-    """A real element type: ``kind`` is 'b' (bool), 'u' (unsigned), 'i' (signed) or 'f' (floating)."""
+    """A real element type: ``kind`` is 'b' (bool), 'u' (unsigned), 'i' (signed) or 'f'
+    (floating).
+    """
 
     __slots__ = ("bits", "is_floating_point", "itemsize", "kind", "name", "numpy")
 
@@ -70,7 +72,7 @@ def from_numpy(numpy_dtype: Any) -> DType:
     except (KeyError, TypeError):
         names = ", ".join(d.name for d in ALL)
         raise DTypeError(
-            f"NumPy dtype {numpy_dtype!r} has no FLAME counterpart; convert it first to one of {names}"
+            f"NumPy dtype {numpy_dtype!r} has no FLAME counterpart; convert to one of {names}"
         ) from None
 
 

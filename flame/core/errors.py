@@ -1,4 +1,6 @@
-"""Every error that FLAME raises on purpose derives from FlameError and from the builtin that a Python user would catch."""
+"""Every error that FLAME raises on purpose derives from FlameError and from the builtin that a
+Python user would catch.
+"""
 
 
 class FlameError(Exception):

@@ -1,7 +1,7 @@
 """TensorType: everything about a tensor but its memory.
 
-Invariant: tensor types are interned, so equal types are the same object and hash by identity; this is
-what lets the warm path of eager execution find a compiled kernel with one dictionary look-up.
+Invariant: tensor types are interned, so equal types are the same object and hash by identity; this
+is what lets the warm path of eager execution find a compiled kernel with one dictionary look-up.
 """
 
 from __future__ import annotations
@@ -34,11 +34,19 @@ def element_count(shape: Shape) -> int:
 
 
 class TensorType:
-    """dtype, shape and strides (in elements) of a tensor on ``device``. Make one with `tensor_type`."""
+    """dtype, shape and strides (in elements) of a tensor on ``device``; see `tensor_type`."""
 
     __slots__ = (
-        "__weakref__", "contiguous", "device", "dtype", "ndim", "numel", "shape", "span", "strides",
-    )  # fmt: skip
+        "__weakref__",
+        "contiguous",
+        "device",
+        "dtype",
+        "ndim",
+        "numel",
+        "shape",
+        "span",
+        "strides",
+    )
 
     dtype: DType
     shape: Shape

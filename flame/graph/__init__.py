@@ -1,4 +1,6 @@
-"""A recorded computation: typed nodes in order, verified, printed, and run by NumPy as an oracle."""
+"""A recorded computation: typed nodes in order, verified, printed, and run by NumPy as an
+oracle.
+"""
 
 from flame.graph.graph import Graph, Node, Symbol, one_op
 from flame.graph.interpreter import interpret

@@ -5,10 +5,11 @@ Grammar:
     graph   ::= "graph" "(" symbol* ")" node* "return" symbol*
     node    ::= symbol+ "=" op "(" operand* ")" attributes
     operand ::= symbol | "none"
-    symbol  ::= "%" name ":" type          type: a TensorType, or int, float, bool for a Python number
+    symbol  ::= "%" name ":" type          type: a TensorType, or int, float, bool for a Python
+    number
 
-Invariants: a symbol is defined once, and before its first use; a node's results have the types that its op
-infers.
+Invariants: a symbol is defined once, and before its first use; a node's results have the types
+that its op infers.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Graph:
             inferred = infer(node.op, node.types, node.attributes)
             if tuple(s.type for s in node.outputs) != inferred:
                 raise CompileError(
-                    f"{node.op.name} gives {', '.join(map(str, inferred))}, not what its node says:\n"
+                    f"{node.op.name} gives {', '.join(map(str, inferred))}, its node says:\n"
                     f"  {node}"
                 )
             for symbol in node.outputs:
@@ -90,7 +91,9 @@ class Graph:
                 known.add(symbol)
         for symbol in self.outputs:
             if symbol not in known:
-                raise CompileError(f"the graph returns %{symbol.name}, which nothing defines:\n{self}")
+                raise CompileError(
+                    f"the graph returns %{symbol.name}, which nothing defines:\n{self}"
+                )
 
 
 def infer(op: Op, types: Types, attributes: Mapping[str, Any]) -> tuple[TensorType, ...]:

@@ -2,7 +2,8 @@
 
 Grammar (every value has a dtype; index arithmetic is int64 values like any other):
 
-    value ::= const(number) | param(name) | var(name) | read(register) | load(buffer, index [, where])
+    value ::= const(number) | param(name) | var(name) | read(register) | load(buffer, index [,
+    where])
             | unary(value) | binary(value, value) | ternary(value, value, value) | cast(value)
 
 Invariant: values are immutable and interned while alive, so common subexpressions are one object;
@@ -27,18 +28,56 @@ Number = bool | int | float
 
 # name -> kinds of operand accepted: f floating, i signed or unsigned integer, b bool
 UNARY: Final = {
-    "neg": "fi", "abs": "fi", "not": "bi", "sqrt": "f", "floor": "f", "ceil": "f", "trunc": "f",
-    "round": "f", "exp": "f", "exp2": "f", "expm1": "f", "log": "f", "log2": "f", "log10": "f",
-    "log1p": "f", "sin": "f", "cos": "f", "tan": "f", "asin": "f", "acos": "f", "atan": "f",
-    "sinh": "f", "cosh": "f", "tanh": "f", "erf": "f", "reciprocal": "f", "rsqrt": "f",
+    "neg": "fi",
+    "abs": "fi",
+    "not": "bi",
+    "sqrt": "f",
+    "floor": "f",
+    "ceil": "f",
+    "trunc": "f",
+    "round": "f",
+    "exp": "f",
+    "exp2": "f",
+    "expm1": "f",
+    "log": "f",
+    "log2": "f",
+    "log10": "f",
+    "log1p": "f",
+    "sin": "f",
+    "cos": "f",
+    "tan": "f",
+    "asin": "f",
+    "acos": "f",
+    "atan": "f",
+    "sinh": "f",
+    "cosh": "f",
+    "tanh": "f",
+    "erf": "f",
+    "reciprocal": "f",
+    "rsqrt": "f",
     "is_nan": "f",
-}  # fmt: skip
+}
 BINARY: Final = {
-    "add": "fi", "sub": "fi", "mul": "fi", "div": "f", "floordiv": "i", "mod": "i", "max": "fib",
-    "min": "fib", "pow": "fi", "atan2": "f", "and": "bi", "or": "bi", "xor": "bi", "shl": "i",
-    "shr": "i", "mulhi": "i", "copysign": "f",
-    "udiv": "i", "urem": "i",  # of numbers known not to be negative; the divisor not 0
-}  # fmt: skip
+    "add": "fi",
+    "sub": "fi",
+    "mul": "fi",
+    "div": "f",
+    "floordiv": "i",
+    "mod": "i",
+    "max": "fib",
+    "min": "fib",
+    "pow": "fi",
+    "atan2": "f",
+    "and": "bi",
+    "or": "bi",
+    "xor": "bi",
+    "shl": "i",
+    "shr": "i",
+    "mulhi": "i",
+    "copysign": "f",
+    "udiv": "i",
+    "urem": "i",  # of numbers known not to be negative; the divisor not 0
+}
 COMPARE: Final = ("lt", "le", "eq", "ne", "gt", "ge")
 TERNARY: Final = ("select", "fma")
 LEAVES: Final = ("const", "param", "var", "read", "load")
@@ -234,7 +273,9 @@ def read(register: Register) -> Value:
 def load(
     buffer: Buffer, index: Value, where: Value | None = None, otherwise: Value | None = None
 ) -> Value:
-    """``buffer[index]``; where ``where`` is false, nothing is touched and ``otherwise`` (0) is given."""
+    """``buffer[index]``; where ``where`` is false, nothing is touched and ``otherwise`` (0) is
+    given.
+    """
     if where is None or is_const(where, True):
         return _make("load", buffer.dtype, (index,), buffer)
     if otherwise is None:
@@ -328,7 +369,16 @@ _FOLD_INTEGER: Final[dict[str, Callable[[Any, Any], Number]]] = {
     "max": max,
     "min": min,
 }
-_IDENTITY: Final = {"add": 0, "sub": 0, "mul": 1, "div": 1, "floordiv": 1, "udiv": 1, "shl": 0, "shr": 0}
+_IDENTITY: Final = {
+    "add": 0,
+    "sub": 0,
+    "mul": 1,
+    "div": 1,
+    "floordiv": 1,
+    "udiv": 1,
+    "shl": 0,
+    "shr": 0,
+}
 
 
 def _simplify_binary(op: str, a: Value, b: Value) -> Value | None:
@@ -398,7 +448,9 @@ def bitcast(value: Value, dtype: DType) -> Value:
 
 
 def libm(name: str, x: Value, where: Value) -> Value:
-    """The C library's ``name`` of x in the lanes where ``where`` holds, 0 elsewhere: a rare, slow branch."""
+    """The C library's ``name`` of x in the lanes where ``where`` holds, 0 elsewhere: a rare, slow
+    branch.
+    """
     return _make("libm", x.dtype, (x, where), name)
 
 
@@ -422,7 +474,9 @@ def render(value: Value) -> str:
 
 
 def linear(value: Value, name: str) -> tuple[Value, Value] | None:
-    """(slope, rest) with value = slope * var(name) + rest, neither depending on the var; None if not linear."""
+    """(slope, rest) with value = slope * var(name) + rest, neither depending on the var; None if
+    not linear.
+    """
     if not depends(value, name):
         return const(0), value
     if value.op == "var":

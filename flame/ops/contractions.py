@@ -38,7 +38,9 @@ def einsum(equation: str, *operands: Any) -> Tensor:
 
 
 def _parse(equation: str, operands: tuple[Any, ...]) -> tuple[list[str], str]:
-    """Labels of each operand and of the result; the dimensions of ``...`` become digits-like labels."""
+    """Labels of each operand and of the result; the dimensions of ``...`` become digits-like
+    labels.
+    """
     text = equation.replace(" ", "")
     left, arrow, right = text.partition("->")
     parts = left.split(",")
@@ -82,7 +84,7 @@ def _sizes(equation: str, inputs: list[str], operands: tuple[Any, ...]) -> dict[
             elif size not in (1, known):
                 shapes = ", ".join(str(t.shape) for t in operands)
                 raise ShapeError(
-                    f"einsum {equation!r}: a subscript has sizes {known} and {size} in shapes {shapes}"
+                    f"einsum {equation!r}: one subscript has sizes {known} and {size} in {shapes}"
                 )
     return sizes
 

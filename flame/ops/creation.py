@@ -19,7 +19,19 @@ from flame.ops.op import NOT_DIFFERENTIABLE, Op, Sample, Types
 if TYPE_CHECKING:
     from flame.tensor import Tensor
 
-__all__ = ["arange", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like", "zeros", "zeros_like"]
+__all__ = [
+    "arange",
+    "empty",
+    "empty_like",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "zeros",
+    "zeros_like",
+]
 
 
 def _infer_full(
@@ -51,12 +63,18 @@ def _fill(name: str, types: Types, outputs: tuple[TensorType, ...], value: Any) 
 
 
 _full = Op(
-    "full", inputs=("value",), infer=_infer_full, lower=_lower_full, vjp=NOT_DIFFERENTIABLE,
+    "full",
+    inputs=("value",),
+    infer=_infer_full,
+    lower=_lower_full,
+    vjp=NOT_DIFFERENTIABLE,
     reference=lambda value, *, shape, dtype, **_: np.full(shape, value, dtype.numpy),
-    samples=[Sample((2.5,), {"shape": (3, 4), "dtype": dtypes.float32}),
-             Sample((True,), {"shape": (), "dtype": dtypes.bool_}),
-             Sample((7,), {"shape": (0, 2), "dtype": dtypes.int16})],
-)  # fmt: skip
+    samples=[
+        Sample((2.5,), {"shape": (3, 4), "dtype": dtypes.float32}),
+        Sample((True,), {"shape": (), "dtype": dtypes.bool_}),
+        Sample((7,), {"shape": (0, 2), "dtype": dtypes.int16}),
+    ],
+)
 
 
 def _infer_arange(types: Types, *, count: int, dtype: DType, device: str = "cpu") -> TensorType:
@@ -75,15 +93,20 @@ def _lower_arange(types: Types, outputs: tuple[TensorType, ...], **attributes: A
 
 
 _arange = Op(
-    "arange", inputs=("start", "step"), infer=_infer_arange, lower=_lower_arange,
+    "arange",
+    inputs=("start", "step"),
+    infer=_infer_arange,
+    lower=_lower_arange,
     vjp=NOT_DIFFERENTIABLE,
-    reference=lambda start, step, *, count, dtype, **_: (
-        start + np.arange(count) * step
-    ).astype(dtype.numpy),
-    samples=[Sample((1, 2), {"count": 9, "dtype": dtypes.int64}),
-             Sample((0.5, 0.25), {"count": 5, "dtype": dtypes.float32}),
-             Sample((0, 1), {"count": 0, "dtype": dtypes.int32})],
-)  # fmt: skip
+    reference=lambda start, step, *, count, dtype, **_: (start + np.arange(count) * step).astype(
+        dtype.numpy
+    ),
+    samples=[
+        Sample((1, 2), {"count": 9, "dtype": dtypes.int64}),
+        Sample((0.5, 0.25), {"count": 5, "dtype": dtypes.float32}),
+        Sample((0, 1), {"count": 0, "dtype": dtypes.int32}),
+    ],
+)
 
 
 def shape_of(*size: Any) -> Shape:
@@ -101,9 +124,13 @@ def _finish(made: Tensor, requires_grad: bool) -> Tensor:
 
 
 def full(
-    size: Any, fill_value: Any, *, dtype: DType | None = None, device: Any = None,
+    size: Any,
+    fill_value: Any,
+    *,
+    dtype: DType | None = None,
+    device: Any = None,
     requires_grad: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """A tensor of shape ``size`` filled with a number; its dtype defaults to the number's."""
     from flame.tensor import check_device
 
@@ -145,13 +172,21 @@ def empty(
 
 
 def full_like(
-    input: Tensor, fill_value: Any, *, dtype: DType | None = None, device: Any = None,
+    input: Tensor,
+    fill_value: Any,
+    *,
+    dtype: DType | None = None,
+    device: Any = None,
     requires_grad: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """As `full`, with the shape, layout and dtype of ``input``."""
     type_ = input.type
-    made = _full(fill_value, shape=type_.shape, dtype=dtype or type_.dtype,
-                 strides=like_strides(type_.shape, type_))  # fmt: skip
+    made = _full(
+        fill_value,
+        shape=type_.shape,
+        dtype=dtype or type_.dtype,
+        strides=like_strides(type_.shape, type_),
+    )
     return _finish(made, requires_grad)
 
 
@@ -170,9 +205,14 @@ def empty_like(
 
 
 def arange(
-    start: Any, end: Any = None, step: Any = 1, *, dtype: DType | None = None, device: Any = None,
+    start: Any,
+    end: Any = None,
+    step: Any = 1,
+    *,
+    dtype: DType | None = None,
+    device: Any = None,
     requires_grad: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """start, start + step, ... below ``end`` (exclusive), a 1-d tensor; int64 for integers."""
     from flame.tensor import check_device
 
@@ -192,9 +232,14 @@ def arange(
 
 
 def linspace(
-    start: float, end: float, steps: int, *, dtype: DType | None = None, device: Any = None,
+    start: float,
+    end: float,
+    steps: int,
+    *,
+    dtype: DType | None = None,
+    device: Any = None,
     requires_grad: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """``steps`` numbers from start to end, both included."""
     from flame.tensor import check_device
 
@@ -207,9 +252,13 @@ def linspace(
 
 
 def eye(
-    n: int, m: int | None = None, *, dtype: DType | None = None, device: Any = None,
+    n: int,
+    m: int | None = None,
+    *,
+    dtype: DType | None = None,
+    device: Any = None,
     requires_grad: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The identity matrix, (n, m)."""
     rows, columns = arange(n), arange(n if m is None else m)
     made = (rows.unsqueeze(1) == columns).to(dtype or dtypes.get_default_dtype())

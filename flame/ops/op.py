@@ -1,8 +1,8 @@
 """Op: what one operation means, declared in one place.
 
-Invariants: every fact about an op stands in its declaration; a derivative formula sees exactly what it
-names, and the tape keeps exactly that; calling an op goes through the current interpreter, so no op can
-bypass autograd.
+Invariants: every fact about an op stands in its declaration; a derivative formula sees exactly
+what it names, and the tape keeps exactly that; calling an op goes through the current interpreter,
+so no op can bypass autograd.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ Types = tuple[InputType, ...]
 
 @dataclass(frozen=True)
 class Arg:
-    """A tensor that tests draw for an op: uniform in [low, high), away from the points in ``avoid``."""
+    """A tensor that tests draw for an op: uniform in [low, high), away from the points in
+    ``avoid``.
+    """
 
     shape: tuple[int, ...]
     low: float = -2.0
@@ -52,9 +54,10 @@ NOT_DIFFERENTIABLE: Final = NotDifferentiable()
 class Formula:
     """A derivative formula; its parameters' names say what it needs of the forward call.
 
-    ``g``: gradient of the output (a tuple for several outputs); ``out``: the output(s); the name of an
-    input: that tensor or number; ``<input>_type``: its TensorType only; an attribute's name; ``needs``:
-    which inputs want a gradient (joint formulas only).
+    ``g``: gradient of the output (a tuple for several outputs); ``out``: the output(s); the name
+    of an
+    input: that tensor or number; ``<input>_type``: its TensorType only; an attribute's name;
+    ``needs``: which inputs want a gradient (joint formulas only).
     """
 
     __slots__ = ("function", "names", "saved")
@@ -88,10 +91,12 @@ class Op:
     vjp: a formula for each input (None where it has no gradient), a Joint, or NOT_DIFFERENTIABLE.
     reference(*arrays, **attributes): the meaning, in NumPy.
     failure(code, types): the error for a number that a kernel put into its error slot.
-    updates: the result starts as a copy of the first input, which the first kernel makes; it is left
+    updates: the result starts as a copy of the first input, which the first kernel makes; it is
+    left
         out where the op runs in place on that input.
     reads(type): whether the kernel can read an operand of this layout; others are copied first.
-    extras: how many of the last outputs serve the backward pass alone. No gradient flows through them,
+    extras: how many of the last outputs serve the backward pass alone. No gradient flows through
+    them,
         and ``out`` holds only them (None in place of the others), so a large result is not kept.
     """
 
@@ -134,9 +139,7 @@ class Op:
         if isinstance(vjp, Joint):
             self.joint = Formula(vjp.function, name, self.inputs)
         elif not isinstance(vjp, NotDifferentiable):
-            self.formulas = tuple(
-                None if f is None else Formula(f, name, self.inputs) for f in vjp
-            )
+            self.formulas = tuple(None if f is None else Formula(f, name, self.inputs) for f in vjp)
             if len(self.formulas) != len(self.inputs):
                 raise StateError(
                     f"op {name} has {len(self.inputs)} inputs but {len(self.formulas)} formulas"

@@ -29,10 +29,37 @@ from flame.runtime.cpu import get_num_threads
 if TYPE_CHECKING:
     from flame.tensor import Tensor
 
-__all__ = ["addbmm", "addmm", "addmv", "addr", "baddbmm", "bmm", "dot", "inner", "matmul", "mm",
-           "mv", "outer", "tensordot", "vdot"]  # fmt: skip
-METHODS = ("addbmm", "addmm", "addmv", "addr", "baddbmm", "bmm", "dot", "inner", "matmul", "mm",
-           "mv", "outer", "vdot")  # fmt: skip
+__all__ = [
+    "addbmm",
+    "addmm",
+    "addmv",
+    "addr",
+    "baddbmm",
+    "bmm",
+    "dot",
+    "inner",
+    "matmul",
+    "mm",
+    "mv",
+    "outer",
+    "tensordot",
+    "vdot",
+]
+METHODS = (
+    "addbmm",
+    "addmm",
+    "addmv",
+    "addr",
+    "baddbmm",
+    "bmm",
+    "dot",
+    "inner",
+    "matmul",
+    "mm",
+    "mv",
+    "outer",
+    "vdot",
+)
 
 TILE_FLOPS: Final = 1 << 17  # multiply-adds of a tile worth a thread's while
 LIBRARY: Final = (dtypes.float32, dtypes.float64)
@@ -119,7 +146,9 @@ def _lower_library(a: TensorType, b: TensorType, out: TensorType) -> Lowering:
         moved = 0 if tall else 1
         matrices[moved] = _advance(k, matrices[moved], (a, b)[moved], begin, rows=tall)
         matrices[2] = _advance(k, matrices[2], out, begin, rows=tall)
-        k.gemm(length if tall else k.size(m), k.size(n) if tall else length, k.size(inner), *matrices)
+        k.gemm(
+            length if tall else k.size(m), k.size(n) if tall else length, k.size(inner), *matrices
+        )
     return k.finish()
 
 
@@ -178,10 +207,15 @@ def _lower_loops(a: TensorType, b: TensorType, out: TensorType) -> Lowering:
     total = compute_dtype(a.dtype)
     k = KernelBuilder("matmul_loops")
     sources = [
-        k.tensor("input", i, tensor_type(t.dtype, (*batch, *t.shape[-2:]),
-                 (*_batch_strides(t, batch), *t.strides[-2:])))
+        k.tensor(
+            "input",
+            i,
+            tensor_type(
+                t.dtype, (*batch, *t.shape[-2:]), (*_batch_strides(t, batch), *t.strides[-2:])
+            ),
+        )
         for i, t in enumerate((a, b))
-    ]  # fmt: skip
+    ]
     target = k.tensor("output", 0, out)
     with (
         k.parallel(*batch, m, work=max(1, n * inner)) as (*index, row),
@@ -214,22 +248,32 @@ def _right_sum(g: Any, a: Any, b_type: TensorType) -> Any:
 
 
 _matmul = Op(
-    "matmul", inputs=("a", "b"), infer=_infer, lower=_lower,
+    "matmul",
+    inputs=("a", "b"),
+    infer=_infer,
+    lower=_lower,
     vjp=(lambda g, b: _grad_left(g, b), _right_sum),
     reference=np.matmul,
-    samples=[Sample((Arg((3, 4)), Arg((4, 5)))), Sample((Arg((1, 1)), Arg((1, 1)))),
-             Sample((Arg((2, 3, 4)), Arg((4, 5)))), Sample((Arg((2, 1, 3, 4)), Arg((5, 4, 2)))),
-             Sample((Arg((0, 4)), Arg((4, 3)))), Sample((Arg((3, 0)), Arg((0, 2)))),
-             Sample((Arg((1, 70)), Arg((70, 33)))), Sample((Arg((2, 3, 4)), Arg((2, 4, 1))))],
-    reads=lambda t: t.dtype not in LIBRARY or t.ndim < 2 or _walkable(t), tolerance=4.0,
-)  # fmt: skip
+    samples=[
+        Sample((Arg((3, 4)), Arg((4, 5)))),
+        Sample((Arg((1, 1)), Arg((1, 1)))),
+        Sample((Arg((2, 3, 4)), Arg((4, 5)))),
+        Sample((Arg((2, 1, 3, 4)), Arg((5, 4, 2)))),
+        Sample((Arg((0, 4)), Arg((4, 3)))),
+        Sample((Arg((3, 0)), Arg((0, 2)))),
+        Sample((Arg((1, 70)), Arg((70, 33)))),
+        Sample((Arg((2, 3, 4)), Arg((2, 4, 1)))),
+    ],
+    reads=lambda t: t.dtype not in LIBRARY or t.ndim < 2 or _walkable(t),
+    tolerance=4.0,
+)
 
 
 def matmul(input: Tensor, other: Tensor) -> Tensor:
     """Matrix product over the last two dimensions, the ones before broadcast.
 
-    A 1-d operand is taken as a row (first) or a column (second), and its dimension is dropped from the
-    result. Raises ShapeError where the inner sizes differ.
+    A 1-d operand is taken as a row (first) or a column (second), and its dimension is dropped from
+    the result. Raises ShapeError where the inner sizes differ.
     """
     for x in (input, other):
         if x.ndim == 0:
@@ -304,7 +348,9 @@ def _scaled_sum(input: Tensor, product: Tensor, beta: float, alpha: float) -> Te
     return add(product, input if beta == 1 else mul(input, beta))
 
 
-def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+def addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Tensor:
     """beta * input + alpha * (mat1 @ mat2); with beta 0, ``input`` is not read."""
     product = mm(mat1, mat2)
     _fits("addmm", input, product)
@@ -362,13 +408,13 @@ def _infer_linear(types: Types) -> TensorType:
     assert isinstance(bias, TensorType)
     if not x.dtype is weight.dtype is bias.dtype or x.dtype not in LIBRARY:
         raise DTypeError(
-            f"affine: operands are {x.dtype.name}, {weight.dtype.name} and {bias.dtype.name}; all must "
-            "be float32, or all float64"
+            f"linear: operands are {x.dtype.name}, {weight.dtype.name} and {bias.dtype.name}; "
+            "all must be float32, or all float64"
         )
     if bias.shape != weight.shape[:1] or x.shape[-1] != weight.shape[-1]:
         raise ShapeError(
-            f"linear: input {x.shape}, weight {weight.shape} and bias {bias.shape} do not fit; they "
-            "must be (..., in), (out, in) and (out,)"
+            f"linear: input {x.shape}, weight {weight.shape} and bias {bias.shape} do not fit; "
+            "they must be (..., in), (out, in) and (out,)"
         )
     return tensor_type(x.dtype, (x.shape[0], weight.shape[0]), None, x.device)
 
@@ -407,19 +453,26 @@ def _lower_linear(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
 
 
 _linear = Op(
-    "linear", inputs=("x", "weight", "bias"), infer=_infer_linear, lower=_lower_linear,
+    "linear",
+    inputs=("x", "weight", "bias"),
+    infer=_infer_linear,
+    lower=_lower_linear,
     vjp=(
         lambda g, weight: matmul(g, weight),
         lambda g, x: matmul(transpose(g, 0, 1), x),
         lambda g, bias_type: sum_to(g, bias_type.shape),
     ),
     reference=lambda x, weight, bias: x @ weight.T + bias,
-    samples=[Sample((Arg((5, 4), kind="double"), Arg((3, 4), kind="double"), Arg((3,), kind="double"))),
-             Sample((Arg((2, 40), kind="double"), Arg((70, 40), kind="double"),
-                     Arg((70,), kind="double"))),
-             Sample((Arg((0, 4), kind="double"), Arg((3, 4), kind="double"), Arg((3,), kind="double")))],
-    reads=lambda t: t.ndim < 2 or _walkable(t), tolerance=4.0,
-)  # fmt: skip
+    samples=[
+        Sample((Arg((5, 4), kind="double"), Arg((3, 4), kind="double"), Arg((3,), kind="double"))),
+        Sample(
+            (Arg((2, 40), kind="double"), Arg((70, 40), kind="double"), Arg((70,), kind="double"))
+        ),
+        Sample((Arg((0, 4), kind="double"), Arg((3, 4), kind="double"), Arg((3,), kind="double"))),
+    ],
+    reads=lambda t: t.ndim < 2 or _walkable(t),
+    tolerance=4.0,
+)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -449,7 +502,9 @@ def _fusable(input: Tensor, weight: Tensor, bias: Tensor) -> bool:
 
 
 def tensordot(a: Tensor, b: Tensor, dims: Any = 2) -> Tensor:
-    """Sum of products over pairs of dimensions: the last and first ``dims``, or two lists of them."""
+    """Sum of products over pairs of dimensions: the last and first ``dims``, or two lists of
+    them.
+    """
     from flame.ops.shapes import permute, wrap_dims
 
     if isinstance(dims, int):
@@ -459,9 +514,7 @@ def tensordot(a: Tensor, b: Tensor, dims: Any = 2) -> Tensor:
     first = wrap_dims("tensordot", tuple(dims[0]), a.ndim)
     second = wrap_dims("tensordot", tuple(dims[1]), b.ndim)
     if [a.shape[d] for d in first] != [b.shape[d] for d in second]:
-        raise ShapeError(
-            f"tensordot: dimensions {dims} of {a.shape} and {b.shape} differ in size"
-        )
+        raise ShapeError(f"tensordot: dimensions {dims} of {a.shape} and {b.shape} differ in size")
     free_a = [d for d in range(a.ndim) if d not in first]
     free_b = [d for d in range(b.ndim) if d not in second]
     count = math.prod(a.shape[d] for d in first)

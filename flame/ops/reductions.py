@@ -1,7 +1,7 @@
 """The kind of op that combines elements over dimensions: sum, mean, prod, amax, amin, any, all.
 
-Invariant: the order of combination depends on shapes and strides alone, never on the number of threads,
-so a reduction gives the same bits on every run.
+Invariant: the order of combination depends on shapes and strides alone, never on the number of
+threads, so a reduction gives the same bits on every run.
 """
 
 from __future__ import annotations
@@ -60,9 +60,11 @@ def _coalesce(x: TensorType, dims: Sequence[int], kept_strides: Shape) -> Plan:
         if size == 1:
             continue
         if (
-            sizes and reduced[-1] == gone
-            and source[-1] == step * size and (gone or target[-1] == out * size)
-        ):  # fmt: skip
+            sizes
+            and reduced[-1] == gone
+            and source[-1] == step * size
+            and (gone or target[-1] == out * size)
+        ):
             sizes[-1] *= size
             source[-1], target[-1] = step, out
         else:
@@ -92,10 +94,14 @@ class Reduction(Op):
         self.combine, self.prepare, self.finish = combine, prepare, finish
         self.result, self.empty = result, empty
         super().__init__(
-            name, inputs=("x",), infer=self._infer, lower=self._lower, vjp=vjp,
+            name,
+            inputs=("x",),
+            infer=self._infer,
+            lower=self._lower,
+            vjp=vjp,
             reference=lambda x, *, dims, keepdim: reference(x, axis=dims, keepdims=keepdim),
             samples=_samples(empty) if samples is None else samples,
-        )  # fmt: skip
+        )
 
     def _infer(self, types: Types, *, dims: tuple[int, ...], keepdim: bool) -> TensorType:
         (x,) = types
@@ -123,14 +129,21 @@ class Reduction(Op):
         source = k.tensor("input", 0, _flat(x.dtype, plan.sizes, plan.source))
         target = k.tensor("output", 0, _flat(out.dtype, plan.sizes, plan.target))
         size = k.size(count)
-        self._loops(k, plan, source, total,
-                    lambda index, v: k.store(target, index, self._finished(v, size, out.dtype)),
-                    self._prepared(x.dtype, total))  # fmt: skip
+        self._loops(
+            k,
+            plan,
+            source,
+            total,
+            lambda index, v: k.store(target, index, self._finished(v, size, out.dtype)),
+            self._prepared(x.dtype, total),
+        )
         return k.finish()
 
     def _total(self, source: DType, result: DType) -> DType:
         if self.combine in ("max", "min") or source.kind == "b":
-            return compute_dtype(source) if self.combine in ("max", "min") else compute_dtype(result)
+            return (
+                compute_dtype(source) if self.combine in ("max", "min") else compute_dtype(result)
+            )
         return compute_dtype(result)
 
     def _prepared(self, source: DType, total: DType) -> Callable[[Value], Value]:
@@ -159,23 +172,47 @@ class Reduction(Op):
         first = KernelBuilder(f"{self.name}_parts")
         source = first.tensor("input", 0, _flat(x.dtype, plan.sizes, plan.source))
         target = first.tensor("temporary", 0, partial)
-        self._part_loops(first, plan, source, target, total, axis, step, parts, kept,
-                         self._prepared(x.dtype, total))  # fmt: skip
+        self._part_loops(
+            first,
+            plan,
+            source,
+            target,
+            total,
+            axis,
+            step,
+            parts,
+            kept,
+            self._prepared(x.dtype, total),
+        )
         second = KernelBuilder(f"{self.name}_total")
         strides = (0, *(plan.target[i] for i in kept))
         rest = Plan(partial.shape, partial.strides, strides, (True, *(False for _ in kept)))
         source = second.tensor("temporary", 0, partial)
         result = second.tensor("output", 0, _flat(out.dtype, rest.sizes, rest.target))
         whole = second.size(count)
-        self._loops(second, rest, source, total,
-                    lambda index, v: second.store(result, index, self._finished(v, whole, out.dtype)),
-                    lambda v: v)  # fmt: skip
+        self._loops(
+            second,
+            rest,
+            source,
+            total,
+            lambda index, v: second.store(result, index, self._finished(v, whole, out.dtype)),
+            lambda v: v,
+        )
         return Lowering((first.bind(), second.bind()), (partial.numel * total.itemsize,))
 
     def _part_loops(
-        self, k: KernelBuilder, plan: Plan, source: Operand, target: Operand, total: DType,
-        axis: int, step: int, parts: int, kept: list[int], prepared: Callable[[Value], Value],
-    ) -> None:  # fmt: skip
+        self,
+        k: KernelBuilder,
+        plan: Plan,
+        source: Operand,
+        target: Operand,
+        total: DType,
+        axis: int,
+        step: int,
+        parts: int,
+        kept: list[int],
+        prepared: Callable[[Value], Value],
+    ) -> None:
         """For each part: the loops of `_loops` over a range of dimension ``axis``."""
         last = len(plan.sizes) - 1
         width = k.size(step)
@@ -213,9 +250,14 @@ class Reduction(Op):
                 k.store(target, (part, *(known[i] for i in kept)), values.read(acc))
 
     def _loops(
-        self, k: KernelBuilder, plan: Plan, source: Operand, total: DType,
-        store: Callable[[tuple[Value, ...], Value], None], prepared: Callable[[Value], Value],
-    ) -> None:  # fmt: skip
+        self,
+        k: KernelBuilder,
+        plan: Plan,
+        source: Operand,
+        total: DType,
+        store: Callable[[tuple[Value, ...], Value], None],
+        prepared: Callable[[Value], Value],
+    ) -> None:
         """Fold all reduced dimensions for each kept index."""
         rank = len(plan.sizes)
         neutral = values.const(identity(self.combine, total), total)
@@ -241,10 +283,17 @@ class Reduction(Op):
             store(_index(place, rank), values.read(acc))
 
     def _columns(
-        self, k: KernelBuilder, plan: Plan, source: Operand,
-        store: Callable[[tuple[Value, ...], Value], None], prepared: Callable[[Value], Value],
-        neutral: Value, kept: list[int], folded: list[int], work: int,
-    ) -> None:  # fmt: skip
+        self,
+        k: KernelBuilder,
+        plan: Plan,
+        source: Operand,
+        store: Callable[[tuple[Value, ...], Value], None],
+        prepared: Callable[[Value], Value],
+        neutral: Value,
+        kept: list[int],
+        folded: list[int],
+        work: int,
+    ) -> None:
         """The innermost dimension is kept: blocks of columns side by side in vectors."""
         rank, width = len(plan.sizes), plan.sizes[-1]
         outer_kept = kept[:-1]
@@ -296,9 +345,15 @@ def _samples(empty: bool) -> list[Sample]:
         arg = Arg(shape, -2.0, 2.0, distinct=True)
         return Sample((arg,), {"dims": dims, "keepdim": keepdim})
 
-    found = [sample((5, 7), (1,), False), sample((5, 7), (0,), True), sample((2, 3, 4), (0, 2), False),
-             sample((2, 3, 4, 5), (0, 2, 3), True), sample((), (), False), sample((3, 70), (0, 1), False),
-             sample((0, 3), (1,), False)]  # fmt: skip
+    found = [
+        sample((5, 7), (1,), False),
+        sample((5, 7), (0,), True),
+        sample((2, 3, 4), (0, 2), False),
+        sample((2, 3, 4, 5), (0, 2, 3), True),
+        sample((), (), False),
+        sample((3, 70), (0, 1), False),
+        sample((0, 3), (1,), False),
+    ]
     return [*found, sample((0, 3), (0,), False), sample((2, 0), (1,), True)] if empty else found
 
 
@@ -320,13 +375,18 @@ def _bool(dtype: DType) -> DType:
 
 
 _sum = Reduction(
-    "sum", "add", result=_sum_dtype,
+    "sum",
+    "add",
+    result=_sum_dtype,
     vjp=(lambda g, x_type, dims, keepdim: expand(restore(g, x_type, dims, keepdim), x_type.shape),),
     reference=np.sum,
-)  # fmt: skip
+)
 
 _mean = Reduction(
-    "mean", "add", result=floating, finish=lambda total, count: total / count,
+    "mean",
+    "add",
+    result=floating,
+    finish=lambda total, count: total / count,
     vjp=(
         lambda g, x_type, dims, keepdim: expand(
             true_divide(
@@ -337,12 +397,24 @@ _mean = Reduction(
     ),
     reference=lambda x, axis, keepdims: np.mean(x, axis=axis, keepdims=keepdims),
     samples=_samples(empty=False),
-)  # fmt: skip
+)
 
-_any = Reduction("any", "or", result=_bool, prepare=lambda v: cast(v, dtypes.bool_),
-                 vjp=NOT_DIFFERENTIABLE, reference=np.any)  # fmt: skip
-_all = Reduction("all", "and", result=_bool, prepare=lambda v: cast(v, dtypes.bool_),
-                 vjp=NOT_DIFFERENTIABLE, reference=np.all)  # fmt: skip
+_any = Reduction(
+    "any",
+    "or",
+    result=_bool,
+    prepare=lambda v: cast(v, dtypes.bool_),
+    vjp=NOT_DIFFERENTIABLE,
+    reference=np.any,
+)
+_all = Reduction(
+    "all",
+    "and",
+    result=_bool,
+    prepare=lambda v: cast(v, dtypes.bool_),
+    vjp=NOT_DIFFERENTIABLE,
+    reference=np.all,
+)
 
 
 def dims_of(name: str, input: Tensor, dim: Any) -> tuple[int, ...]:
@@ -353,7 +425,9 @@ def dims_of(name: str, input: Tensor, dim: Any) -> tuple[int, ...]:
     return found if input.ndim else ()
 
 
-def sum(input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: DType | None = None) -> Tensor:
+def sum(
+    input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: DType | None = None
+) -> Tensor:
     """Sum over ``dim`` (all dimensions by default); integers give int64."""
     if dtype is not None:
         input = convert(input, dtype=dtype)
@@ -380,4 +454,3 @@ def sum_to(input: Any, shape: Shape) -> Any:
     if not dims:
         return input
     return reshape(_sum(input, dims=dims, keepdim=True), shape)
-

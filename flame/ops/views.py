@@ -25,9 +25,14 @@ class ViewOp(Op):
     ) -> None:
         self.view = view
         super().__init__(
-            name, inputs=("x",), infer=self._infer, lower=self._lower, vjp=vjp,
-            reference=reference, samples=samples,
-        )  # fmt: skip
+            name,
+            inputs=("x",),
+            infer=self._infer,
+            lower=self._lower,
+            vjp=vjp,
+            reference=reference,
+            samples=samples,
+        )
 
     def _infer(self, types: Types, **attributes: Any) -> TensorType:
         return self.view(types, **attributes)[0]

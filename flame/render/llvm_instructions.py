@@ -1,7 +1,7 @@
 """The basic instructions in LLVM IR, for a scalar (lanes 1) or a vector of lanes.
 
-Invariants: bool is i1 in registers and i8 (0 or 1) in memory; float16 and bfloat16 exist in memory and
-in casts only; max and min of floats propagate NaN; integer division never traps.
+Invariants: bool is i1 in registers and i8 (0 or 1) in memory; float16 and bfloat16 exist in memory
+and in casts only; max and min of floats propagate NaN; integer division never traps.
 """
 
 from __future__ import annotations
@@ -18,23 +18,71 @@ from flame.kernel import values
 from flame.kernel.values import Value
 
 LLVM_TYPE: Final = {
-    dtypes.float64: "double", dtypes.float32: "float", dtypes.float16: "half",
-    dtypes.bfloat16: "i16", dtypes.int64: "i64", dtypes.int32: "i32", dtypes.int16: "i16",
-    dtypes.int8: "i8", dtypes.uint8: "i8", dtypes.uint32: "i32", dtypes.uint64: "i64",
+    dtypes.float64: "double",
+    dtypes.float32: "float",
+    dtypes.float16: "half",
+    dtypes.bfloat16: "i16",
+    dtypes.int64: "i64",
+    dtypes.int32: "i32",
+    dtypes.int16: "i16",
+    dtypes.int8: "i8",
+    dtypes.uint8: "i8",
+    dtypes.uint32: "i32",
+    dtypes.uint64: "i64",
     dtypes.bool_: "i1",
-}  # fmt: skip
+}
 
-_COMPARE_FLOAT: Final = {"lt": "olt", "le": "ole", "eq": "oeq", "ne": "une", "gt": "ogt", "ge": "oge"}
+_COMPARE_FLOAT: Final = {
+    "lt": "olt",
+    "le": "ole",
+    "eq": "oeq",
+    "ne": "une",
+    "gt": "ogt",
+    "ge": "oge",
+}
 _FLOAT_BINARY: Final = {"add": "fadd", "sub": "fsub", "mul": "fmul", "div": "fdiv"}
-_INTEGER_BINARY: Final = {"add": "add", "sub": "sub", "mul": "mul", "and": "and", "or": "or",
-                          "xor": "xor", "shl": "shl", "udiv": "udiv", "urem": "urem"}  # fmt: skip
-_FLOAT_CALLS: Final = {"sqrt": "sqrt", "floor": "floor", "ceil": "ceil", "trunc": "trunc",
-                       "round": "roundeven", "abs": "fabs", "max": "maximum", "min": "minimum",
-                       "copysign": "copysign", "fma": "fma"}  # fmt: skip
+_INTEGER_BINARY: Final = {
+    "add": "add",
+    "sub": "sub",
+    "mul": "mul",
+    "and": "and",
+    "or": "or",
+    "xor": "xor",
+    "shl": "shl",
+    "udiv": "udiv",
+    "urem": "urem",
+}
+_FLOAT_CALLS: Final = {
+    "sqrt": "sqrt",
+    "floor": "floor",
+    "ceil": "ceil",
+    "trunc": "trunc",
+    "round": "roundeven",
+    "abs": "fabs",
+    "max": "maximum",
+    "min": "minimum",
+    "copysign": "copysign",
+    "fma": "fma",
+}
 _NATIVE: Final = frozenset(
-    ("neg", "not", "is_nan", "floordiv", "mod", "shr", "mulhi", "select", "cast", "bitcast", "libm",
-     *values.COMPARE, *_FLOAT_BINARY, *_INTEGER_BINARY, *_FLOAT_CALLS)
-)  # fmt: skip
+    (
+        "neg",
+        "not",
+        "is_nan",
+        "floordiv",
+        "mod",
+        "shr",
+        "mulhi",
+        "select",
+        "cast",
+        "bitcast",
+        "libm",
+        *values.COMPARE,
+        *_FLOAT_BINARY,
+        *_INTEGER_BINARY,
+        *_FLOAT_CALLS,
+    )
+)
 
 
 class Emitter(Protocol):
@@ -206,9 +254,7 @@ def _floor_division(
     unsafe = out.emit(f"icmp eq {type_} {b}, {whole(0)}", level)
     if dtype.kind == "u":
         divisor = out.emit(f"select {bits} {unsafe}, {type_} {whole(1)}, {type_} {b}", level)
-        result = out.emit(
-            f"{'udiv' if op == 'floordiv' else 'urem'} {type_} {a}, {divisor}", level
-        )
+        result = out.emit(f"{'udiv' if op == 'floordiv' else 'urem'} {type_} {a}, {divisor}", level)
     else:
         minus = out.emit(f"icmp eq {type_} {b}, {whole(-1)}", level)
         either = out.emit(f"or {bits} {unsafe}, {minus}", level)
@@ -223,17 +269,13 @@ def _floor_division(
             one = out.emit(f"sext {bits} {adjust} to {type_}", level)
             floored = out.emit(f"add {type_} {quotient}, {one}", level)
             negated = out.emit(f"sub {type_} {whole(0)}, {a}", level)
-            result = out.emit(
-                f"select {bits} {minus}, {type_} {negated}, {type_} {floored}", level
-            )
+            result = out.emit(f"select {bits} {minus}, {type_} {negated}, {type_} {floored}", level)
         else:
             shifted = out.emit(f"add {type_} {remainder}, {divisor}", level)
             fixed = out.emit(
                 f"select {bits} {adjust}, {type_} {shifted}, {type_} {remainder}", level
             )
-            result = out.emit(
-                f"select {bits} {minus}, {type_} {whole(0)}, {type_} {fixed}", level
-            )
+            result = out.emit(f"select {bits} {minus}, {type_} {whole(0)}, {type_} {fixed}", level)
     return out.emit(f"select {bits} {unsafe}, {type_} {whole(0)}, {type_} {result}", level)
 
 
@@ -251,14 +293,14 @@ def _compare(
 # --- conversions ----------------------------------------------------------------------------------
 
 
-def cast(
-    out: Emitter, source: DType, target: DType, x: str, lanes: int, level: int | None
-) -> str:
+def cast(out: Emitter, source: DType, target: DType, x: str, lanes: int, level: int | None) -> str:
     """Conversion by value. Half-width floats go through float32."""
     if source is target:
         return x
     if source is dtypes.bfloat16:
-        return cast(out, dtypes.float32, target, _widen_bfloat16(out, x, lanes, level), lanes, level)
+        return cast(
+            out, dtypes.float32, target, _widen_bfloat16(out, x, lanes, level), lanes, level
+        )
     if source is dtypes.float16 and target is not dtypes.float32:
         wide = cast(out, source, dtypes.float32, x, lanes, level)
         return cast(out, dtypes.float32, target, wide, lanes, level)
@@ -275,7 +317,9 @@ def cast(
             return out.emit(f"fcmp une {a} {x}, {zero}", level)
         return out.emit(f"icmp ne {a} {x}, {_zero(lanes)}", level)
     if source.kind == "f" and target.kind == "f":
-        return out.emit(f"{'fpext' if target.bits > source.bits else 'fptrunc'} {a} {x} to {b}", level)
+        return out.emit(
+            f"{'fpext' if target.bits > source.bits else 'fptrunc'} {a} {x} to {b}", level
+        )
     if source.kind == "f":
         return _float_to_integer(out, source, target, x, lanes, level)
     if target.kind == "f":
@@ -381,7 +425,9 @@ def reduce_vector(out: Emitter, combine: str, dtype: DType, name: str, lanes: in
 def _libm(
     out: Emitter, name: str, dtype: DType, x: str, mask: str, lanes: int, level: int | None
 ) -> str:
-    """The C library's function for the lanes of ``mask``, behind one branch that is rarely taken."""
+    """The C library's function for the lanes of ``mask``, behind one branch that is rarely
+    taken.
+    """
     scalar = LLVM_TYPE[dtype]
     function = name if dtype is dtypes.float64 else f"{name}f"
     out.declare(f"{scalar} @{function}({scalar})")
@@ -407,13 +453,9 @@ def _libm(
             safe = out.emit(f"select i1 {wanted}, {scalar} {item}, {scalar} 0.0", level)
             made = out.emit(f"call {scalar} @{function}({scalar} {safe})", level)
             kept = out.emit(f"select i1 {wanted}, {scalar} {made}, {scalar} 0.0", level)
-            result = out.emit(
-                f"insertelement {type_} {result}, {scalar} {kept}, i64 {lane}", level
-            )
+            result = out.emit(f"insertelement {type_} {result}, {scalar} {kept}, i64 {lane}", level)
     out.emit_void(f"br label %{label}.last", level)
     out.emit_void(f"{label}.last:", level)
     out.emit_void(f"br label %{label}.join", level)
     out.emit_void(f"{label}.join:", level)
-    return out.emit(
-        f"phi {type_} [ {zero}, %{label}.pre ], [ {result}, %{label}.last ]", level
-    )
+    return out.emit(f"phi {type_} [ {zero}, %{label}.pre ], [ {result}, %{label}.last ]", level)

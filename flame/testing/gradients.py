@@ -1,7 +1,7 @@
 """Checks derivatives of first and second order against finite differences in float64.
 
-Along random directions: for random u and v, v . J u by central differences must equal u . (J^T v) by
-the backward pass. A wrong element of the gradient changes the product almost surely.
+Along random directions: for random u and v, v . J u by central differences must equal u . (J^T v)
+by the backward pass. A wrong element of the gradient changes the product almost surely.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def check_function(function: Function, inputs: Sequence[Tensor], name: str) -> N
     outputs = _floats(function(_leaves(inputs, points)))
     directions = [np.asarray(rng.standard_normal(p.shape)) for p in points]
     weights = [np.asarray(rng.standard_normal(o.shape)) for o in outputs]
-    numeric = _difference(lambda at: _dot(_values(function, inputs, at), weights), points, directions)
+    numeric = _difference(
+        lambda at: _dot(_values(function, inputs, at), weights), points, directions
+    )
     for differentiable in (False, True):
         grads = _gradients(function, inputs, points, weights, differentiable)
         found = [float(np.sum(g * u)) for g, u in zip(grads, directions, strict=True)]
@@ -75,15 +77,22 @@ def check_function(function: Function, inputs: Sequence[Tensor], name: str) -> N
 
 
 def _check_second(
-    function: Function, inputs: Sequence[Tensor], points: list[Array], weights: list[Array],
-    directions: list[Array], name: str, rng: np.random.Generator,
-) -> None:  # fmt: skip
+    function: Function,
+    inputs: Sequence[Tensor],
+    points: list[Array],
+    weights: list[Array],
+    directions: list[Array],
+    name: str,
+    rng: np.random.Generator,
+) -> None:
     """Derivatives of u . gradient(x, v) in x and in v."""
     probes = [np.asarray(rng.standard_normal(p.shape)) for p in points]
     turns = [np.asarray(rng.standard_normal(w.shape)) for w in weights]
 
     def value(at: list[Array]) -> float:
-        return _dot(_gradients(function, inputs, at[: len(points)], at[len(points) :], False), probes)
+        return _dot(
+            _gradients(function, inputs, at[: len(points)], at[len(points) :], False), probes
+        )
 
     numeric = _difference(value, [*points, *weights], [*directions, *turns])
     leaves = _leaves(inputs, points)
@@ -96,16 +105,21 @@ def _check_second(
         [o for o, _ in used], leaves, [c for _, c in used], True, True, allow_unused=True
     )
     pairs = [
-        (g, from_array(p)) for g, p in zip(grads, probes, strict=True)
+        (g, from_array(p))
+        for g, p in zip(grads, probes, strict=True)
         if g is not None and g.requires_grad
-    ]  # fmt: skip
+    ]
     if not pairs:
         found: list[Any] = [None] * len(numeric)
     else:
         found = engine.grad(
-            [g for g, _ in pairs], [*leaves, *cotangents], [p for _, p in pairs], None, False,
+            [g for g, _ in pairs],
+            [*leaves, *cotangents],
+            [p for _, p in pairs],
+            None,
+            False,
             allow_unused=True,
-        )  # fmt: skip
+        )
     totals = [
         0.0 if g is None else float(np.sum(g.detach().numpy() * u))
         for g, u in zip(found, [*directions, *turns], strict=True)
@@ -137,9 +151,12 @@ def _values(function: Function, inputs: Sequence[Tensor], points: Sequence[Array
 
 
 def _gradients(
-    function: Function, inputs: Sequence[Tensor], points: Sequence[Array],
-    weights: Sequence[Array], differentiable: bool,
-) -> list[Array]:  # fmt: skip
+    function: Function,
+    inputs: Sequence[Tensor],
+    points: Sequence[Array],
+    weights: Sequence[Array],
+    differentiable: bool,
+) -> list[Array]:
     leaves = _leaves(inputs, points)
     outputs = _floats(function(leaves))
     used = [(o, from_array(w)) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]

@@ -22,7 +22,9 @@ TOLERANCE: Final = {
 
 
 def check_reference(op: Op, sample: Sample, dtype: DType, layout: str = "contiguous") -> None:
-    """Raise AssertionError unless ``op`` equals its reference on operands of this dtype and layout."""
+    """Raise AssertionError unless ``op`` equals its reference on operands of this dtype and
+    layout.
+    """
     operands, arrays = make_inputs(sample, dtype, layout=layout)
     before = [x.storage.version for x in operands if isinstance(x, Tensor)]
     made = op(*operands, **sample.attributes)
@@ -54,9 +56,12 @@ def compare(
         return
     relative, absolute = TOLERANCE[min((result.dtype, dtype), key=_precision)]
     np.testing.assert_allclose(
-        got.astype(np.float64), want.astype(np.float64),
-        rtol=relative * factor, atol=absolute * factor, err_msg=label,
-    )  # fmt: skip
+        got.astype(np.float64),
+        want.astype(np.float64),
+        rtol=relative * factor,
+        atol=absolute * factor,
+        err_msg=label,
+    )
 
 
 def _precision(dtype: DType) -> int:

@@ -1,7 +1,7 @@
 """Draws operands for a Sample, in any dtype and memory layout.
 
-Invariant: the values depend on the seed and the sample alone, so the same call can be made in several
-layouts and compared.
+Invariant: the values depend on the seed and the sample alone, so the same call can be made in
+several layouts and compared.
 """
 
 from __future__ import annotations
@@ -27,7 +27,14 @@ def dtypes_of(sample: Sample) -> Sequence[DType]:
     if "double" in kinds:
         return (dtypes.float32, dtypes.float64)
     if "any" in kinds:
-        return (dtypes.float32, dtypes.float64, dtypes.bfloat16, dtypes.int64, dtypes.int32, dtypes.uint8)
+        return (
+            dtypes.float32,
+            dtypes.float64,
+            dtypes.bfloat16,
+            dtypes.int64,
+            dtypes.int32,
+            dtypes.uint8,
+        )
     if "int" in kinds:
         return (dtypes.int64, dtypes.int32, dtypes.int16, dtypes.int8, dtypes.uint8)
     return (dtypes.float32,)
@@ -46,7 +53,9 @@ def draw(arg: Arg, dtype: DType, rng: np.random.Generator) -> np.ndarray[Any, An
     if arg.kind == "bool":
         return rng.random(arg.shape) < 0.5
     if arg.kind == "index":
-        return np.asarray(rng.integers(int(arg.low), max(int(arg.high), int(arg.low) + 1), arg.shape), np.int64)
+        return np.asarray(
+            rng.integers(int(arg.low), max(int(arg.high), int(arg.low) + 1), arg.shape), np.int64
+        )
     count = int(np.prod(arg.shape))
     if arg.distinct:
         values = arg.low + (arg.high - arg.low) * (rng.permutation(count) + 0.5) / max(count, 1)
@@ -85,7 +94,13 @@ def _pair(
     arg: Arg, dtype: DType, rng: np.random.Generator, layout: str
 ) -> tuple[Tensor, np.ndarray[Any, Any]]:
     array = draw(arg, dtype, rng)
-    if layout == "expanded" and not arg.contiguous and array.ndim and array.shape[0] > 1 and not arg.distinct:
+    if (
+        layout == "expanded"
+        and not arg.contiguous
+        and array.ndim
+        and array.shape[0] > 1
+        and not arg.distinct
+    ):
         array = np.ascontiguousarray(np.broadcast_to(array[:1], array.shape))
     return lay_out(array, "contiguous" if arg.contiguous else layout), array
 

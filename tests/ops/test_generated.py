@@ -1,4 +1,6 @@
-"""Tests generated from the op table: every op, against its reference and against finite differences."""
+"""Tests generated from the op table: every op, against its reference and against finite
+differences.
+"""
 
 from __future__ import annotations
 

@@ -51,7 +51,12 @@ def test_vector_loops_mask_their_rest(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 7, 16, 33, 200])
 @pytest.mark.parametrize(
     ("combine", "numpy", "start"),
-    [("add", np.sum, 0.0), ("max", np.max, -np.inf), ("min", np.min, np.inf), ("mul", np.prod, 1.0)],
+    [
+        ("add", np.sum, 0.0),
+        ("max", np.max, -np.inf),
+        ("min", np.min, np.inf),
+        ("mul", np.prod, 1.0),
+    ],
 )
 def test_accumulation_across_a_vector_loop(
     size: int, combine: str, numpy: Callable[..., Any], start: float
@@ -203,8 +208,14 @@ def test_gemm_in_parallel_iterations() -> None:
     target = operand(k, "output", out)
     zero = const(0)
     with k.parallel(5, work=40000) as (n,):
-        k.gemm(const(8), const(8), const(8), x.matrix(n, zero, zero),
-               y.matrix(n, zero, zero, transposed=True), target.matrix(n, zero, zero))  # fmt: skip
+        k.gemm(
+            const(8),
+            const(8),
+            const(8),
+            x.matrix(n, zero, zero),
+            y.matrix(n, zero, zero, transposed=True),
+            target.matrix(n, zero, zero),
+        )
     run(k, a, b, out)
     np.testing.assert_allclose(out, a @ b.transpose(0, 2, 1), rtol=1e-4, atol=1e-5)
 
