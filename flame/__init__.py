@@ -50,6 +50,7 @@ from flame.ops.shapes import *
 from flame.ops.slicing import *
 from flame.ops.softmax import *
 from flame.ops.subscript import *
+from flame.ops.losses import *  # noqa: F403
 from flame.tensor import Tensor
 
 attach()

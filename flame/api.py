@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from flame.ops import (
+    losses,
     activations,
     bivariate,
     bitwise,
@@ -34,11 +35,13 @@ from flame.ops import (
     scans,
     shapes,
     slicing,
+    sorting,
     subscript,
 )
 from flame.tensor import Tensor
 
 MODULES: Final[tuple[ModuleType, ...]] = (
+    losses,
     activations,
     bivariate,
     bitwise,
@@ -62,6 +65,7 @@ MODULES: Final[tuple[ModuleType, ...]] = (
     scans,
     shapes,
     slicing,
+    sorting,
     subscript,
 )
 
