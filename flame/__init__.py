@@ -51,7 +51,10 @@ from flame.ops.slicing import *
 from flame.ops.softmax import *
 from flame.ops.subscript import *
 from flame.ops.losses import *  # noqa: F403
+from flame.runtime.cpu import get_num_threads, set_num_threads
 from flame.tensor import Tensor
+
+__version__ = "0.1.0"
 
 attach()
 set_interpreter(Eager())

@@ -27,6 +27,11 @@ from flame.core.errors import (
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.runtime.storage import Storage
 
+if TYPE_CHECKING:
+    from flame.methods import Methods  # a stub: what `flame.api` attaches at import
+else:
+    Methods = object
+
 _handle_ids = itertools.count()
 
 
@@ -67,7 +72,7 @@ class RemovableHandle:
         self.remove()
 
 
-class Tensor:
+class Tensor(Methods):
     """A multi-dimensional array on a device, with automatic differentiation.
 
     Make one by `flame.tensor`, `flame.from_numpy`, `flame.zeros` and the like. Methods are
@@ -90,10 +95,6 @@ class Tensor:
 
     __array_ufunc__ = None  # NumPy arrays leave mixed operators to the tensor
     __array_priority__ = 1000
-
-    if TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> Any: ...  # methods that `flame.methods` attaches
 
     def __init__(self, data: Any = None, *, dtype: DType | None = None) -> None:
         from flame.creation import tensor

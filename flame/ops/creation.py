@@ -32,6 +32,7 @@ __all__ = [
     "zeros",
     "zeros_like",
 ]
+METHODS = ("fill_", "zero_")
 
 
 def _infer_full(
@@ -202,6 +203,22 @@ def empty_like(
     input: Tensor, *, dtype: DType | None = None, device: Any = None, requires_grad: bool = False
 ) -> Tensor:
     return empty(input.shape, dtype=dtype or input.dtype, requires_grad=requires_grad)
+
+
+def fill_(input: Tensor, value: Any) -> Tensor:
+    """Set every element to a number (or to a 0-d tensor's value), in place."""
+    from flame.tensor import Tensor
+
+    if isinstance(value, Tensor):
+        return input.copy_(value)
+    type_ = input.type
+    _full.into((input,), value, shape=type_.shape, dtype=type_.dtype)
+    return input
+
+
+def zero_(input: Tensor) -> Tensor:
+    """Set every element to 0, in place."""
+    return fill_(input, 0)
 
 
 def arange(
