@@ -195,6 +195,9 @@ def run(plan: Plan, inputs: tuple[Any, ...], out: tuple[Any, ...] | None = None)
         )
     elif plan.steps:
         _run_steps(plan, inputs, outputs)
+    elif plan.host is not None:
+        arrays = [x._array() if isinstance(x, Tensor) else x for x in inputs]
+        plan.host(arrays, [t._array() for t in outputs])
     return outputs
 
 

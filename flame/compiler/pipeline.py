@@ -49,6 +49,7 @@ def make_plan(
         lowering.temporaries,
         direct_step(steps, types, outputs),
         checked=any(r.role == "error" for s in steps for r in s.operands),
+        host=lowering.host,
     )
 
 
