@@ -41,6 +41,7 @@ from flame.ops.masking import *
 from flame.ops.mathematics import *
 from flame.ops.normalization import *
 from flame.ops.op import set_interpreter
+from flame.ops.padding import *
 from flame.ops.powers import *
 from flame.ops.products import *
 from flame.ops.rearranging import *
@@ -49,6 +50,7 @@ from flame.ops.scans import *
 from flame.ops.shapes import *
 from flame.ops.slicing import *
 from flame.ops.softmax import *
+from flame.ops.sorting import *
 from flame.ops.subscript import *
 from flame.ops.losses import *  # noqa: F403
 from flame.runtime.cpu import get_num_threads, set_num_threads
