@@ -246,11 +246,15 @@ _hardshrink = _activation(
 
 
 def _call(op: Elementwise, input: Tensor, inplace: bool, *numbers: float) -> Tensor:
-    if inplace:
-        op.into((input,), input, *numbers)
-        return input
-    result: Tensor = op(input, *numbers)
-    return result
+    if not inplace:
+        result: Tensor = op(input, *numbers)
+        return result
+    slope = op.formulas[0]
+    if input.requires_grad and slope is not None and op.inputs[0] in slope.saved:
+        # The slope needs the input as it was, which writing over it would destroy.
+        return input.copy_(op(input.clone(), *numbers))
+    op.into((input,), input, *numbers)
+    return input
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
