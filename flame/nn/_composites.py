@@ -16,7 +16,6 @@ __all__ = [
     "dropout3d",
     "glu",
     "pixel_unshuffle",
-    "prelu",
 ]
 
 
@@ -29,23 +28,6 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
         raise ShapeError(f"glu: dimension {dim} of {tuple(input.shape)} must have an even size")
     first, second = input.chunk(2, dim)
     result: Tensor = first * second.sigmoid()
-    return result
-
-
-def prelu(input: Tensor, weight: Tensor) -> Tensor:
-    """x where x > 0, else weight · x; `weight` is (1,), or (C,) for dimension 1 of `input`.
-
-    Source: He et al., "Delving Deep into Rectifiers", 2015.
-    """
-    channels = 1 if input.ndim < 2 else input.shape[1]
-    if weight.ndim > 1 or weight.numel() not in (1, channels):
-        raise ShapeError(
-            f"prelu: the weight must be (1,) or ({channels},) for an input "
-            f"{tuple(input.shape)}, got {tuple(weight.shape)}"
-        )
-    if weight.numel() != 1:
-        weight = weight.reshape(channels, *(1,) * (input.ndim - 2))
-    result: Tensor = flame.where(input > 0, input, weight * input)
     return result
 
 
@@ -78,7 +60,8 @@ def pixel_unshuffle(input: Tensor, downscale_factor: int) -> Tensor:
     rows, columns = height // factor, width // factor
     split = input.reshape(-1, channels, rows, factor, columns, factor)
     moved = split.permute(0, 1, 3, 5, 2, 4)
-    return moved.reshape(*batch, channels * factor * factor, rows, columns)
+    result: Tensor = moved.reshape(*batch, channels * factor * factor, rows, columns)
+    return result
 
 
 def circular_pad(input: Tensor, pad: Sequence[int]) -> Tensor:

@@ -28,6 +28,7 @@ class ConvolutionBase(Module):
     """What all convolutions share: checked sizes, parameters and their first values, text."""
 
     axes = 0
+    named_paddings: tuple[str, ...] = ()
     weight: Parameter
     bias: Parameter | None
     padding: str | tuple[int, ...]
@@ -85,14 +86,17 @@ class ConvolutionBase(Module):
                 f"{name}: padding_mode must be one of {_PADDING_MODES}, got {self.padding_mode!r}"
             )
         if isinstance(self.padding, str):
-            if self.padding not in ("same", "valid"):
+            if self.padding not in self.named_paddings:
                 raise ArgumentError(
-                    f"{name}: padding must be numbers, 'same' or 'valid', got {self.padding!r}"
+                    f"{name}: padding must be numbers{self._or_names()}, got {self.padding!r}"
                 )
             if self.padding == "same" and any(step != 1 for step in self.stride):
                 raise ArgumentError(
                     f"{name}: padding='same' needs stride 1, got stride {self.stride}; give numbers"
                 )
+
+    def _or_names(self) -> str:
+        return "".join(f" or {name!r}" for name in self.named_paddings)
 
     def reset_parameters(self) -> None:
         """Draw new values for all parameters: uniform within ±1/sqrt(fan in)."""
@@ -133,6 +137,8 @@ class ConvolutionBase(Module):
 
 class _Convolution(ConvolutionBase):
     """Convolutions from inputs to outputs (as against transposed ones)."""
+
+    named_paddings = ("same", "valid")
 
     def __init__(
         self,

@@ -37,7 +37,8 @@ class Flatten(Module):
         self.end_dim = end_dim
 
     def forward(self, input: Tensor) -> Tensor:
-        return input.flatten(self.start_dim, self.end_dim)
+        result: Tensor = input.flatten(self.start_dim, self.end_dim)
+        return result
 
     def extra_repr(self) -> str:
         return f"start_dim={self.start_dim}, end_dim={self.end_dim}"
@@ -64,7 +65,8 @@ class Unflatten(Module):
                 input.shape,
                 "the sizes must multiply to the dimension that they replace",
             )
-        return input.reshape(shape)
+        result: Tensor = input.reshape(shape)
+        return result
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, unflattened_size={self.unflattened_size}"

@@ -291,4 +291,5 @@ def additive_mask(mask: Tensor, dtype: DType) -> Tensor:
             "convert it by mask.bool()"
         )
     zeros = flame.zeros(tuple(mask.shape), dtype=dtype, device=mask.device)
-    return zeros.masked_fill(mask, -math.inf)
+    hidden: Tensor = zeros.masked_fill(mask, -math.inf)
+    return hidden

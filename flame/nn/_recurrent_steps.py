@@ -73,7 +73,8 @@ def combined_bias(mode: str, bias_ih: Tensor | None, bias_hh: Tensor | None) -> 
     """
     if bias_ih is None or bias_hh is None or mode == "GRU":
         return bias_ih
-    return bias_ih + bias_hh
+    total: Tensor = bias_ih + bias_hh
+    return total
 
 
 def _tanh_step(from_input: Tensor, state: State, weights: StepWeights) -> State:

@@ -80,7 +80,7 @@ class TransformerEncoderLayer(Module):
         """Encode one layer; masks as in MultiheadAttention."""
 
         def attend(x: Tensor) -> Tensor:
-            result, _ = self.self_attn(
+            output, _ = self.self_attn(
                 x,
                 x,
                 x,
@@ -89,17 +89,21 @@ class TransformerEncoderLayer(Module):
                 need_weights=False,
                 is_causal=is_causal,
             )
-            return self.dropout1(result)
+            result: Tensor = self.dropout1(output)
+            return result
 
         def feed_forward(x: Tensor) -> Tensor:
-            return self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(x)))))
+            hidden = self.dropout(self.activation(self.linear1(x)))
+            result: Tensor = self.dropout2(self.linear2(hidden))
+            return result
 
         x = src
         if self.norm_first:
             x = x + attend(self.norm1(x))
             return x + feed_forward(self.norm2(x))
         x = self.norm1(x + attend(x))
-        return self.norm2(x + feed_forward(x))
+        output: Tensor = self.norm2(x + feed_forward(x))
+        return output
 
 
 class TransformerEncoder(Module):

@@ -39,8 +39,6 @@ class _TransposedConvolution(ConvolutionBase):
             raise ArgumentError(
                 f"{type(self).__name__}: padding_mode must be 'zeros', got {padding_mode!r}"
             )
-        if isinstance(padding, str):
-            raise ArgumentError(f"{type(self).__name__}: padding must be numbers, got {padding!r}")
         super().__init__(
             in_channels,
             out_channels,

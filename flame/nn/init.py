@@ -86,7 +86,8 @@ def fan_in_and_fan_out(tensor: Tensor) -> tuple[int, int]:
 def uniform_(tensor: Tensor, a: float = 0.0, b: float = 1.0, generator: Generator = None) -> Tensor:
     """Uniform in [a, b)."""
     with flame.no_grad():
-        return tensor.uniform_(a, b, generator=generator)
+        tensor.uniform_(a, b, generator=generator)
+    return tensor
 
 
 def normal_(
@@ -94,7 +95,8 @@ def normal_(
 ) -> Tensor:
     """Normal with the given mean and standard deviation."""
     with flame.no_grad():
-        return tensor.normal_(mean, std, generator=generator)
+        tensor.normal_(mean, std, generator=generator)
+    return tensor
 
 
 def trunc_normal_(
@@ -120,7 +122,8 @@ def trunc_normal_(
         options = {"dtype": flame.float64, "device": tensor.device, "generator": generator}
         draw = flame.rand(tuple(tensor.shape), **options)
         values = _inverse_erf(low + (high - low) * draw) * (std * math.sqrt(2.0)) + mean
-        return tensor.copy_(values.clamp(a, b))
+        tensor.copy_(values.clamp(a, b))
+    return tensor
 
 
 def _inverse_erf(y: Tensor) -> Tensor:
@@ -174,7 +177,8 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
 def constant_(tensor: Tensor, val: float) -> Tensor:
     """`val` everywhere."""
     with flame.no_grad():
-        return tensor.fill_(val)
+        tensor.fill_(val)
+    return tensor
 
 
 def ones_(tensor: Tensor) -> Tensor:
@@ -185,7 +189,8 @@ def ones_(tensor: Tensor) -> Tensor:
 def zeros_(tensor: Tensor) -> Tensor:
     """0 everywhere."""
     with flame.no_grad():
-        return tensor.zero_()
+        tensor.zero_()
+    return tensor
 
 
 def eye_(tensor: Tensor) -> Tensor:
@@ -193,7 +198,8 @@ def eye_(tensor: Tensor) -> Tensor:
     if tensor.ndim != 2:
         raise ShapeError(f"eye_: takes a matrix, got shape {tuple(tensor.shape)}")
     with flame.no_grad():
-        return tensor.copy_(flame.eye(tensor.shape[0], tensor.shape[1], dtype=tensor.dtype))
+        tensor.copy_(flame.eye(tensor.shape[0], tensor.shape[1], dtype=tensor.dtype))
+    return tensor
 
 
 def dirac_(tensor: Tensor, groups: int = 1) -> Tensor:
@@ -215,7 +221,8 @@ def dirac_(tensor: Tensor, groups: int = 1) -> Tensor:
         for channel in range(min(per_group, tensor.shape[1])):
             values[(group * per_group + channel, channel, *centre)] = 1.0
     with flame.no_grad():
-        return tensor.copy_(flame.tensor(values))
+        tensor.copy_(flame.tensor(values))
+    return tensor
 
 
 def xavier_uniform_(tensor: Tensor, gain: float = 1.0, generator: Generator = None) -> Tensor:
@@ -302,7 +309,8 @@ def orthogonal_(tensor: Tensor, gain: float = 1, generator: Generator = None) ->
         q, r = np.linalg.qr(draw.T if rows < columns else draw)
         q = q * np.sign(np.diag(r))
         q = q.T if rows < columns else q
-        return tensor.copy_(flame.tensor(gain * q.reshape(tuple(tensor.shape))))
+        tensor.copy_(flame.tensor(gain * q.reshape(tuple(tensor.shape))))
+    return tensor
 
 
 def default_bias_(

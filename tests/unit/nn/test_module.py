@@ -273,7 +273,8 @@ def test_arguments_out_of_range() -> None:
     for build, part in (
         (lambda: nn.Conv2d(3, 4, 3, groups=2), "divisible by groups"),
         (lambda: nn.Conv2d(4, 4, 3, groups=0), "positive"),
-        (lambda: nn.Conv2d(3, 4, 3, padding="full"), "'same' or 'valid'"),
+        (lambda: nn.Conv2d(3, 4, 3, padding="full"), "or 'same' or 'valid'"),
+        (lambda: nn.ConvTranspose2d(3, 4, 3, padding="same"), "padding must be numbers, got"),
         (lambda: nn.Conv2d(3, 4, 3, stride=2, padding="same"), "stride 1"),
         (lambda: nn.Conv2d(3, 4, 3, padding_mode="mirror"), "padding_mode"),
         (lambda: nn.Conv2d(3, 4, (3, 3, 3)), "kernel_size"),
