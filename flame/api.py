@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from flame.ops import (
+    random,
     losses,
     activations,
     bivariate,
@@ -42,6 +43,7 @@ from flame.ops import (
 from flame.tensor import Tensor
 
 MODULES: Final[tuple[ModuleType, ...]] = (
+    random,
     losses,
     activations,
     bivariate,
