@@ -11,21 +11,14 @@ its key and counter are set directly, so that streams are independent by constru
 from __future__ import annotations
 
 import enum
-from typing import Protocol
 
 import numpy as np
 
-__all__ = ["Purpose", "Seeded", "random_generator", "seed_of"]
+from flame.ops.generator import Generator, default_generator
+
+__all__ = ["Purpose", "random_generator", "seed_of"]
 
 _WORD = 2**64
-
-
-class Seeded(Protocol):
-    """What is needed of a `flame.Generator`."""
-
-    def initial_seed(self) -> int:
-        """The seed that it was made with."""
-        ...
 
 
 class Purpose(enum.IntEnum):
@@ -38,17 +31,13 @@ class Purpose(enum.IntEnum):
     WEIGHTED = 5
 
 
-def seed_of(generator: Seeded | None) -> int:
+def seed_of(generator: Generator | None) -> int:
     """The seed of a `flame.Generator`, or of `flame.manual_seed` where there is none.
 
     Only its seed is read and nothing is drawn from it: a loader that is made or not made changes no
     other random number of the program, and a resumed run draws what an uninterrupted one does.
     """
-    if generator is None:
-        from flame.ops.random import default_generator
-
-        generator = default_generator
-    return int(generator.initial_seed())
+    return (default_generator if generator is None else generator).initial_seed()
 
 
 def random_generator(

@@ -21,9 +21,10 @@ from flame.core.errors import (
     ShapeError,
     UnsupportedError,
 )
-from flame.data._random import Purpose, Seeded, random_generator, seed_of
+from flame.data._random import Purpose, random_generator, seed_of
 from flame.data._tensors import Tensor, as_array, as_tensor
 from flame.data.collate import default_collate
+from flame.ops.generator import Generator
 
 __all__ = [
     "ConcatDataset",
@@ -230,7 +231,7 @@ class ConcatDataset(Dataset[Any]):
 
 
 def random_split(
-    dataset: Dataset[T_co], lengths: Sequence[int | float], generator: Seeded | None = None
+    dataset: Dataset[T_co], lengths: Sequence[int | float], generator: Generator | None = None
 ) -> list[Subset[T_co]]:
     """Divide a data set into parts at random, which share no sample.
 

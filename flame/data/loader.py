@@ -15,10 +15,11 @@ from typing import Any
 from flame.core.errors import ArgumentError, DTypeError, StateError, UnsupportedError
 from flame.data._arguments import whole_number
 from flame.data._batches import BatchMaker, BatchTransform, Collate, SampleStream
-from flame.data._random import Seeded, seed_of
+from flame.data._random import seed_of
 from flame.data._workers import BatchIterator, Progress, Task, WorkerPool
 from flame.data.dataset import IterableDataset
 from flame.data.sampler import BatchSampler, RandomSampler, SequentialSampler
+from flame.ops.generator import Generator
 
 __all__ = ["DataLoader"]
 
@@ -68,7 +69,7 @@ class DataLoader:
         timeout: float = 0,
         worker_init_fn: Callable[[int], None] | None = None,
         multiprocessing_context: None = None,
-        generator: Seeded | None = None,
+        generator: Generator | None = None,
         *,
         prefetch_factor: int | None = None,
         persistent_workers: bool = False,

@@ -13,7 +13,8 @@ import numpy as np
 
 from flame.core.errors import ArgumentError, StateError, UnsupportedError
 from flame.data._arguments import whole_number
-from flame.data._random import Purpose, Seeded, random_generator, seed_of
+from flame.data._random import Purpose, random_generator, seed_of
+from flame.ops.generator import Generator
 
 __all__ = [
     "BatchSampler",
@@ -49,7 +50,7 @@ class SequentialSampler(Sampler[int]):
 class SeededSampler(Sampler[int]):
     """What random samplers share: a seed, read when it is first needed, and a count of epochs."""
 
-    def __init__(self, generator: Seeded | None) -> None:
+    def __init__(self, generator: Generator | None) -> None:
         self._generator = generator
         self._seed: int | None = None
         self._epoch = 0
@@ -98,7 +99,7 @@ class RandomSampler(SeededSampler):
         data_source: Sized,
         replacement: bool = False,
         num_samples: int | None = None,
-        generator: Seeded | None = None,
+        generator: Generator | None = None,
     ) -> None:
         super().__init__(generator)
         if num_samples is not None:
@@ -144,7 +145,7 @@ class WeightedRandomSampler(SeededSampler):
         weights: Sequence[float] | np.ndarray,
         num_samples: int,
         replacement: bool = True,
-        generator: Seeded | None = None,
+        generator: Generator | None = None,
     ) -> None:
         super().__init__(generator)
         values = np.asarray(weights, dtype=np.float64)
