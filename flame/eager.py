@@ -215,6 +215,8 @@ def _run_steps(plan: Plan, inputs: tuple[Any, ...], outputs: list[Any]) -> None:
             return outputs[position].pointer
         if role == "temporary":
             return temporaries[position].pointer
+        if role == "constant":
+            return plan.constants[position].ctypes.data
         assert slot is not None
         return slot.pointer
 

@@ -50,6 +50,7 @@ def make_plan(
         direct_step(steps, types, outputs),
         checked=any(r.role == "error" for s in steps for r in s.operands),
         host=lowering.host,
+        constants=lowering.constants,
     )
 
 

@@ -44,3 +44,4 @@ class Plan:
     view_offset: int | None = None
     copies: tuple[int, ...] = ()  # operands that must be copied to row-major memory first
     host: Callable[[Sequence[Any], Sequence[Any]], None] | None = None  # instead of steps
+    constants: tuple[Any, ...] = ()  # arrays that the steps read

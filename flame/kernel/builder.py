@@ -21,7 +21,7 @@ from flame.kernel.program import (
 )  # fmt: skip
 from flame.kernel.values import Buffer, Number, Register, Value, const
 
-Role = Literal["input", "output", "temporary", "error"]
+Role = Literal["input", "output", "temporary", "error", "constant"]
 PARALLEL_WORK = 32768  # elementary steps below which a chunk is not worth a thread
 
 
@@ -50,11 +50,13 @@ class Lowering:
 
     ``host`` instead of kernels: a function of a CPU library that takes the operands as NumPy arrays
     (numbers as they are) and fills the outputs, for what loops do badly, as sorting.
+    ``constants``: tables that kernels read, contiguous NumPy arrays.
     """
 
     kernels: tuple[BoundKernel, ...]
     temporaries: tuple[int, ...] = ()
     host: Callable[[Sequence[Any], Sequence[Any]], None] | None = None
+    constants: tuple[Any, ...] = ()
 
 
 class Operand:
@@ -112,7 +114,7 @@ class KernelBuilder:
     def tensor(self, role: Role, position: int, type_: TensorType) -> Operand:
         """An operand tensor. Dimensions of size 1 get stride 0, as their index is always 0."""
         name = f"{role[:3]}{position}"
-        buffer = Buffer(name, type_.dtype, written=role != "input")
+        buffer = Buffer(name, type_.dtype, written=role not in ("input", "constant"))
         self._operands.append(buffer)
         self._refs.append(Ref(role, position))
         strides = tuple(
