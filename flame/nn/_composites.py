@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import flame
-from flame.core.errors import ArgumentError, ShapeError
+from flame.core.errors import ShapeError
 from flame.tensor import Tensor
 
-__all__ = [
-    "bilinear",
-    "circular_pad",
-    "dropout1d",
-    "dropout2d",
-    "dropout3d",
-    "glu",
-    "pixel_unshuffle",
-]
+__all__ = ["bilinear", "glu", "pixel_unshuffle"]
 
 
 def glu(input: Tensor, dim: int = -1) -> Tensor:
@@ -62,80 +51,3 @@ def pixel_unshuffle(input: Tensor, downscale_factor: int) -> Tensor:
     moved = split.permute(0, 1, 3, 5, 2, 4)
     result: Tensor = moved.reshape(*batch, channels * factor * factor, rows, columns)
     return result
-
-
-def circular_pad(input: Tensor, pad: Sequence[int]) -> Tensor:
-    """Values from the other end, (before, after) for each of the last axes, the last one first."""
-    for place in range(0, len(pad), 2):
-        before, after = pad[place], pad[place + 1]
-        dim = input.ndim - 1 - place // 2
-        size = input.shape[dim]
-        if max(before, after) > size:
-            raise ShapeError(
-                f"pad: circular padding {tuple(pad)} is larger than dimension {dim} of "
-                f"{tuple(input.shape)}"
-            )
-        kept = size + min(before, 0) + min(after, 0)
-        parts = [input.narrow(dim, max(-before, 0), kept)]
-        if before > 0:
-            parts.insert(0, input.narrow(dim, size - before, before))
-        if after > 0:
-            parts.append(input.narrow(dim, 0, after))
-        input = flame.cat(parts, dim) if len(parts) > 1 else parts[0]
-    return input
-
-
-def _channel_dropout(
-    input: Tensor, p: float, *, training: bool, inplace: bool, leading: int
-) -> Tensor:
-    """Zero whole channels: one draw for each index of the first `leading` dimensions."""
-    if not 0.0 <= p <= 1.0:
-        raise ArgumentError(f"dropout: p must lie in [0, 1], got {p}")
-    if not training or p == 0.0:
-        return input
-    shape = (*input.shape[:leading], *(1,) * (input.ndim - leading))
-    ones = flame.ones(shape, dtype=input.dtype, device=input.device)
-    result: Tensor = input * flame.nn.functional.dropout(ones, p)
-    return input.copy_(result) if inplace else result
-
-
-def _check_rank(name: str, input: Tensor, ranks: tuple[int, ...]) -> None:
-    if input.ndim not in ranks:
-        raise ShapeError(
-            f"{name}: takes {' or '.join(map(str, ranks))} dimensions, got {tuple(input.shape)}"
-        )
-
-
-def dropout1d(
-    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> Tensor:
-    """Zero each channel of (N, C, L) or (C, L) with probability `p`, and scale the rest.
-
-    Source: Tompson et al., "Efficient Object Localization Using Convolutional Networks", 2015.
-    """
-    _check_rank("dropout1d", input, (2, 3))
-    leading = input.ndim - 1
-    return _channel_dropout(input, p, training=training, inplace=inplace, leading=leading)
-
-
-def dropout2d(
-    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> Tensor:
-    """Zero each channel of (N, C, H, W) or (N, C, L) with probability `p`, and scale the rest.
-
-    Source: Tompson et al., "Efficient Object Localization Using Convolutional Networks", 2015.
-    """
-    _check_rank("dropout2d", input, (3, 4))
-    return _channel_dropout(input, p, training=training, inplace=inplace, leading=2)
-
-
-def dropout3d(
-    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> Tensor:
-    """Zero each channel of (N, C, D, H, W) or (C, D, H, W) with probability `p`, scale the rest.
-
-    Source: Tompson et al., "Efficient Object Localization Using Convolutional Networks", 2015.
-    """
-    _check_rank("dropout3d", input, (4, 5))
-    leading = input.ndim - 3
-    return _channel_dropout(input, p, training=training, inplace=inplace, leading=leading)

@@ -54,7 +54,7 @@ def test_channel_dropout(layer: Any, shape: tuple[int, ...], leading: int) -> No
     assert (rows == rows[..., :1]).all()  # whole channels
     assert set(np.unique(rows)) == {0.0, 2.0}
     assert (rows == 0).mean() == pytest.approx(0.5, abs=0.1)
-    with pytest.raises(ShapeError, match="dimensions"):
+    with pytest.raises(ShapeError, match="needs"):
         layer(0.5)(flame.ones(3))
 
 
@@ -94,7 +94,7 @@ def test_composites_refuse() -> None:
         (lambda: F.glu(x), "even"),
         (lambda: F.prelu(x, flame.ones(2)), "3 channels"),
         (lambda: F.pixel_unshuffle(x, 2), "divisible by 2"),
-        (lambda: F.pad(x, (6, 0), mode="circular"), "larger than"),
+        (lambda: F.pad(x, (6, 0), mode="circular"), "6"),
         (lambda: F.bilinear(x, x, flame.ones(2, 3, 4)), r"\(\.\.\., 3\)"),
     ):
         with pytest.raises(ShapeError, match=part):
