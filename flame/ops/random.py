@@ -154,7 +154,7 @@ def _reference_integers(low: int, count: int, seed: int, offset: int, *, shape: 
     words = _reference_words(shape, seed, offset)
     whole = words[..., 0].astype(object) * 2**32 + words[..., 1].astype(object)
     made = (whole // 2) % count if wide else (whole * count) // 2**64
-    return (low + made).astype(np.int64).astype(dtype.numpy)
+    return np.asarray(low + made, object).astype(np.int64).astype(dtype.numpy)
 
 
 def _samples(numbers: tuple[Any, ...], kinds: tuple[DType, ...], **attributes: Any) -> list[Sample]:
@@ -256,6 +256,15 @@ _bernoulli = Draw(
     samples=[Sample((Arg(s, 0.0, 1.0), 11, 5)) for s in ((5, 7), (), (0, 3), (2, 3, 19))],
     invalid=_no_chance,
     failure=lambda code, types: ArgumentError("bernoulli: every probability must lie in [0, 1]"),
+)  # fmt: skip
+
+
+_trial = Draw(
+    "trial", _success, inputs=("p",),  # one probability, known at run time
+    reference=lambda p, seed, offset, *, shape, dtype, **_: (
+        _reference_unit(_reference_words(shape, seed, offset), dtypes.float64) < p
+    ).astype(dtype.numpy),
+    samples=_samples((0.3,), (dtypes.float32, dtypes.bool_)),
 )  # fmt: skip
 
 
@@ -361,7 +370,7 @@ def _range(name: str, low: int, high: int) -> tuple[tuple[int, int], dict[str, b
     count = int(high) - int(low)
     if count > 2**63:
         raise ArgumentError(f"{name}: a range of {count} numbers does not fit 63 bits")
-    return (int(low), count - 2**64 if count == 2**63 else count), {"wide": count >= 2**32}
+    return (int(low), count - 2**64 if count == 2**63 else count), {"wide": count > 2**32}
 
 
 def randint(
@@ -516,7 +525,7 @@ def bernoulli_(input: Tensor, p: Any = 0.5, *, generator: Generator | None = Non
         return input.copy_(bernoulli(p.expand(input.shape), generator=generator))  # type: ignore[no-any-return]
     if not 0 <= p <= 1:
         raise ArgumentError(f"bernoulli_: p must lie in [0, 1], got {p}")
-    return _fill(_bernoulli, input, (float(p),), generator)
+    return _fill(_trial, input, (float(p),), generator)
 
 
 _LARGEST_WHOLE: Final = {"float16": 2**11, "bfloat16": 2**8, "float32": 2**24, "float64": 2**53,
