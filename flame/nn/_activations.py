@@ -7,10 +7,10 @@ but for softmax.
 from __future__ import annotations
 
 import flame
+import flame.nn.functional as F
+import flame.nn.init as initialize
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError
-from flame.nn import functional as F
-from flame.nn import init as initialize
 from flame.nn._arguments import Device, wrong_input
 from flame.nn.module import Module
 from flame.nn.parameter import Parameter
@@ -174,14 +174,16 @@ class Sigmoid(Module):
     """1 / (1 + exp(-x))."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.sigmoid(input)
+        result: Tensor = F.sigmoid(input)
+        return result
 
 
 class Tanh(Module):
     """The hyperbolic tangent."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.tanh(input)
+        result: Tensor = F.tanh(input)
+        return result
 
 
 class GLU(Module):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 
 import flame
+import flame.nn.functional as F
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError
-from flame.nn import functional as F
 from flame.nn import init
 from flame.nn._arguments import Device, Size, per_axis, wrong_input
 from flame.nn.module import Module

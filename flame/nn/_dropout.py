@@ -7,8 +7,8 @@ Source: Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks fro
 
 from __future__ import annotations
 
+import flame.nn.functional as F
 from flame.core.errors import ArgumentError
-from flame.nn import functional as F
 from flame.nn.module import Module
 from flame.tensor import Tensor
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import flame
+import flame.nn.functional as F
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, ShapeError, UnsupportedError
-from flame.nn import functional as F
 from flame.nn import init
 from flame.nn._arguments import Device
 from flame.nn.module import Module

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import flame
+import flame.nn.functional as F
 from flame.core.dtypes import DType
-from flame.nn import functional as F
 from flame.nn import init
 from flame.nn._arguments import Device, wrong_input
 from flame.nn.module import Module

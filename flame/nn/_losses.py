@@ -8,8 +8,8 @@ everything behind them takes its name.
 
 from __future__ import annotations
 
+import flame.nn.functional as F
 from flame.core.errors import ArgumentError
-from flame.nn import functional as F
 from flame.nn.module import Module
 from flame.tensor import Tensor
 

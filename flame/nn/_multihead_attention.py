@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 
 import flame
+import flame.nn.functional as F
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
-from flame.nn import functional as F
 from flame.nn import init
 from flame.nn._arguments import Device
 from flame.nn._linear import Linear
@@ -191,14 +191,14 @@ class MultiheadAttention(Module):
         if weight is not None and query is key and key is value:
             q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
             return q, k, v
+        weights: list[Tensor | None] = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
         if weight is not None:
             weights = [weight[i * size : (i + 1) * size] for i in range(3)]
-        else:
-            weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
         biases = [None if bias is None else bias[i * size : (i + 1) * size] for i in range(3)]
         q, k, v = (
             F.linear(source, w, b)
             for source, w, b in zip((query, key, value), weights, biases, strict=True)
+            if w is not None
         )
         return q, k, v
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import flame
+import flame.nn.functional as F
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError
-from flame.nn import functional as F
 from flame.nn import init
 from flame.nn._arguments import Device, wrong_input
 from flame.nn.module import Module

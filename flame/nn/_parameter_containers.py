@@ -136,7 +136,7 @@ class ParameterDict(Module):
         pairs = (
             parameters.items() if isinstance(parameters, Mapping | ParameterDict) else parameters
         )
-        for name, value in pairs:  # type: ignore[union-attr]
+        for name, value in pairs:
             self[name] = value
 
     def extra_repr(self) -> str:

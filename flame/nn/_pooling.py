@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from flame.nn import functional as F
+import flame.nn.functional as F
 from flame.nn._arguments import Size, per_axis
 from flame.nn.module import Module
 from flame.tensor import Tensor

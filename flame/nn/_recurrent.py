@@ -12,9 +12,9 @@ import warnings
 from typing import Any
 
 import flame
+import flame.nn.functional as F
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, ShapeError, UnsupportedError
-from flame.nn import functional as F
 from flame.nn import init
 from flame.nn._arguments import Device, wrong_input
 from flame.nn._recurrent_steps import GATES, State, StepWeights, combined_bias, step_of, time_steps
@@ -207,12 +207,11 @@ class RNNBase(Module):
         suffix = self._suffixes[index]
         members = self._parameters
         bias_ih, bias_hh = members.get("bias_ih" + suffix), members.get("bias_hh" + suffix)
-        recurrent = members["weight_hh" + suffix]
-        assert recurrent is not None
-        weights = StepWeights(recurrent, bias_hh, members.get("weight_hr" + suffix))
-        projected = F.linear(
-            input, members["weight_ih" + suffix], combined_bias(self.mode, bias_ih, bias_hh)
+        weights = StepWeights(
+            self.get_parameter("weight_hh" + suffix), bias_hh, members.get("weight_hr" + suffix)
         )
+        weight_ih = self.get_parameter("weight_ih" + suffix)
+        projected = F.linear(input, weight_ih, combined_bias(self.mode, bias_ih, bias_hh))
         step = step_of(self.mode)
         outputs: list[Tensor] = []
         from_inputs = time_steps(projected)

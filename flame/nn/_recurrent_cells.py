@@ -10,9 +10,9 @@ import math
 from typing import Any
 
 import flame
+import flame.nn.functional as F
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, ShapeError
-from flame.nn import functional as F
 from flame.nn import init
 from flame.nn._arguments import Device, wrong_input
 from flame.nn._recurrent_steps import GATES, State, StepWeights, combined_bias, step_of

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import flame
+import flame.nn.functional as F
 from flame.autograd import Function
-from flame.nn import functional as F
 from flame.tensor import Tensor
 
 __all__ = ["GATES", "State", "Step", "StepWeights", "combined_bias", "step_of", "time_steps"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flame.nn import functional as F
+import flame.nn.functional as F
 from flame.nn._arguments import Size
 from flame.nn.module import Module
 from flame.tensor import Tensor

@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import flame.nn.functional as F
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError
-from flame.nn import functional as F
 from flame.nn._arguments import Device
 from flame.nn._containers import ModuleList
 from flame.nn._dropout import Dropout

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import flame.nn.functional as F
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, ShapeError
-from flame.nn import functional as F
 from flame.nn._arguments import Device, Size
 from flame.nn._convolution import ConvolutionBase
 from flame.tensor import Tensor

@@ -1,4 +1,4 @@
-"""Functions of layers under PyTorch's names. Their meaning stands in `flame.ops`; none is written here."""
+"""Functions of layers under PyTorch's names. Their meaning stands in `flame.ops`."""
 
 from flame.nn._composites import bilinear, glu, pixel_unshuffle
 from flame.ops.activations import (
@@ -63,5 +63,73 @@ from flame.ops.normalization import (
 )
 from flame.ops.padding import pad
 from flame.ops.products import linear
-from flame.ops.random import dropout, dropout1d, dropout2d, dropout3d, feature_dropout
+from flame.ops.random import dropout, dropout1d, dropout2d, dropout3d
 from flame.ops.softmax import log_softmax, softmax, softmin
+
+__all__ = [
+    "batch_norm",
+    "bilinear",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "celu",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "cosine_embedding_loss",
+    "cosine_similarity",
+    "cross_entropy",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "elu",
+    "gaussian_nll_loss",
+    "gelu",
+    "glu",
+    "group_norm",
+    "hardshrink",
+    "hardsigmoid",
+    "hardswish",
+    "hardtanh",
+    "hinge_embedding_loss",
+    "huber_loss",
+    "instance_norm",
+    "kl_div",
+    "l1_loss",
+    "layer_norm",
+    "leaky_relu",
+    "linear",
+    "log_softmax",
+    "logsigmoid",
+    "margin_ranking_loss",
+    "mish",
+    "mse_loss",
+    "multilabel_soft_margin_loss",
+    "nll_loss",
+    "normalize",
+    "pad",
+    "pairwise_distance",
+    "pixel_unshuffle",
+    "poisson_nll_loss",
+    "prelu",
+    "relu",
+    "relu6",
+    "rms_norm",
+    "selu",
+    "sigmoid",
+    "silu",
+    "smooth_l1_loss",
+    "soft_margin_loss",
+    "softmax",
+    "softmin",
+    "softplus",
+    "softshrink",
+    "softsign",
+    "tanh",
+    "tanhshrink",
+    "threshold",
+    "triplet_margin_loss",
+]
