@@ -55,6 +55,8 @@ from flame.ops.sorting import *
 from flame.ops.subscript import *
 from flame.ops.losses import *  # noqa: F403
 from flame.runtime.cpu import get_num_threads, set_num_threads
+from flame.ops.extrema import *  # noqa: F403
+from flame.ops.statistics import *  # noqa: F403
 from flame.tensor import Tensor
 
 __version__ = "0.1.0"

@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import Any, Final
 
 from flame.ops import (
+    statistics,
+    extrema,
     random,
     losses,
     activations,
@@ -43,6 +45,8 @@ from flame.ops import (
 from flame.tensor import Tensor
 
 MODULES: Final[tuple[ModuleType, ...]] = (
+    statistics,
+    extrema,
     random,
     losses,
     activations,

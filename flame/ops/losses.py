@@ -12,6 +12,7 @@ from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.ops import pointwise_losses as parts
 from flame.ops.arithmetic import mul, neg, true_divide
 from flame.ops.class_losses import REDUCTIONS, class_dim, cross_entropy_op, nll_loss_op
+from flame.ops.loops import broadcast_shapes
 from flame.ops.reductions import mean as mean_of
 from flame.ops.reductions import sum as sum_of
 from flame.ops.shapes import broadcast_to, reshape
@@ -305,6 +306,8 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -
     from flame.ops.comparison import clamp_min
     from flame.ops.mathematics import sqrt
 
+    shape = broadcast_shapes("cosine_similarity", [x1.shape, x2.shape])
+    x1, x2 = broadcast_to(x1, shape), broadcast_to(x2, shape)
     first, second = (clamp_min(sum_of(x * x, dim, keepdim=True), eps * eps) for x in (x1, x2))
     return sum_of((x1 / sqrt(first)) * (x2 / sqrt(second)), dim)
 

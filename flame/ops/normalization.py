@@ -19,6 +19,7 @@ from flame.core.types import TensorType
 from flame.kernel import values
 from flame.kernel.values import Value, cast
 from flame.ops.arithmetic import true_divide
+from flame.ops.conversion import clone
 from flame.ops.elementwise import compute_dtype, elementwise
 from flame.ops.norm_ops import batch_norm_op, group_norm_op, layer_norm_op, rms_norm_op
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Sample, Types
@@ -205,6 +206,8 @@ def batch_norm(
     ones. Shapes: statistics, weight and bias (C,).
     Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
+    if input.ndim == 1 and not input.numel():
+        return clone(input)  # as PyTorch allows
     _check_batch(input, ("running_mean", running_mean), ("running_var", running_var),
                  ("weight", weight), ("bias", bias))  # fmt: skip
     if not training:

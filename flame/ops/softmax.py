@@ -251,10 +251,7 @@ def softmin(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: DType | None = None
 ) -> Tensor:
     """softmax(-input) over ``dim``."""
-    dim, dtype = _arguments(dim, _stacklevel, dtype)
-    if dtype is not None:
-        input = convert(input, dtype=dtype)
-    return softmax(neg(input), dim)
+    return softmax(neg(input), dim, _stacklevel, dtype)
 
 
 def _arguments(dim: int | None, third: Any, dtype: DType | None) -> tuple[int | None, DType | None]:

@@ -1,0 +1,488 @@
+"""Reductions with more than a fold: products, variances, norms, log-sum-exp, counts.
+
+Invariants: variances take two passes, so nothing cancels; gradients are exact at zeros of products and
+norms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flame.core import dtypes
+from flame.core.dtypes import DType
+from flame.core.errors import ArgumentError, DTypeError, UnsupportedError
+from flame.core.types import TensorType, tensor_type
+from flame.kernel import values
+from flame.kernel.builder import KernelBuilder, Lowering, Operand
+from flame.kernel.values import Value, cast, const
+from flame.ops.arithmetic import true_divide
+from flame.ops.comparison import eq, ne, where
+from flame.ops.conversion import convert
+from flame.ops.elementwise import compute_dtype, floating
+from flame.ops.extrema import _amax, _amin, _spread
+from flame.ops.loops import broadcast_strides
+from flame.ops.mathematics import abs as magnitude
+from flame.ops.mathematics import exp, isnan, sign, sqrt
+from flame.ops.op import Arg, Op, Sample, Types
+from flame.ops.reductions import Reduction, dims_of, kept_shape, restore
+from flame.ops.reductions import mean as mean_of
+from flame.ops.reductions import sum as sum_of
+from flame.ops.rows import Index, RowLoops, rows_of, type_of
+from flame.ops.shapes import permute, reshape
+
+if TYPE_CHECKING:
+    from flame.tensor import Tensor
+
+__all__ = [
+    "count_nonzero", "logsumexp", "nanmean", "nansum", "norm", "prod", "std", "std_mean", "var",
+    "var_mean",
+]  # fmt: skip
+METHODS = (
+    "prod", "var", "std", "logsumexp", "norm", "nansum", "nanmean", "count_nonzero",
+)  # fmt: skip
+
+LARGE = 65536  # elements from which a reduction to few results is done by several kernels
+
+
+# --- product --------------------------------------------------------------------------------------
+
+
+def _others(x: Any, dim: int) -> Any:
+    """For each element, the product of the others along ``dim``; nothing is divided."""
+    from flame.ops.scans import _cumprod, _neighbours
+
+    before = _cumprod(_neighbours(x, dim, later=False, fill=1), dim=dim, reverse=False)
+    behind = _cumprod(_neighbours(x, dim, later=True, fill=1), dim=dim, reverse=True)
+    return before * behind
+
+
+def _prod_gradient(g: Any, x: Any, dims: tuple[int, ...], keepdim: bool) -> Any:
+    if not dims or not x.numel():
+        return restore(g, x.type, dims, keepdim) * (x * 0 + 1)
+    kept = [d for d in range(x.ndim) if d not in dims]
+    order = (*kept, *dims)
+    moved = permute(x, order)
+    shape = tuple(x.shape[d] for d in kept)
+    others = reshape(_others(reshape(moved, (*shape, -1)), len(kept)), moved.shape)
+    back = sorted(range(x.ndim), key=lambda i: order[i])
+    return restore(g, x.type, dims, keepdim) * permute(others, back)
+
+
+_prod = Reduction(
+    "prod", "mul", result=lambda d: d if d.kind == "f" else dtypes.int64, vjp=(_prod_gradient,),
+    reference=np.prod,
+)  # fmt: skip
+
+
+def prod(
+    input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: DType | None = None
+) -> Tensor:
+    """The product over ``dim`` (all dimensions by default); integers give int64."""
+    if dtype is not None:
+        input = convert(input, dtype=dtype)
+    result: Tensor = _prod(input, dims=dims_of("prod", input, dim), keepdim=bool(keepdim))
+    return result
+
+
+# --- kernels over rows ----------------------------------------------------------------------------
+
+
+def _floating_result(
+    name: str,
+) -> Callable[..., TensorType]:
+    def infer(types: Types, *, dims: tuple[int, ...], keepdim: bool, **rest: Any) -> TensorType:
+        x = type_of(types[0])
+        if x.dtype.kind != "f":
+            raise DTypeError(f"{name} needs a floating tensor, got {x.dtype.name}; convert it first")
+        return tensor_type(x.dtype, kept_shape(x.shape, dims, keepdim), None, x.device)
+
+    return infer
+
+
+class _Fold:
+    """A kernel that makes one number of each row."""
+
+    def __init__(
+        self, name: str, types: Types, outputs: tuple[TensorType, ...], dims: tuple[int, ...],
+        *, keepdim: bool,
+    ) -> None:  # fmt: skip
+        x, out = type_of(types[0]), outputs[0]
+        spread = _spread(out, x.ndim, dims, keepdim=keepdim)
+        self.k = KernelBuilder(name)
+        self.compute = compute_dtype(x.dtype)
+        self.rows = rows_of(x.shape, dims, [broadcast_strides(x, x.shape), spread])
+        self.x: Operand = self.rows.operand(self.k, "input", 0, x.dtype, 0)
+        self.out: Operand = self.rows.operand(self.k, "output", 0, out.dtype, 1)
+        self.loops = RowLoops(self.k, self.rows)
+        self.count = cast(self.k.size(self.rows.length), self.compute)
+
+    def fold(self, row: Index, combine: str, start: float, term: Callable[[Value], Value]) -> Value:
+        total = self.k.register(start, self.compute)
+        with self.loops.each(row) as index:
+            self.k.accumulate(total, combine, term(cast(self.x[index], self.compute)))
+        return values.read(total)
+
+    def finish(self, per_row: Callable[[Index], Value], passes: int) -> Lowering:
+        with self.loops.each_row(passes=passes) as row:
+            first = (*row, *(const(0) for _ in self.rows.row.sizes))
+            self.k.store(self.out, first, per_row(row))
+        return self.k.finish()
+
+
+# --- variance -------------------------------------------------------------------------------------
+
+
+def _lower_var(name: str) -> Callable[..., Lowering]:
+    def lower(
+        types: Types, outputs: tuple[TensorType, ...], *, dims: tuple[int, ...], keepdim: bool
+    ) -> Lowering:
+        made = _Fold(name, types, outputs, dims, keepdim=keepdim)
+        correction = cast(made.k.number(1, float), made.compute)
+
+        def per_row(row: Index) -> Value:
+            mean = made.fold(row, "add", 0.0, lambda v: v) / made.count
+            total = made.fold(row, "add", 0.0, lambda v: (v - mean) * (v - mean))
+            freedom = values.binary("max", made.count - correction, const(0.0, made.compute))
+            variance = total / freedom
+            return values.unary("sqrt", variance) if name == "std" else variance
+
+        return made.finish(per_row, passes=2)
+
+    return lower
+
+
+def _freedom(x: Any, dims: tuple[int, ...], correction: float) -> float:
+    return math.prod(x.shape[d] for d in dims) - correction
+
+
+def _var_gradient(
+    g: Any, x: Any, correction: float, dims: tuple[int, ...], keepdim: bool
+) -> tuple[Any, None]:
+    freedom = _freedom(x, dims, correction)
+    slope = 2 / freedom if freedom else math.inf
+    centred = x - (mean_of(x, dims, keepdim=True) if dims else x)
+    return restore(g, x.type, dims, keepdim) * slope * centred, None
+
+
+def _std_gradient(
+    g: Any, out: Any, x: Any, correction: float, dims: tuple[int, ...], keepdim: bool
+) -> tuple[Any, None]:
+    """Through the square root, 0 where the deviation is 0."""
+    still = eq(out, 0.0)
+    inner = where(still, 0.0, g / (where(still, 1.0, out) * 2))
+    return _var_gradient(inner, x, correction, dims, keepdim)
+
+
+def _np_var(x: Any, correction: float, *, dims: tuple[int, ...], keepdim: bool) -> Any:
+    wide = np.asarray(x, np.float64)
+    with np.errstate(all="ignore"):
+        centred = wide - wide.mean(axis=dims, keepdims=True)
+        total = (centred * centred).sum(axis=dims, keepdims=keepdim)
+        return total / max(math.prod(x.shape[d] for d in dims) - correction, 0)
+
+
+def _var_samples() -> list[Sample]:
+    cases = [((5, 7), (1,), False, 1.0), ((5, 7), (0,), True, 0.0), ((2, 3, 4), (0, 2), False, 1.0),
+             ((3, 70), (0, 1), False, 0.5), ((0, 3), (1,), False, 1.0)]  # fmt: skip
+    return [
+        Sample((Arg(shape), correction), {"dims": dims, "keepdim": keepdim})
+        for shape, dims, keepdim, correction in cases
+    ]
+
+
+_var_op, _std_op = (
+    Op(
+        name, inputs=("x", "correction"), infer=_floating_result(name), lower=_lower_var(name),
+        vjp=vjp, reference=reference, samples=_var_samples(),
+    )
+    for name, vjp, reference in (
+        ("var", (lambda g, x, correction, dims, keepdim: _var_gradient(
+            g, x, correction, dims, keepdim)[0], None), _np_var),
+        ("std", (lambda g, out, x, correction, dims, keepdim: _std_gradient(
+            g, out, x, correction, dims, keepdim)[0], None),
+         lambda x, correction, *, dims, keepdim: np.sqrt(
+            _np_var(x, correction, dims=dims, keepdim=keepdim))),
+    )
+)  # fmt: skip
+
+
+def _spread_arguments(
+    name: str, input: Tensor, dim: Any, unbiased: Any, correction: Any
+) -> tuple[tuple[int, ...], float]:
+    """PyTorch's two spellings: var(x, dim, unbiased) and var(x, dim, correction=)."""
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    if unbiased is not None and correction is not None:
+        raise ArgumentError(f"{name} takes unbiased or correction, not both")
+    if unbiased is not None:
+        correction = 1 if unbiased else 0
+    return dims_of(name, input, dim), 1.0 if correction is None else float(correction)
+
+
+def _deviation(
+    op: Op, input: Tensor, dims: tuple[int, ...], correction: float, *, keepdim: bool
+) -> Tensor:
+    kept = math.prod(s for d, s in enumerate(input.shape) if d not in dims)
+    if input.numel() >= LARGE and kept < 4 and input.dtype.kind == "f" and dims:
+        wide = convert(input, dtype=compute_dtype(input.dtype))
+        centred = wide - mean_of(wide, dims, keepdim=True)
+        freedom = max(_freedom(input, dims, correction), 0.0)
+        made = sum_of(centred * centred, dims, keepdim=keepdim) * (
+            1 / freedom if freedom else math.inf
+        )
+        return convert(sqrt(made) if op is _std_op else made, dtype=input.dtype)
+    result: Tensor = op(input, correction, dims=dims, keepdim=keepdim)
+    return result
+
+
+def var(
+    input: Tensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
+    correction: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The variance over ``dim``: squared differences to the mean, divided by count - correction.
+
+    correction defaults to 1 (unbiased). NaN where there is nothing to divide by.
+    """
+    dims, amount = _spread_arguments("var", input, dim, unbiased, correction)
+    return _deviation(_var_op, input, dims, amount, keepdim=bool(keepdim))
+
+
+def std(
+    input: Tensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
+    correction: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The square root of `var`; its gradient is 0 where it is 0."""
+    dims, amount = _spread_arguments("std", input, dim, unbiased, correction)
+    return _deviation(_std_op, input, dims, amount, keepdim=bool(keepdim))
+
+
+def var_mean(
+    input: Tensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
+    correction: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(variance, mean) over ``dim``."""
+    dims, amount = _spread_arguments("var_mean", input, dim, unbiased, correction)
+    keepdim = bool(keepdim)
+    return (
+        _deviation(_var_op, input, dims, amount, keepdim=keepdim),
+        mean_of(input, dims, keepdim),
+    )
+
+
+def std_mean(
+    input: Tensor, dim: Any = None, unbiased: bool | None = None, keepdim: bool = False, *,
+    correction: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(standard deviation, mean) over ``dim``."""
+    dims, amount = _spread_arguments("std_mean", input, dim, unbiased, correction)
+    keepdim = bool(keepdim)
+    return (
+        _deviation(_std_op, input, dims, amount, keepdim=keepdim),
+        mean_of(input, dims, keepdim),
+    )
+
+
+# --- log-sum-exp ----------------------------------------------------------------------------------
+
+
+def _lower_logsumexp(
+    types: Types, outputs: tuple[TensorType, ...], *, dims: tuple[int, ...], keepdim: bool
+) -> Lowering:
+    made = _Fold("logsumexp", types, outputs, dims, keepdim=keepdim)
+
+    def per_row(row: Index) -> Value:
+        peak = made.fold(row, "max", -math.inf, lambda v: v)
+        endless = values.compare(
+            "eq", values.unary("abs", peak), const(math.inf, made.compute)
+        )
+        shift = values.select(endless, const(0.0, made.compute), peak)
+        total = made.fold(row, "add", 0.0, lambda v: values.unary("exp", v - shift))
+        return values.unary("log", total) + shift
+
+    return made.finish(per_row, passes=5)
+
+
+def _logsumexp_gradient(g: Any, out: Any, x: Any, dims: tuple[int, ...], keepdim: bool) -> Any:
+    """softmax(x) g; where the result is -inf, x is -inf throughout and gets 0."""
+    g, out = restore(g, x.type, dims, keepdim), restore(out, x.type, dims, keepdim)
+    same = eq(x, out) & eq(magnitude(out), math.inf)
+    return g * exp(where(same, out, x - out))
+
+
+def _np_logsumexp(x: Any, *, dims: tuple[int, ...], keepdim: bool) -> Any:
+    wide = np.asarray(x, np.float64)
+    with np.errstate(all="ignore"):
+        peak = wide.max(axis=dims, keepdims=True, initial=-np.inf)
+        peak = np.where(np.isfinite(peak), peak, 0.0)
+        made = np.log(np.exp(wide - peak).sum(axis=dims, keepdims=True)) + peak
+    return made.reshape(kept_shape(x.shape, dims, keepdim))
+
+
+_logsumexp = Op(
+    "logsumexp", inputs=("x",), infer=_floating_result("logsumexp"), lower=_lower_logsumexp,
+    vjp=(_logsumexp_gradient,), reference=_np_logsumexp,
+    samples=[Sample((Arg(s),), {"dims": d, "keepdim": k})
+             for s, d, k in (((5, 7), (1,), False), ((5, 7), (0,), True), ((2, 3, 70), (0, 2), False),
+                             ((), (), False), ((0, 3), (1,), False), ((4, 1), (1,), False))],
+)  # fmt: skip
+
+
+def logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    """log(sum(exp(input))) over ``dim``, without overflow; integers give floats."""
+    input = convert(input, dtype=floating(input.dtype))
+    dims = dims_of("logsumexp", input, dim)
+    result: Tensor = _logsumexp(input, dims=dims, keepdim=bool(keepdim))
+    return result
+
+
+# --- norms ----------------------------------------------------------------------------------------
+
+
+def _length_gradient(g: Any, out: Any, x: Any, dims: tuple[int, ...], keepdim: bool) -> Any:
+    g, out = restore(g, x.type, dims, keepdim), restore(out, x.type, dims, keepdim)
+    nothing = eq(out, 0.0)
+    return x * where(nothing, 0.0, g / where(nothing, 1.0, out))
+
+
+def _same(dtype: DType) -> DType:
+    return dtype
+
+
+def _norm_samples() -> list[Sample]:
+    cases = [((5, 7), (1,), False), ((5, 7), (0,), True), ((2, 3, 4), (0, 2), False), ((), (), False),
+             ((3, 70), (0, 1), False), ((0, 3), (1,), False), ((0, 3), (0,), False)]  # fmt: skip
+    return [
+        Sample((Arg(shape, avoid=(0.0,)),), {"dims": dims, "keepdim": keepdim})
+        for shape, dims, keepdim in cases
+    ]
+
+
+_length = Reduction(
+    "vector_length", "add", result=_same, prepare=lambda v: v * v,
+    finish=lambda total, count: values.unary("sqrt", total), vjp=(_length_gradient,),
+    reference=lambda x, axis, keepdims: np.sqrt(np.sum(x * x, axis=axis, keepdims=keepdims)),
+    samples=_norm_samples(),
+)  # fmt: skip
+
+_sum_of_sizes = Reduction(
+    "sum_of_magnitudes", "add", result=_same, prepare=lambda v: values.unary("abs", v),
+    vjp=(lambda g, x, dims, keepdim: restore(g, x.type, dims, keepdim) * sign(x),),
+    reference=lambda x, axis, keepdims: np.sum(np.abs(x), axis=axis, keepdims=keepdims),
+    samples=_norm_samples(),
+)  # fmt: skip
+
+
+def _lower_power_norm(
+    types: Types, outputs: tuple[TensorType, ...], *, dims: tuple[int, ...], keepdim: bool
+) -> Lowering:
+    made = _Fold("power_norm", types, outputs, dims, keepdim=keepdim)
+    p = cast(made.k.number(1, float), made.compute)
+
+    def per_row(row: Index) -> Value:
+        total = made.fold(
+            row, "add", 0.0, lambda v: values.binary("pow", values.unary("abs", v), p)
+        )
+        return values.binary("pow", total, const(1.0, made.compute) / p)
+
+    return made.finish(per_row, passes=10)
+
+
+def _power_gradient(
+    g: Any, out: Any, x: Any, p: float, dims: tuple[int, ...], keepdim: bool
+) -> Any:
+    """sign(x) |x / norm|^(p - 1) g; 0 where the norm is 0, and at x = 0 for p below 2."""
+    g, out = restore(g, x.type, dims, keepdim), restore(out, x.type, dims, keepdim)
+    nothing = eq(out, 0.0)
+    ratio = magnitude(x) / where(nothing, 1.0, out)
+    if p < 2:
+        still = eq(x, 0.0)
+        powers = where(still, 0.0, where(still, 1.0, ratio) ** (p - 1))
+    else:
+        powers = ratio ** (p - 1)
+    return sign(x) * powers * where(nothing, 0.0, g)
+
+
+_power_norm = Op(
+    "power_norm", inputs=("x", "p"), infer=_floating_result("norm"), lower=_lower_power_norm,
+    vjp=(_power_gradient, None),
+    reference=lambda x, p, *, dims, keepdim: np.sum(
+        np.abs(np.asarray(x, np.float64)) ** p, axis=dims, keepdims=keepdim
+    ) ** (1 / p),
+    samples=[Sample((Arg(s, avoid=(0.0,)), p), {"dims": d, "keepdim": k})
+             for s, d, k, p in (((5, 7), (1,), False, 3.0), ((5, 7), (0,), True, 1.5),
+                                ((2, 3, 4), (0, 2), False, 2.5), ((0, 3), (1,), False, 3.0))],
+    tolerance=4.0,
+)  # fmt: skip
+
+
+def vector_norm(
+    x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: DType | None = None
+) -> Tensor:
+    """The norm of the elements over ``dim`` (all by default): (sum |x|^ord)^(1/ord).
+
+    ord inf and -inf: the largest and smallest magnitude; 0: the count of elements that are not 0.
+    """
+    if dtype is not None:
+        x = convert(x, dtype=dtype)
+    if x.dtype.kind != "f":
+        raise DTypeError(
+            f"vector_norm needs a floating tensor, got {x.dtype.name}; pass dtype=flame.float32"
+        )
+    dims = dims_of("vector_norm", x, dim)
+    options = {"dims": dims, "keepdim": bool(keepdim)}
+    order = float(ord)
+    result: Tensor
+    if order == 2:
+        result = _length(x, **options)
+    elif order == 1:
+        result = _sum_of_sizes(x, **options)
+    elif order == 0:
+        counted = convert(ne(x, 0.0), dtype=x.dtype)
+        result = sum_of(counted, dims, bool(keepdim)) if dims else counted
+    elif math.isinf(order):
+        result = (_amax if order > 0 else _amin)(magnitude(x), **options)
+    else:
+        result = _power_norm(x, order, **options)
+    return result
+
+
+def norm(
+    input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: None = None,
+    dtype: DType | None = None,
+) -> Tensor:  # fmt: skip
+    """The p-norm of the elements over ``dim`` (all by default); "fro" and None are p = 2."""
+    if p == "nuc":
+        raise UnsupportedError("norm: the nuclear norm needs singular values, which FLAME has not")
+    if p is not None and not isinstance(p, (int, float)) and p != "fro":
+        raise ArgumentError(f"norm: p must be a number or 'fro', got {p!r}")
+    order = 2.0 if p in (None, "fro") else float(p)
+    return vector_norm(input, order, dim, keepdim, dtype=dtype)
+
+
+# --- counts and sums without NaN ------------------------------------------------------------------
+
+
+def count_nonzero(input: Tensor, dim: Any = None) -> Tensor:
+    """How many elements over ``dim`` (all dimensions by default) are not 0; int64."""
+    return sum_of(convert(ne(input, 0), dtype=dtypes.int64), dim)
+
+
+def nansum(
+    input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: DType | None = None
+) -> Tensor:
+    """The sum over ``dim`` with NaN taken as 0."""
+    if input.dtype.kind == "f":
+        input = where(isnan(input), 0.0, input)
+    return sum_of(input, dim, keepdim, dtype=dtype)
+
+
+def nanmean(
+    input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: DType | None = None
+) -> Tensor:
+    """The mean over ``dim`` of the elements that are not NaN."""
+    present = sum_of(convert(~isnan(input), dtype=floating(input.dtype)), dim, keepdim)
+    return true_divide(nansum(input, dim, keepdim, dtype=dtype), present)
