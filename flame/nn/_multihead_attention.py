@@ -17,6 +17,7 @@ from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.nn import init
 from flame.nn._arguments import Device
 from flame.nn._linear import Linear
+from flame.nn._pieces import chunks
 from flame.nn.module import Module
 from flame.nn.parameter import Parameter
 from flame.tensor import Tensor
@@ -189,7 +190,7 @@ class MultiheadAttention(Module):
         bias = self.in_proj_bias
         weight = self.in_proj_weight
         if weight is not None and query is key and key is value:
-            q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
+            q, k, v = chunks(F.linear(query, weight, bias), 3, dim=-1)
             return q, k, v
         weights: list[Tensor | None] = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
         if weight is not None:

@@ -17,7 +17,8 @@ from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, ShapeError, UnsupportedError
 from flame.nn import init
 from flame.nn._arguments import Device, wrong_input
-from flame.nn._recurrent_steps import GATES, State, StepWeights, combined_bias, step_of, time_steps
+from flame.nn._pieces import time_steps
+from flame.nn._recurrent_steps import GATES, State, StepWeights, combined_bias, step_of
 from flame.nn.module import Module
 from flame.nn.parameter import Parameter
 from flame.tensor import Tensor

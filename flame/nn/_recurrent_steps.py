@@ -9,14 +9,13 @@ its output.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import flame
 import flame.nn.functional as F
-from flame.autograd import Function
+from flame.nn._pieces import chunks
 from flame.tensor import Tensor
 
-__all__ = ["GATES", "State", "Step", "StepWeights", "combined_bias", "step_of", "time_steps"]
+__all__ = ["GATES", "State", "Step", "StepWeights", "combined_bias", "step_of"]
 
 # (h,) for RNN and GRU, (h, c) for LSTM; each (N, hidden).
 State = tuple[Tensor, ...]
@@ -39,29 +38,6 @@ class StepWeights:
         self.recurrent = recurrent.t()
         self.bias = bias
         self.projection = None if projection is None else projection.t()
-
-
-class _TimeSteps(Function):
-    """(L, N, C) as L tensors (N, C), whose gradients come back in one piece.
-
-    Taken by indexing, each of them would make a gradient of the whole size in backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, sequence: Tensor) -> Any:
-        return tuple(sequence.detach().unbind(0))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return flame.stack(gradients)
-
-
-def time_steps(sequence: Tensor) -> tuple[Tensor, ...]:
-    """The entries of the first dimension."""
-    if sequence.shape[0] == 0:
-        return ()
-    steps: tuple[Tensor, ...] = _TimeSteps.apply(sequence)
-    return steps
 
 
 Step = Callable[[Tensor, State, StepWeights], State]
@@ -88,7 +64,7 @@ def _relu_step(from_input: Tensor, state: State, weights: StepWeights) -> State:
 def _lstm_step(from_input: Tensor, state: State, weights: StepWeights) -> State:
     hidden, cell = state
     gates = flame.addmm(from_input, hidden, weights.recurrent)
-    admit, forget, candidate, emit = gates.chunk(4, dim=1)
+    admit, forget, candidate, emit = chunks(gates, 4, dim=1)
     cell = forget.sigmoid() * cell + admit.sigmoid() * candidate.tanh()
     hidden = emit.sigmoid() * cell.tanh()
     if weights.projection is not None:
@@ -102,8 +78,8 @@ def _gru_step(from_input: Tensor, state: State, weights: StepWeights) -> State:
         from_state = hidden @ weights.recurrent
     else:
         from_state = flame.addmm(weights.bias, hidden, weights.recurrent)
-    reset_input, update_input, new_input = from_input.chunk(3, dim=1)
-    reset_state, update_state, new_state = from_state.chunk(3, dim=1)
+    reset_input, update_input, new_input = chunks(from_input, 3, dim=1)
+    reset_state, update_state, new_state = chunks(from_state, 3, dim=1)
     reset = (reset_input + reset_state).sigmoid()
     update = (update_input + update_state).sigmoid()
     new = (new_input + reset * new_state).tanh()
