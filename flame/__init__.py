@@ -32,6 +32,7 @@ from flame.ops.bivariate import *
 from flame.ops.comparison import *
 from flame.ops.contractions import *
 from flame.ops.random import *  # noqa: F403
+from flame.ops.trigonometry import *  # noqa: F403
 from flame.ops.conversion import *
 from flame.ops.convolution import *
 from flame.ops.creation import *

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from flame.ops import (
+    trigonometry,
     statistics,
     extrema,
     random,
@@ -45,6 +46,7 @@ from flame.ops import (
 from flame.tensor import Tensor
 
 MODULES: Final[tuple[ModuleType, ...]] = (
+    trigonometry,
     statistics,
     extrema,
     random,

@@ -16,7 +16,13 @@ from flame.core.errors import ArgumentError, DTypeError
 from flame.core.types import TensorType
 from flame.kernel.values import Value, select
 from flame.ops.elementwise import (
-    Elementwise, common_dtype, elementwise, no_bool, scalar_binary, scalar_unary, to_float,
+    Elementwise,
+    common_dtype,
+    elementwise,
+    no_bool,
+    scalar_binary,
+    scalar_unary,
+    to_float,
 )  # fmt: skip
 from flame.ops.op import Arg, Sample, Types
 
@@ -275,12 +281,16 @@ def _div_in_place(self: Tensor, other: Operand, *, rounding_mode: str | None = N
     return self
 
 
-def _addcmul_in_place(self: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+def _addcmul_in_place(
+    self: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1
+) -> Tensor:
     _addcmul.into((self,), self, tensor1, tensor2, value)
     return self
 
 
-def _addcdiv_in_place(self: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1) -> Tensor:
+def _addcdiv_in_place(
+    self: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: float = 1
+) -> Tensor:
     _addcdiv.into((self,), self, tensor1, tensor2, value)
     return self
 

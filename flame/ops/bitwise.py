@@ -13,7 +13,12 @@ from flame.core.errors import DTypeError
 from flame.kernel import values
 from flame.kernel.values import Value, compare, const, select
 from flame.ops.elementwise import (
-    Elementwise, common_dtype, elementwise, integral, scalar_binary, scalar_unary,
+    Elementwise,
+    common_dtype,
+    elementwise,
+    integral,
+    scalar_binary,
+    scalar_unary,
 )  # fmt: skip
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Sample, Types
 
@@ -92,12 +97,19 @@ def _left(x: Value, amount: Value) -> Value:
 def _right(x: Value, amount: Value) -> Value:
     outside, zero = _outside(amount), const(0, x.dtype)
     shifted = values.binary("shr", x, select(outside, zero, amount))
-    emptied = select(compare("lt", x, zero), const(-1, x.dtype), zero) if x.dtype.kind == "i" else zero
+    emptied = (
+        select(compare("lt", x, zero), const(-1, x.dtype), zero) if x.dtype.kind == "i" else zero
+    )
     return select(outside, emptied, shifted)
 
 
 def _shift_samples() -> list[Sample]:
-    shapes: list[list[tuple[int, ...]]] = [[(5, 7)] * 2, [()] * 2, [(0, 3)] * 2, [(3, 1, 5), (4, 1)]]
+    shapes: list[list[tuple[int, ...]]] = [
+        [(5, 7)] * 2,
+        [()] * 2,
+        [(0, 3)] * 2,
+        [(3, 1, 5), (4, 1)],
+    ]
     return [Sample((Arg(a, 0, 9, kind="int"), Arg(b, 0, 4, kind="int"))) for a, b in shapes]
 
 

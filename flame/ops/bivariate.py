@@ -148,7 +148,9 @@ def isclose(
     negative tolerances and DTypeError for tensors of different dtypes.
     """
     if rtol < 0 or atol < 0:
-        raise ArgumentError(f"isclose: tolerances must not be negative, got rtol={rtol}, atol={atol}")
+        raise ArgumentError(
+            f"isclose: tolerances must not be negative, got rtol={rtol}, atol={atol}"
+        )
     if input.dtype is not other.dtype:
         raise DTypeError(
             f"isclose compares tensors of one dtype, got {input.dtype.name} and {other.dtype.name}"

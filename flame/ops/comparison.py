@@ -18,7 +18,12 @@ from flame.core.types import TensorType
 from flame.kernel import values
 from flame.kernel.values import Value
 from flame.ops.elementwise import (
-    Elementwise, common_dtype, elementwise, scalar_binary, scalar_compare, to_bool,
+    Elementwise,
+    common_dtype,
+    elementwise,
+    scalar_binary,
+    scalar_compare,
+    to_bool,
 )  # fmt: skip
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Sample, Types
 

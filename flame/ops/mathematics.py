@@ -1,4 +1,4 @@
-"""Functions of one real number: roots, exponentials, logarithms, trigonometry, rounding, tests.
+"""Functions of one real number: roots, exponentials, logarithms, signs, rounding, tests.
 
 Integers and bool are taken as the default floating dtype where the result is no whole number.
 """
@@ -21,7 +21,12 @@ from flame.kernel.values import Value, cast, compare, const, select, unary
 from flame.ops.comparison import clamp, where
 from flame.ops.creation import zeros_like
 from flame.ops.elementwise import (
-    Elementwise, common_dtype, elementwise, scalar_unary, to_bool, to_float,
+    Elementwise,
+    common_dtype,
+    elementwise,
+    scalar_unary,
+    to_bool,
+    to_float,
 )  # fmt: skip
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Sample, Types
 
@@ -29,13 +34,43 @@ if TYPE_CHECKING:
     from flame.tensor import Tensor
 
 __all__ = [
-    "abs", "absolute", "acos", "acosh", "arccos", "arccosh", "arcsin", "arcsinh", "arctan",
-    "arctanh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "erf", "exp",
-    "exp2", "expm1", "fix", "floor", "frac", "isfinite", "isinf", "isnan", "isneginf", "isposinf",
-    "log", "log10", "log1p", "log2", "nan_to_num", "reciprocal", "round", "rsqrt", "sgn",
-    "sigmoid", "sign", "signbit", "sin", "sinc", "sinh", "sqrt", "square", "tan", "tanh", "trunc",
-    "deg2rad", "rad2deg", "positive", "logit",
+    "abs",
+    "absolute",
+    "ceil",
+    "erf",
+    "exp",
+    "exp2",
+    "expm1",
+    "fix",
+    "floor",
+    "frac",
+    "isfinite",
+    "isinf",
+    "isnan",
+    "isneginf",
+    "isposinf",
+    "log",
+    "log1p",
+    "log2",
+    "log10",
+    "logit",
+    "nan_to_num",
+    "positive",
+    "reciprocal",
+    "round",
+    "rsqrt",
+    "sgn",
+    "sigmoid",
+    "sign",
+    "signbit",
+    "sqrt",
+    "square",
+    "tanh",
+    "trunc",
 ]  # fmt: skip
+
+
+Function = Callable[..., Any]
 
 
 def _numeric(name: str, types: Types) -> tuple[list[DType], list[DType]]:
@@ -62,7 +97,7 @@ def without_slope(g: Any) -> Any:
     return 0 if isinstance(g, Value) else zeros_like(g)
 
 
-def _floats(
+def floats(
     name: str,
     *formulas: Callable[..., Any],
     reference: Callable[..., Any],
@@ -71,18 +106,23 @@ def _floats(
 ) -> Elementwise:
     """A function whose result is a float."""
     return elementwise(
-        name, scalar or scalar_unary(name), rule=to_float, vjp=formulas, reference=reference, **options
+        name,
+        scalar or scalar_unary(name),
+        rule=to_float,
+        vjp=formulas,
+        reference=reference,
+        **options,
     )
 
 
 # --- roots and powers -----------------------------------------------------------------------------
 
-_sqrt = _floats("sqrt", lambda g, out: g / (2 * out), reference=np.sqrt, domain=(0.2, 4.0))
-_rsqrt = _floats(
+_sqrt = floats("sqrt", lambda g, out: g / (2 * out), reference=np.sqrt, domain=(0.2, 4.0))
+_rsqrt = floats(
     "rsqrt", lambda g, out: g * (out * out * out) * -0.5,
     reference=lambda x: 1 / np.sqrt(x), domain=(0.3, 4.0),
 )  # fmt: skip
-_reciprocal = _floats(
+_reciprocal = floats(
     "reciprocal", lambda g, out: -g * (out * out), reference=lambda x: 1 / x, domain=(0.4, 4.0)
 )
 
@@ -104,86 +144,34 @@ _square = elementwise(
 
 # --- exponentials and logarithms ------------------------------------------------------------------
 
-_LN2: Final = math.log(2.0)
+LN2: Final = math.log(2.0)
 _LN10: Final = math.log(10.0)
 
-_exp = _floats("exp", lambda g, out: g * out, reference=np.exp)
-_exp2 = _floats("exp2", lambda g, out: g * out * _LN2, reference=np.exp2)
-_expm1 = _floats("expm1", lambda g, out: g * (out + 1), reference=np.expm1)
-_log = _floats("log", lambda g, x: g / x, reference=np.log, domain=(0.3, 4.0))
-_log2 = _floats("log2", lambda g, x: g / (x * _LN2), reference=np.log2, domain=(0.3, 4.0))
-_log10 = _floats("log10", lambda g, x: g / (x * _LN10), reference=np.log10, domain=(0.3, 4.0))
-_log1p = _floats("log1p", lambda g, x: g / (x + 1), reference=np.log1p, domain=(-0.7, 3.0))
+_exp = floats("exp", lambda g, out: g * out, reference=np.exp)
+_exp2 = floats("exp2", lambda g, out: g * out * LN2, reference=np.exp2)
+_expm1 = floats("expm1", lambda g, out: g * (out + 1), reference=np.expm1)
+_log = floats("log", lambda g, x: g / x, reference=np.log, domain=(0.3, 4.0))
+_log2 = floats("log2", lambda g, x: g / (x * LN2), reference=np.log2, domain=(0.3, 4.0))
+_log10 = floats("log10", lambda g, x: g / (x * _LN10), reference=np.log10, domain=(0.3, 4.0))
+_log1p = floats("log1p", lambda g, x: g / (x + 1), reference=np.log1p, domain=(-0.7, 3.0))
 
-# --- trigonometry ---------------------------------------------------------------------------------
+# --- tanh, erf and sigmoid ------------------------------------------------------------------------
 
-_sin = _floats("sin", lambda g, x: g * cos(x), reference=np.sin)
-_cos = _floats("cos", lambda g, x: -g * sin(x), reference=np.cos)
-_tan = _floats("tan", lambda g, out: g * (1 + out * out), reference=np.tan, domain=(-1.2, 1.2))
-_asin = _floats("asin", lambda g, x: g * rsqrt(1 - x * x), reference=np.arcsin, domain=(-0.9, 0.9))
-_acos = _floats("acos", lambda g, x: -g * rsqrt(1 - x * x), reference=np.arccos, domain=(-0.9, 0.9))
-_atan = _floats("atan", lambda g, x: g / (x * x + 1), reference=np.arctan)
-_sinh = _floats("sinh", lambda g, x: g * cosh(x), reference=np.sinh)
-_cosh = _floats("cosh", lambda g, x: g * sinh(x), reference=np.cosh)
-_tanh = _floats("tanh", lambda g, out: g * (1 - out * out), reference=np.tanh)
-
-
-def _asinh_scalar(x: Value) -> Value:
-    """log1p(|x| + x² / (1 + sqrt(x² + 1))) with the sign of x; log |x| + log 2 where x² overflows."""
-    size = abs(x)
-    bounded = values.binary("min", size, const(1e18 if x.dtype.bits == 32 else 1e150, x.dtype))
-    square = bounded * bounded
-    small = unary("log1p", bounded + square / (unary("sqrt", square + 1.0) + 1.0))
-    large = unary("log", size) + _LN2
-    return values.binary("copysign", select(compare("eq", size, bounded), small, large), x)
-
-
-def _acosh_scalar(x: Value) -> Value:
-    """log1p(t + sqrt(t² + 2t)) with t = x - 1; log x + log 2 where x² overflows."""
-    limit = const(1e18 if x.dtype.bits == 32 else 1e150, x.dtype)
-    t = values.binary("min", x, limit) - 1.0
-    small = unary("log1p", t + unary("sqrt", t * (t + 2.0)))
-    return select(compare("gt", x, limit), unary("log", x) + _LN2, small)
-
-
-_asinh = _floats("asinh", lambda g, x: g * rsqrt(x * x + 1), scalar=_asinh_scalar,
-                 reference=np.arcsinh)  # fmt: skip
-_acosh = _floats("acosh", lambda g, x: g * rsqrt((x - 1) * (x + 1)), scalar=_acosh_scalar,
-                 reference=np.arccosh, domain=(1.2, 4.0))  # fmt: skip
-_atanh = _floats(
-    "atanh", lambda g, x: g / (1 - x * x),
-    scalar=lambda x: (unary("log1p", x) - unary("log1p", -x)) * 0.5,
-    reference=np.arctanh, domain=(-0.9, 0.9),
-)  # fmt: skip
-
-_sinc = _floats(
-    "sinc",
-    lambda g, x: where(
-        x == 0, 0, g * (cos(x * math.pi) * (x * math.pi) - sin(x * math.pi)) / (x * x * math.pi)
-    ),
-    scalar=lambda x: select(
-        compare("eq", x, const(0, x.dtype)), const(1, x.dtype),
-        unary("sin", x * math.pi) / (x * math.pi),
-    ),
-    reference=np.sinc, avoid=(0.0,),
-)  # fmt: skip
-
-# --- erf and sigmoid ------------------------------------------------------------------------------
-
-_erf = _floats(
+_tanh = floats("tanh", lambda g, out: g * (1 - out * out), reference=np.tanh)
+_erf = floats(
     "erf", lambda g, x: g * exp(-x * x) * (2 / math.sqrt(math.pi)),
     reference=np.vectorize(math.erf, otypes=[float]),
 )  # fmt: skip
 
 
-_sigmoid = _floats(
+_sigmoid = floats(
     "sigmoid", lambda g, out: g * (1 - out) * out,
     scalar=lambda x: 1.0 / (unary("exp", -x) + 1.0),
     reference=lambda x: 1 / (1 + np.exp(-x)),
 )  # fmt: skip
 
 
-_logit = _floats(
+_logit = floats(
     "logit", lambda g, x: where((x < 0) | (x > 1), math.nan, g / (x * (1 - x))),
     scalar=lambda x: unary("log", x / (1.0 - x)),
     reference=lambda x: np.log(x / (1 - x)), domain=(0.1, 0.9),
@@ -205,9 +193,7 @@ _abs = elementwise(
     "abs", scalar_unary("abs"), rule=_numeric, vjp=(lambda g, x: g * sign(x),),
     reference=np.abs, avoid=(0.0,),
 )  # fmt: skip
-_sign = elementwise(
-    "sign", _sign_scalar, vjp=(without_slope,), reference=np.sign, avoid=(0.0,)
-)
+_sign = elementwise("sign", _sign_scalar, vjp=(without_slope,), reference=np.sign, avoid=(0.0,))
 
 
 def _rounding(name: str, reference: Callable[..., Any]) -> Elementwise:
@@ -233,13 +219,13 @@ _frac = elementwise(
 # --- tests ----------------------------------------------------------------------------------------
 
 
-def _test(name: str, scalar: Callable[[Value], Value], reference: Callable[..., Any]) -> Elementwise:
+def _test(
+    name: str, scalar: Callable[[Value], Value], reference: Callable[..., Any]
+) -> Elementwise:
     def of_floats(x: Value) -> Value:
         return scalar(x) if x.dtype.kind == "f" else const(name == "isfinite", dtypes.bool_)
 
-    return elementwise(
-        name, of_floats, rule=to_bool, vjp=NOT_DIFFERENTIABLE, reference=reference
-    )
+    return elementwise(name, of_floats, rule=to_bool, vjp=NOT_DIFFERENTIABLE, reference=reference)
 
 
 def _equals(x: Value, number: float) -> Value:
@@ -286,7 +272,7 @@ _nan_to_num = elementwise(
 # --- public functions -----------------------------------------------------------------------------
 
 
-def _public(op: Elementwise, name: str, text: str) -> Callable[..., Any]:
+def public(op: Elementwise, name: str, text: str) -> Callable[..., Any]:
     def function(input: Tensor) -> Tensor:
         result: Tensor = op(input)
         return result
@@ -296,50 +282,38 @@ def _public(op: Elementwise, name: str, text: str) -> Callable[..., Any]:
     return function
 
 
-_FLOAT_DOC: Final = "Integers give floats of the default dtype."
+FLOAT_DOC: Final = "Integers give floats of the default dtype."
 
-sqrt = _public(_sqrt, "sqrt", f"The square root; NaN below 0. {_FLOAT_DOC}")
-rsqrt = _public(_rsqrt, "rsqrt", f"1 / sqrt(input). {_FLOAT_DOC}")
-reciprocal = _public(_reciprocal, "reciprocal", f"1 / input. {_FLOAT_DOC}")
-square = _public(_square, "square", "input * input.")
-exp = _public(_exp, "exp", f"e to the power of input. {_FLOAT_DOC}")
-exp2 = _public(_exp2, "exp2", f"2 to the power of input. {_FLOAT_DOC}")
-expm1 = _public(_expm1, "expm1", f"exp(input) - 1, exact near 0. {_FLOAT_DOC}")
-log = _public(_log, "log", f"The natural logarithm; NaN below 0. {_FLOAT_DOC}")
-log2 = _public(_log2, "log2", f"The logarithm to base 2; NaN below 0. {_FLOAT_DOC}")
-log10 = _public(_log10, "log10", f"The logarithm to base 10; NaN below 0. {_FLOAT_DOC}")
-log1p = _public(_log1p, "log1p", f"log(1 + input), exact near 0. {_FLOAT_DOC}")
-sin = _public(_sin, "sin", f"The sine. {_FLOAT_DOC}")
-cos = _public(_cos, "cos", f"The cosine. {_FLOAT_DOC}")
-tan = _public(_tan, "tan", f"The tangent. {_FLOAT_DOC}")
-asin = _public(_asin, "asin", f"The inverse sine; NaN outside [-1, 1]. {_FLOAT_DOC}")
-acos = _public(_acos, "acos", f"The inverse cosine; NaN outside [-1, 1]. {_FLOAT_DOC}")
-atan = _public(_atan, "atan", f"The inverse tangent. {_FLOAT_DOC}")
-sinh = _public(_sinh, "sinh", f"The hyperbolic sine. {_FLOAT_DOC}")
-cosh = _public(_cosh, "cosh", f"The hyperbolic cosine. {_FLOAT_DOC}")
-tanh = _public(_tanh, "tanh", f"The hyperbolic tangent. {_FLOAT_DOC}")
-asinh = _public(_asinh, "asinh", f"The inverse hyperbolic sine. {_FLOAT_DOC}")
-acosh = _public(_acosh, "acosh", f"The inverse hyperbolic cosine; NaN below 1. {_FLOAT_DOC}")
-atanh = _public(_atanh, "atanh", f"The inverse hyperbolic tangent. {_FLOAT_DOC}")
-sinc = _public(_sinc, "sinc", f"sin(pi input) / (pi input), 1 at 0. {_FLOAT_DOC}")
-erf = _public(_erf, "erf", f"The error function. {_FLOAT_DOC}")
-sigmoid = _public(_sigmoid, "sigmoid", f"1 / (1 + exp(-input)). {_FLOAT_DOC}")
-abs = _public(_abs, "abs", "The absolute value; its gradient at 0 is 0.")
-sign = _public(_sign, "sign", "-1, 0 or 1 by the sign; 0 for NaN.")
-floor = _public(_floor, "floor", "The largest whole number that is not above input.")
-ceil = _public(_ceil, "ceil", "The smallest whole number that is not below input.")
-trunc = _public(_trunc, "trunc", "input without its fraction.")
-frac = _public(_frac, "frac", "The fraction of input, with its sign. Floats only.")
-isnan = _public(_isnan, "isnan", "Whether an element is NaN.")
-isinf = _public(_isinf, "isinf", "Whether an element is infinite.")
-isfinite = _public(_isfinite, "isfinite", "Whether an element is neither infinite nor NaN.")
-isposinf = _public(_isposinf, "isposinf", "Whether an element is +inf.")
-isneginf = _public(_isneginf, "isneginf", "Whether an element is -inf.")
-signbit = _public(_signbit, "signbit", "Whether the sign bit is set; true for -0.0.")
+sqrt: Function = public(_sqrt, "sqrt", f"The square root; NaN below 0. {FLOAT_DOC}")
+rsqrt: Function = public(_rsqrt, "rsqrt", f"1 / sqrt(input). {FLOAT_DOC}")
+reciprocal: Function = public(_reciprocal, "reciprocal", f"1 / input. {FLOAT_DOC}")
+square: Function = public(_square, "square", "input * input.")
+exp: Function = public(_exp, "exp", f"e to the power of input. {FLOAT_DOC}")
+exp2: Function = public(_exp2, "exp2", f"2 to the power of input. {FLOAT_DOC}")
+expm1: Function = public(_expm1, "expm1", f"exp(input) - 1, exact near 0. {FLOAT_DOC}")
+log: Function = public(_log, "log", f"The natural logarithm; NaN below 0. {FLOAT_DOC}")
+log2: Function = public(_log2, "log2", f"The logarithm to base 2; NaN below 0. {FLOAT_DOC}")
+log10: Function = public(_log10, "log10", f"The logarithm to base 10; NaN below 0. {FLOAT_DOC}")
+log1p: Function = public(_log1p, "log1p", f"log(1 + input), exact near 0. {FLOAT_DOC}")
+tanh: Function = public(_tanh, "tanh", f"The hyperbolic tangent. {FLOAT_DOC}")
+erf: Function = public(_erf, "erf", f"The error function. {FLOAT_DOC}")
+sigmoid: Function = public(_sigmoid, "sigmoid", f"1 / (1 + exp(-input)). {FLOAT_DOC}")
+abs: Function = public(_abs, "abs", "The absolute value; its gradient at 0 is 0.")
+sign: Function = public(_sign, "sign", "-1, 0 or 1 by the sign; 0 for NaN.")
+floor: Function = public(_floor, "floor", "The largest whole number that is not above input.")
+ceil: Function = public(_ceil, "ceil", "The smallest whole number that is not below input.")
+trunc: Function = public(_trunc, "trunc", "input without its fraction.")
+frac: Function = public(_frac, "frac", "The fraction of input, with its sign. Floats only.")
+isnan: Function = public(_isnan, "isnan", "Whether an element is NaN.")
+isinf: Function = public(_isinf, "isinf", "Whether an element is infinite.")
+isfinite: Function = public(
+    _isfinite, "isfinite", "Whether an element is neither infinite nor NaN."
+)
+isposinf: Function = public(_isposinf, "isposinf", "Whether an element is +inf.")
+isneginf: Function = public(_isneginf, "isneginf", "Whether an element is -inf.")
+signbit: Function = public(_signbit, "signbit", "Whether the sign bit is set; true for -0.0.")
 
 absolute, sgn, fix = abs, sign, trunc
-arcsin, arccos, arctan = asin, acos, atan
-arcsinh, arccosh, arctanh = asinh, acosh, atanh
 
 
 def round(input: Tensor, *, decimals: int = 0) -> Tensor:
@@ -360,18 +334,6 @@ def positive(input: Tensor) -> Tensor:
     if input.dtype.kind == "b":
         raise DTypeError("positive is not defined for bool tensors; convert them first")
     return input
-
-
-def deg2rad(input: Tensor) -> Tensor:
-    """Degrees in radians."""
-    result: Tensor = input * (math.pi / 180)
-    return result
-
-
-def rad2deg(input: Tensor) -> Tensor:
-    """Radians in degrees."""
-    result: Tensor = input * (180 / math.pi)
-    return result
 
 
 def logit(input: Tensor, eps: float | None = None) -> Tensor:

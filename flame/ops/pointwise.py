@@ -68,10 +68,10 @@ class Pointwise:
 def pointwise(function: Callable[..., Any]) -> Pointwise:
     """Fuse a function of elementwise ops and operators into one kernel; see `Pointwise`.
 
-        @pointwise
-        def step(p, g, lr):
-            return p - lr * g
+    @pointwise
+    def step(p, g, lr):
+        return p - lr * g
 
-        step(p, g, 0.1, out=(p,))
+    step(p, g, 0.1, out=(p,))
     """
     return Pointwise(function)

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import flame
 import numpy as np
 import pytest
+
+import flame
 from flame.core.errors import ArgumentError, DTypeError, FlameError, ShapeError, StateError
 from flame.ops import philox
 from flame.ops.random import dropout, dropout1d, dropout2d, dropout3d, feature_dropout
@@ -251,7 +252,12 @@ def test_multinomial_without_replacement() -> None:
 
 
 def test_multinomial_refuses() -> None:
-    for weights, count in (([-1.0, 2.0], 1), ([0.0, 0.0], 1), ([math.inf, 1.0], 1), ([1.0, 2.0], 3)):
+    for weights, count in (
+        ([-1.0, 2.0], 1),
+        ([0.0, 0.0], 1),
+        ([math.inf, 1.0], 1),
+        ([1.0, 2.0], 3),
+    ):
         with pytest.raises(ArgumentError, match="multinomial"):
             flame.multinomial(flame.tensor(weights), count)
 
@@ -308,7 +314,9 @@ def test_dropout_edges() -> None:
     [(dropout1d, (30, 40, 5)), (dropout2d, (30, 40, 5, 2)), (dropout3d, (30, 40, 2, 3, 2)),
      (feature_dropout, (30, 40)), (dropout1d, (40, 5))],
 )  # fmt: skip
-def test_channels_are_dropped_whole(function: Callable[..., Tensor], shape: tuple[int, ...]) -> None:
+def test_channels_are_dropped_whole(
+    function: Callable[..., Tensor], shape: tuple[int, ...]
+) -> None:
     made = function(flame.ones(shape), 0.3).numpy()
     assert made.shape == shape
     lead = 1 if len(shape) == 2 and function is dropout1d else 2
