@@ -31,6 +31,7 @@ from flame.ops.convolution.functions import (
     conv_transpose2d,
     conv_transpose3d,
 )
+from flame.ops.dropouts import dropout, dropout1d, dropout2d, dropout3d
 from flame.ops.losses import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -52,7 +53,6 @@ from flame.ops.losses import (
     soft_margin_loss,
     triplet_margin_loss,
 )
-from flame.ops.mathematics import sigmoid, tanh
 from flame.ops.normalization import (
     batch_norm,
     group_norm,
@@ -62,11 +62,31 @@ from flame.ops.normalization import (
     rms_norm,
 )
 from flame.ops.padding import pad
+from flame.ops.pooling import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    adaptive_max_pool1d,
+    adaptive_max_pool2d,
+    avg_pool1d,
+    avg_pool2d,
+    avg_pool3d,
+    lp_pool2d,
+    max_pool1d,
+    max_pool2d,
+    max_pool3d,
+    max_unpool2d,
+)
 from flame.ops.products import linear
-from flame.ops.random import dropout, dropout1d, dropout2d, dropout3d
 from flame.ops.softmax import log_softmax, softmax, softmin
 
 __all__ = [
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
     "batch_norm",
     "bilinear",
     "binary_cross_entropy",
@@ -104,7 +124,12 @@ __all__ = [
     "linear",
     "log_softmax",
     "logsigmoid",
+    "lp_pool2d",
     "margin_ranking_loss",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "max_unpool2d",
     "mish",
     "mse_loss",
     "multilabel_soft_margin_loss",
@@ -119,7 +144,6 @@ __all__ = [
     "relu6",
     "rms_norm",
     "selu",
-    "sigmoid",
     "silu",
     "smooth_l1_loss",
     "soft_margin_loss",
@@ -128,7 +152,6 @@ __all__ = [
     "softplus",
     "softshrink",
     "softsign",
-    "tanh",
     "tanhshrink",
     "threshold",
     "triplet_margin_loss",
