@@ -30,14 +30,18 @@ from flame.ops.arithmetic import *
 from flame.ops.bitwise import *
 from flame.ops.bivariate import *
 from flame.ops.comparison import *
+from flame.ops.combining import *
 from flame.ops.contractions import *
 from flame.ops.random import *  # noqa: F403
 from flame.ops.trigonometry import *  # noqa: F403
 from flame.ops.conversion import *
+from flame.ops.copies import *
 from flame.ops.convolution import *
 from flame.ops.creation import *
 from flame.ops.division import *
 from flame.ops.indexing import *
+from flame.ops.interpolation import *
+from flame.ops.pooling import *
 from flame.ops.joining import *
 from flame.ops.masking import *
 from flame.ops.mathematics import *
@@ -49,6 +53,7 @@ from flame.ops.products import *
 from flame.ops.rearranging import *
 from flame.ops.reductions import *
 from flame.ops.scans import *
+from flame.ops.scattering import *
 from flame.ops.shapes import *
 from flame.ops.slicing import *
 from flame.ops.softmax import *
