@@ -1,6 +1,6 @@
 """Activation functions, each one kernel forward and one backward.
 
-`inplace=True` writes the result into the input. At kinks the slope is PyTorch's: that of the left side.
+`inplace=True` writes the result into the input. At a kink the slope is PyTorch's: that of the left.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ _logsigmoid = _activation(
 
 
 def _mish_tanh(x: Any) -> Any:
-    """tanh(log(1 + e)) with e = exp(x), as n / (n + 2) with n = e (e + 2); 1 to rounding from 20 on."""
+    """tanh(log(1 + e)) with e = exp(x), as n / (n + 2) with n = e (e + 2); it rounds to 1 at 20."""
     e = exp(minimum(x, 20))
     n = e * (e + 2)
     return n / (n + 2)

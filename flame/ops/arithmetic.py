@@ -197,10 +197,9 @@ def sub(input: Tensor, other: Operand, *, alpha: float = 1) -> Tensor:
 def rsub(input: Tensor, other: Operand, *, alpha: float = 1) -> Tensor:
     """other - alpha * input, broadcast."""
     if alpha == 1:
-        result: Tensor = _sub(other, input)
-        return result
+        return sub(other, input)
     _check_alpha("rsub", input, other, alpha)
-    result = _add_scaled(other, input, -alpha)
+    result: Tensor = _add_scaled(other, input, -alpha)
     return result
 
 

@@ -1,7 +1,7 @@
 """Comparisons, selection by a condition, and the larger or smaller of two.
 
-Where two operands tie, gradients are PyTorch's: `maximum` and `minimum` share them equally, `clamp` passes
-them at its bounds.
+Where two operands tie, gradients are PyTorch's: `maximum` and `minimum` share them equally, `clamp`
+passes them at its bounds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Division with rounding, and remainders.
 
-A float remainder is exact while the quotient is below 2**48 (float32) or 2**106 (float64). Integers over 0
-raise ArgumentError: there is no number to give.
+A float remainder is exact while the quotient is below 2**48 (float32) or 2**106 (float64). Integers
+over 0 raise ArgumentError: there is no number to give.
 """
 
 from __future__ import annotations
@@ -144,9 +144,10 @@ def _mode(rounding_mode: str) -> Elementwise:
         ) from None
 
 
-def rounded(input: Operand, other: Operand, rounding_mode: str) -> Any:
+def rounded(input: Operand, other: Operand, rounding_mode: str) -> Tensor:
     """The quotient rounded by "floor" or "trunc"."""
-    return _mode(rounding_mode)(input, other)
+    result: Tensor = _mode(rounding_mode)(input, other)
+    return result
 
 
 def round_in_place(input: Tensor, other: Operand, rounding_mode: str) -> None:

@@ -201,7 +201,7 @@ exponential = Draw(
 
 
 def _whole(words: philox.Words, numbers: list[Value], dtype: DType, *, wide: bool) -> Value:
-    """low + the upper half of a 64-bit word times count; of a remainder where that needs more bits."""
+    """low + the upper half of a 64-bit word times count; wide ranges take a remainder instead."""
     low, count = (cast(n, dtypes.uint64) for n in numbers)
     first, second = (cast(w, dtypes.uint64) for w in words[:2])
     if wide:
@@ -259,8 +259,8 @@ def _kept(words: philox.Words, operands: list[Value], dtype: DType) -> Value:
     return select(keep, x * cast(scale, x.dtype), const(0, x.dtype))
 
 
-# Dropping is linear and each element sees itself alone, so it is its own transpose: backward draws the
-# same bits again from the saved seed and offset, and no mask is stored.
+# Dropping is linear and each element sees itself alone, so it is its own transpose: backward draws
+# the same bits again from the saved seed and offset, and no mask is stored.
 drop: Draw = Draw(
     "dropout", _kept, inputs=("x", "p", "scale"),
     vjp=(

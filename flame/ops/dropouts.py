@@ -58,8 +58,8 @@ def feature_dropout(
     shape = input.shape[:2] + (1,) * (input.ndim - 2)
     noise = dropout(ones(shape, dtype=input.dtype), p)
     if inplace:
-        return input.mul_(noise)  # type: ignore[no-any-return]
-    return input * noise  # type: ignore[no-any-return]
+        return input.mul_(noise)
+    return input * noise
 
 
 def _channels(name: str, batched: int) -> Callable[..., Tensor]:

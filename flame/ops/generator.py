@@ -1,7 +1,7 @@
 """Generator: a seed, and how many random blocks were taken under it.
 
-Invariant: the state is these two numbers; every draw reserves its range of blocks before it runs, so no
-two draws of a generator share a block.
+Invariant: the state is these two numbers; every draw reserves its range of blocks before it runs,
+so no two draws of a generator share a block.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def initial_seed() -> int:
 
 
 def seed() -> int:
-    """Start the default generator again under a seed from the operating system, which is returned."""
+    """Start the default generator again under a seed of the operating system; returns the seed."""
     return default_generator.seed()
 
 

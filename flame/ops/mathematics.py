@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-import ml_dtypes
 import numpy as np
 
 from flame.core import dtypes
@@ -260,6 +259,11 @@ def _replaced(x: Value, nan: Value, high: Value, low: Value) -> Value:
     return select(unary("is_nan", x), nan, kept)
 
 
+LARGEST: Final = {
+    "float16": 65504.0, "bfloat16": (2 - 2**-7) * 2.0**127,
+    "float32": (2 - 2**-23) * 2.0**127, "float64": (2 - 2**-52) * 2.0**1023,
+}  # fmt: skip
+
 _nan_to_num = elementwise(
     "nan_to_num", _replaced, inputs=("x", "nan", "high", "low"), rule=_as_first,
     vjp=(lambda g, x: where(isfinite(x), g, 0), None, None, None),
@@ -318,15 +322,13 @@ absolute, sgn, fix = abs, sign, trunc
 
 def round(input: Tensor, *, decimals: int = 0) -> Tensor:
     """The nearest whole number, ties to even; with ``decimals``, that many digits are kept."""
+    result: Tensor
     if decimals == 0 or input.dtype.kind != "f":
-        result: Tensor = _round(input)
+        result = _round(input)
         return result
     scale = 10.0 ** builtins.abs(decimals)
-    if decimals > 0:
-        rounded: Tensor = _round(input * scale) / scale
-        return rounded
-    rounded = _round(input / scale) * scale
-    return rounded
+    result = _round(input * scale) / scale if decimals > 0 else _round(input / scale) * scale
+    return result
 
 
 def positive(input: Tensor) -> Tensor:
@@ -351,9 +353,9 @@ def nan_to_num(
     """
     if input.dtype.kind != "f":
         return input.clone()
-    limits = ml_dtypes.finfo(input.dtype.numpy)
-    high = float(limits.max) if posinf is None else float(posinf)
-    low = float(limits.min) if neginf is None else float(neginf)
+    largest = LARGEST[input.dtype.name]
+    high = largest if posinf is None else float(posinf)
+    low = -largest if neginf is None else float(neginf)
     result: Tensor = _nan_to_num(input, 0.0 if nan is None else float(nan), high, low)
     return result
 

@@ -1,8 +1,8 @@
 """Drawing indices by weight.
 
-With replacement: the inverse of the distribution function at uniform numbers. Without: the largest of
-weight / exponential number, whose order is that of drawing one after the other (Efraimidis and Spirakis,
-"Weighted random sampling with a reservoir", 2006).
+With replacement: the inverse of the distribution function at uniform numbers. Without: the largest
+of weight / exponential number, whose order is that of drawing one after the other (Efraimidis and
+Spirakis, "Weighted random sampling with a reservoir", 2006).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _with_replacement(weights: Tensor, count: int, generator: Generator | None) 
     total = steps[..., -1:]
     chance = rand((*weights.shape[:-1], count), generator=generator, dtype=dtypes.float64)
     found = searchsorted(steps, chance * total, right=True)
-    return found.clamp(max=weights.shape[-1] - 1)  # type: ignore[no-any-return]
+    return found.clamp(max=weights.shape[-1] - 1)
 
 
 def _check(weights: Tensor, count: int, replacement: bool) -> None:

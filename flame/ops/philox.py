@@ -1,8 +1,9 @@
 """Random bits by counter: Philox4x32-10, and numbers made of them.
 
-Element i (in row-major order) of a draw takes the block of counter ``offset + i`` under the key ``seed``,
-both of 64 bits; a draw of n elements moves the generator's offset on by n. So a number depends on seed,
-offset and position alone: not on layout, threads, device, or whether the step was compiled.
+Element i (in row-major order) of a draw takes the block of counter ``offset + i`` under the key
+``seed``, both of 64 bits; a draw of n elements moves the generator's offset on by n. So a number
+depends on seed, offset and position alone: not on layout, threads, device, or whether the step was
+compiled.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011.
 """

@@ -1,7 +1,7 @@
 """`pointwise`: a Python function of elementwise ops becomes one kernel with one or several results.
 
-Invariant: the function is traced with scalar values, once for each set of operand types; Python numbers
-among its operands are run-time scalars, so a changing learning rate compiles nothing anew.
+Invariant: the function is traced with scalar values, once for each set of operand types; Python
+numbers among its operands are run-time scalars, so a changing learning rate compiles nothing anew.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["Pointwise", "pointwise"]
 class Pointwise:
     """``fused(*operands, out=None)``: the operands are broadcast tensors and Python numbers.
 
-    Computes in the operands' promoted dtype (half-width floats in float32). ``out``: tensors, one for
-    each result, that are written in place, each in its own dtype; they may be operands. The kernel has no
-    derivative: no gradient flows through its results.
+    Computes in the operands' promoted dtype (half-width floats in float32). ``out``: tensors, one
+    for each result, that are written in place, each in its own dtype; they may be operands. The
+    kernel has no derivative: no gradient flows through its results.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -51,10 +51,9 @@ class Pointwise:
 
     def _scalar(self, *operands: Value) -> tuple[Value, ...]:
         made = self.function(*operands)
-        like = next((x.dtype for x in operands if isinstance(x, Value)), None)
         results = made if isinstance(made, tuple) else (made,)
         return tuple(
-            r if isinstance(r, Value) or like is None else values.const(r, like) for r in results
+            r if isinstance(r, Value) else values.const(r, operands[0].dtype) for r in results
         )
 
     def _rule(self, name: str, types: Types) -> tuple[list[DType], list[DType]]:

@@ -73,7 +73,8 @@ def pow(input: Operand, exponent: Operand) -> Tensor:
     integer number, whose results are no integers.
     """
     if isinstance(exponent, (bool, int, float)) and not isinstance(input, (bool, int, float)):
-        return _to_number(input, exponent)
+        made: Tensor = _to_number(input, exponent)
+        return made
     result: Tensor = _pow(input, exponent)
     return result
 

@@ -1,4 +1,4 @@
-"""Random tensors: creation, and filling in place. What is drawn follows from seed and position alone."""
+"""Random tensors: creation, and filling in place. What is drawn follows from seed and position."""
 
 from __future__ import annotations
 
@@ -134,10 +134,17 @@ def randint(
     if size is None:
         raise ArgumentError("randint: give the size, as in randint(10, (3, 4))")
     numbers, attributes = _range("randint", low, high)
+    dtype = dtype or dtypes.int64
     return _create(
-        draws.integers, numbers, shape_of(size), dtype or dtypes.int64, device, generator, requires_grad,
+        draws.integers,
+        numbers,
+        shape_of(size),
+        dtype,
+        device,
+        generator,
+        requires_grad,
         **attributes,
-    )  # fmt: skip
+    )
 
 
 def randint_like(
@@ -173,7 +180,7 @@ def bernoulli(
     Raises ArgumentError for probabilities outside [0, 1].
     """
     if p is not None:
-        return input.clone().bernoulli_(p, generator=generator)  # type: ignore[no-any-return]
+        return bernoulli_(input.detach().clone(), p, generator=generator)
     if input.dtype.kind != "f":
         raise DTypeError(f"bernoulli takes floating probabilities, got {input.dtype.name}")
     made: Tensor = draws.bernoulli(input, *_place(generator, input.shape))
@@ -218,8 +225,8 @@ def multinomial(
 
     input: (n,) or (m, n), not negative. Result: int64, (num_samples,) or (m, num_samples). With
     replacement by the inverse of the distribution function; without, the num_samples largest of
-    weight / exponential number. Raises ArgumentError for weights that are negative, not finite, or 0
-    in a whole row, and for more samples than weights above 0 allow without replacement.
+    weight / exponential number. Raises ArgumentError for weights that are negative, not finite, or
+    0 in a whole row, and for more samples than weights above 0 allow without replacement.
     """
     from flame.ops import multinomials
 
@@ -275,7 +282,7 @@ def exponential_(
 def bernoulli_(input: Tensor, p: Any = 0.5, *, generator: Generator | None = None) -> Tensor:
     """Fill with 1 with probability ``p`` (a number, or a tensor that broadcasts), else 0."""
     if hasattr(p, "storage"):
-        return input.copy_(bernoulli(p.expand(input.shape), generator=generator))  # type: ignore[no-any-return]
+        return input.copy_(bernoulli(p.expand(input.shape), generator=generator))
     if not 0 <= p <= 1:
         raise ArgumentError(f"bernoulli_: p must lie in [0, 1], got {p}")
     return _fill(draws.trial, input, (float(p),), generator)

@@ -54,7 +54,7 @@ _cosh = floats("cosh", lambda g, x: g * sinh(x), reference=np.cosh)
 
 
 def _asinh_scalar(x: Value) -> Value:
-    """log1p(|x| + x² / (1 + sqrt(x² + 1))) with the sign of x; log |x| + log 2 where x² overflows."""
+    """log1p(|x| + x² / (1 + sqrt(x² + 1))) with x's sign; log |x| + log 2 where x² overflows."""
     size = abs(x)
     bounded = values.binary("min", size, const(1e18 if x.dtype.bits == 32 else 1e150, x.dtype))
     square = bounded * bounded

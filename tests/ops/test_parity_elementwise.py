@@ -1,4 +1,4 @@
-"""Elementwise ops against PyTorch: values, dtypes, shapes and gradients on PyTorch's own samples of arguments."""
+"""Elementwise ops against PyTorch: values, dtypes and gradients on PyTorch's own samples."""
 
 from __future__ import annotations
 

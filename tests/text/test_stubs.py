@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flame.core.dtypes import DType
-from flame.core.generator import Generator
+from flame.ops.generator import Generator
 from flame.core.types import Shape
 from flame.tensor import Tensor
 
