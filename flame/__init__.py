@@ -63,6 +63,7 @@ from flame.ops.losses import *  # noqa: F403
 from flame.runtime.cpu import get_num_threads, set_num_threads
 from flame.ops.extrema import *  # noqa: F403
 from flame.ops.statistics import *  # noqa: F403
+from flame.ops.attention import *  # noqa: F403
 from flame.tensor import Tensor
 
 __version__ = "0.1.0"

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from flame.ops import (
+    attention,
     trigonometry,
     statistics,
     extrema,
@@ -52,6 +53,7 @@ from flame.ops import (
 from flame.tensor import Tensor
 
 MODULES: Final[tuple[ModuleType, ...]] = (
+    attention,
     trigonometry,
     statistics,
     extrema,

@@ -127,15 +127,17 @@ def _indexed(axes: tuple[int, ...], count: int) -> list[int]:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def _infer_take(types: Types, *, axes: tuple[int, ...], wrap: bool) -> TensorType:
+def infer_take(types: Types, *, axes: tuple[int, ...], wrap: bool) -> TensorType:
+    """The elements addressed, in fresh memory."""
     x, *indices = types
     assert isinstance(x, TensorType)
     return tensor_type(x.dtype, _check_types("take_at", x.shape, indices, axes), None, x.device)
 
 
-def _lower_take(
+def lower_take(
     types: Types, outputs: tuple[TensorType, ...], *, axes: tuple[int, ...], wrap: bool
 ) -> Lowering:
+    """One kernel: the index tensors are read, checked, and turned into offsets."""
     x, (out,) = types[0], outputs
     assert isinstance(x, TensorType)
     indices = [t for t in types[1:] if isinstance(t, TensorType)]
@@ -235,8 +237,8 @@ _READS = [
 take_at = Op(
     "take_at",
     inputs=("x", "*indices"),
-    infer=_infer_take,
-    lower=_lower_take,
+    infer=infer_take,
+    lower=lower_take,
     vjp=Joint(_take_vjp),
     reference=_take_reference,
     samples=[Sample(inputs, {"wrap": False, **attributes}) for inputs, attributes in _READS],
@@ -294,6 +296,8 @@ def _lower_put(
     source_type, (out,) = types[1], outputs
     assert isinstance(source_type, TensorType)
     indices = [t for t in types[2:] if isinstance(t, TensorType)]
+    if not source_type.numel:
+        return Lowering((_start(types, outputs).bind(),))
     rank, extents = source_type.ndim, source_type.shape
     direct = _direct(out, rank, axes)
     steps = [source_type.strides, direct, *(i.strides for i in indices)]

@@ -15,26 +15,21 @@ from flame.core.types import Shape
 from flame.ops.conversion import convert
 from flame.ops.creation import full
 from flame.ops.indexed import OutOfRange, combine_at, put_at, take_at
+from flame.ops.loops import broadcast_shapes
 from flame.ops.shapes import as_strided, expand, reshape, wrap_dim
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
 
 __all__ = [
-    "gather",
-    "index_add",
-    "index_copy",
-    "index_fill",
-    "index_select",
-    "scatter",
-    "scatter_add",
-]
-METHODS = __all__
-IN_PLACE: tuple[str, ...] = ()
+    "gather", "index_add", "index_copy", "index_fill", "index_select", "put", "take", "take_along_dim",
+]  # fmt: skip
+METHODS = (*__all__, "index_add_", "index_copy_")
+IN_PLACE = ("index_fill", "put")
 
 
 def named(
-    name: str, dims: Sequence[int], sizes: Shape, call: Callable[..., Any], /,
+    name: str, dims: Sequence[int], sizes: Any, call: Callable[..., Any], /,
     *args: Any, **attributes: Any,
 ) -> Any:  # fmt: skip
     """Call an op of `flame.ops.indexed`; a bad index becomes an error that names op, dimension and size."""
@@ -61,7 +56,8 @@ def coordinates(rank: int, dim: int) -> tuple[int, ...]:
     return (*range(dim), -1, *range(dim + 1, rank))
 
 
-def _with_dim(input: Tensor) -> Tensor:
+def with_dim(input: Tensor) -> Tensor:
+    """0-d tensors as 1-d ones of one element."""
     return input if input.ndim else reshape(input, (1,))
 
 
@@ -79,7 +75,7 @@ def _vector(name: str, index: Any) -> Tensor:
     check_index(name, index)
     if index.ndim > 1:
         raise ShapeError(f"{name}: the index must have one dimension, got shape {index.shape}")
-    found: Tensor = _with_dim(index)
+    found: Tensor = with_dim(index)
     return found
 
 
@@ -101,7 +97,7 @@ def same_dtype(name: str, input: Tensor, source: Any) -> None:
 def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
     """The entries ``index`` (1-d) of a dimension, in that order."""
     dim = wrap_dim("index_select", dim, input.ndim)
-    x, index = _with_dim(input), _vector("index_select", index)
+    x, index = with_dim(input), _vector("index_select", index)
     shape = (*x.shape[:dim], index.shape[0], *x.shape[dim + 1 :])
     made: Tensor = named(
         "index_select", (dim,), x.shape, take_at,
@@ -112,11 +108,11 @@ def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
 
 def _into_slices(
     name: str, input: Tensor, dim: int, index: Tensor, source: Tensor, combine: str,
-    target: Tensor | None = None,
+    *, in_place: bool = False,
 ) -> Tensor:  # fmt: skip
-    """``source`` written into the slices ``index`` of ``dim``; into ``target``, if given, in place."""
+    """``source`` written into the slices ``index`` of ``dim``."""
     dim = wrap_dim(name, dim, input.ndim)
-    x, index, source = _with_dim(input), _vector(name, index), _with_dim(source)
+    x, index, source = with_dim(input), _vector(name, index), with_dim(source)
     shape = (*x.shape[:dim], index.shape[0], *x.shape[dim + 1 :])
     if source.shape != shape:
         raise ShapeError(
@@ -125,29 +121,45 @@ def _into_slices(
         )
     same_dtype(name, input, source)
     place = along(index, shape, (dim,))
-    made: Tensor = _write(name, (dim,), x, source, [place], coordinates(x.ndim, dim), combine,
-                          target is not None)  # fmt: skip
-    return made if input.ndim else reshape(made, ())
+    made: Tensor = write(
+        name, (dim,), x, source, [place], coordinates(x.ndim, dim), combine, in_place=in_place
+    )
+    return input if in_place else made if input.ndim else reshape(made, ())
 
 
-def _write(
+def write(
     name: str, dims: Sequence[int], x: Tensor, source: Tensor, indices: Sequence[Tensor],
-    axes: tuple[int, ...], combine: str, in_place: bool, wrap: bool = False,
-) -> Any:  # fmt: skip
+    axes: tuple[int, ...], combine: str, *, in_place: bool, wrap: bool = False,
+) -> Tensor:  # fmt: skip
+    """put_at or combine_at, with the caller's names in the error of a bad index."""
     op = put_at if combine in ("set", "add") else combine_at
     attributes = {"axes": axes, "shape": x.shape, "combine": combine, "wrap": wrap}
+    made: Tensor
     if in_place:
-        return named(name, dims, x.shape, op.into, (x,), x, source, *indices, **attributes)
-    return named(name, dims, x.shape, op, x, source, *indices, **attributes)
+        made = named(name, dims, x.shape, op.into, (x,), x, source, *indices, **attributes)
+    else:
+        made = named(name, dims, x.shape, op, x, source, *indices, **attributes)
+    return made
+
+
+def _scaled(source: Tensor, alpha: float) -> Tensor:
+    return source if alpha == 1 else convert(source * alpha, dtype=source.dtype)
 
 
 def index_add(
     input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1
 ) -> Tensor:
-    """``alpha * source`` added to the slices ``index`` of ``dim``; the order of additions is fixed."""
-    if alpha != 1:
-        source = source * alpha
-    return _into_slices("index_add", input, dim, index, source, "add")
+    """``alpha * source`` added to the slices ``index`` of ``dim``, in a fixed order."""
+    return _into_slices("index_add", input, dim, index, _scaled(source, alpha), "add")
+
+
+def index_add_(
+    input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: float = 1
+) -> Tensor:
+    """`index_add` in place."""
+    return _into_slices(
+        "index_add_", input, dim, index, _scaled(source, alpha), "add", in_place=True
+    )
 
 
 def index_copy(input: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
@@ -155,14 +167,28 @@ def index_copy(input: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor
     return _into_slices("index_copy", input, dim, index, source, "set")
 
 
+def index_copy_(input: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """`index_copy` in place."""
+    return _into_slices("index_copy_", input, dim, index, source, "set", in_place=True)
+
+
 def index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
     """``value`` (a number or 0-d tensor) in place of the slices ``index`` of ``dim``."""
-    dim = wrap_dim("index_fill", dim, input.ndim)
-    count = _vector("index_fill", index).shape[0]
-    shape = (*input.shape[:dim], count, *input.shape[dim + 1 :]) if input.ndim else (count,)
-    return _into_slices(
-        "index_fill", input, dim, index, filled("index_fill", input, value, shape), "set"
-    )
+    from flame.ops.masking import masked_fill
+    from flame.tensor import Tensor
+
+    if isinstance(value, Tensor) and value.ndim:
+        raise ShapeError(f"index_fill: the value must be a number or 0-d, got {value.shape}")
+    dim, where = wrap_dim("index_fill", dim, input.ndim), _vector("index_fill", index)
+    size = input.shape[dim] if input.ndim else 1
+    # a mask rather than a write, so that an index named twice counts once in the value's gradient
+    chosen = expand(full((), True), where.shape)
+    mask = named(
+        "index_fill", (dim,), {dim: size}, put_at,
+        None, chosen, where, axes=(-1,), shape=(size,), combine="set", wrap=True,
+    )  # fmt: skip
+    shape = (size,) + (1,) * (input.ndim - dim - 1) if input.ndim else ()
+    return masked_fill(input, reshape(mask, shape), value)
 
 
 def filled(name: str, input: Tensor, value: Any, shape: Shape) -> Tensor:
@@ -181,20 +207,28 @@ def filled(name: str, input: Tensor, value: Any, shape: Shape) -> Tensor:
 # --- one index for each element: gather, scatter -----------------------------------------------------
 
 
-def _fit(name: str, input: Tensor, dim: int, index: Any, source: Any = None) -> None:
+def fitting_index(name: str, input: Tensor, dim: int, index: Any) -> Tensor:
+    """The index, checked against the tensor; one without elements may be of any integer dtype."""
+    from flame.tensor import Tensor
+
+    if isinstance(index, Tensor) and not index.numel() and index.dtype.kind in "iu":
+        index = convert(index, dtype=dtypes.int64)
     check_index(name, index)
+    if not index.numel():
+        return index
     if index.ndim != input.ndim and max(index.ndim, 1) != max(input.ndim, 1):
         raise ShapeError(
             f"{name}: the index has {index.ndim} dimensions, the tensor {input.ndim}; they must be equal"
         )
-    if not index.numel() or not input.ndim:
-        return
+    if not input.ndim:
+        return index
     for d, size in enumerate(index.shape):
         if d != dim and size > input.shape[d]:
             raise ShapeError(
                 f"{name}: the index of shape {index.shape} is larger than the tensor of shape "
                 f"{input.shape} in dimension {d}"
             )
+    return index
 
 
 def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
@@ -202,74 +236,66 @@ def gather(input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False)
 
     index: as many dimensions as input, at most as large but in ``dim``. The result has its shape.
     """
-    dim = wrap_dim("gather", dim, input.ndim)
-    _fit("gather", input, dim, index)
-    x, place = _with_dim(input), _with_dim(index)
+    return _gathered("gather", input, dim, index, wrap=False)
+
+
+def _gathered(name: str, input: Tensor, dim: int, index: Tensor, *, wrap: bool) -> Tensor:
+    dim = wrap_dim(name, dim, input.ndim)
+    index = fitting_index(name, input, dim, index)
+    if not index.numel():
+        return reshape(reshape(input, (-1,))[:0], index.shape)
+    x, place = with_dim(input), with_dim(index)
     made: Tensor = named(
-        "gather", (dim,), x.shape, take_at, x, place, axes=coordinates(x.ndim, dim), wrap=False
+        name, (dim,), x.shape, take_at, x, place, axes=coordinates(x.ndim, dim), wrap=wrap
     )
     return made if made.ndim == index.ndim else reshape(made, index.shape)
 
 
-def scattered(name: str, input: Tensor, dim: int, index: Tensor, src: Any, combine: str) -> Tensor:
-    """``src`` combined into a copy of ``input`` at index's places; the core of all scatters."""
-    from flame.tensor import Tensor
-
-    dim = wrap_dim(name, dim, input.ndim)
-    _fit(name, input, dim, index)
-    x, place = _with_dim(input), _with_dim(index)
-    if isinstance(src, Tensor):
-        same_dtype(name, input, src)
-        source = _with_dim(src)
-        if source.ndim != place.ndim:
-            raise ShapeError(
-                f"{name}: the values have {src.ndim} dimensions, the index {index.ndim}; they must be equal"
-            )
-        if place.numel() and any(a > b for a, b in zip(place.shape, source.shape, strict=True)):
-            raise ShapeError(
-                f"{name}: the index of shape {index.shape} is larger than the values of shape {src.shape}"
-            )
-        source = _corner(source, place.shape)
-    else:
-        source = filled(name, input, src, place.shape)
-    made: Tensor = _write(
-        name, (dim,), x, source, [place], coordinates(x.ndim, dim), combine, False
-    )
-    return made if input.ndim else reshape(made, ())
+# --- flat places --------------------------------------------------------------------------------------
 
 
-def _corner(source: Tensor, shape: Shape) -> Tensor:
-    from flame.ops.shapes import narrow
+def take(input: Tensor, index: Tensor) -> Tensor:
+    """Elements by their place in row-major order; negative places count from the end."""
+    check_index("take", index)
+    flat = reshape(input, (-1,))
+    made: Tensor = named("take", (0,), flat.shape, take_at, flat, index, axes=(-1,), wrap=True)
+    return made
 
-    for d, size in enumerate(shape):
-        if source.shape[d] != size and size <= source.shape[d]:
-            source = narrow(source, d, 0, size)
-    return source
+
+def put(input: Tensor, index: Tensor, source: Tensor, accumulate: bool = False) -> Tensor:
+    """A copy with ``source`` written (or added) at places in row-major order."""
+    check_index("put", index)
+    same_dtype("put", input, source)
+    if index.numel() != source.numel():
+        raise ShapeError(f"put: {index.numel()} places for {source.numel()} values")
+    made = write(
+        "put", (0,), reshape(input, (-1,)), reshape(source, index.shape), [index], (-1,),
+        "add" if accumulate else "set", in_place=False, wrap=True,
+    )  # fmt: skip
+    return reshape(made, input.shape)
 
 
-def scatter(
-    input: Tensor,
-    dim: int,
-    index: Tensor,
-    src: Any = None,
-    *,
-    value: Any = None,
-    reduce: str | None = None,
-) -> Tensor:
-    """``src`` (a tensor, or a number for all) written to the places that ``index`` names; see `gather`.
+def take_along_dim(input: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
+    """`gather` with input and indices broadcast to each other in the other dimensions.
 
-    reduce: None to replace, "add" or "multiply" to combine. Where an element is written twice, the
-    value of the last index in row-major order stays.
+    Negative indices count from the end.
     """
-    from flame.core.errors import ArgumentError
+    check_index("take_along_dim", indices)
+    if dim is None:
+        return _gathered(
+            "take_along_dim", reshape(input, (-1,)), 0, reshape(indices, (-1,)), wrap=True
+        )
+    if input.ndim != indices.ndim:
+        raise ShapeError(
+            f"take_along_dim: input {input.shape} and indices {indices.shape} must have as many "
+            "dimensions"
+        )
+    dim = wrap_dim("take_along_dim", dim, input.ndim)
 
-    ways = {None: "set", "add": "add", "multiply": "mul"}
-    if reduce not in ways:
-        raise ArgumentError(f"scatter: reduce must be 'add', 'multiply' or None, got {reduce!r}")
-    return scattered("scatter", input, dim, index, value if src is None else src, ways[reduce])
+    def sizes(shape: Shape, there: int) -> Shape:
+        return tuple(there if d == dim else s for d, s in enumerate(shape))
 
-
-def scatter_add(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
-    """``src`` added at the places that ``index`` names; the order of additions is fixed."""
-    same_dtype("scatter_add", input, src)
-    return scattered("scatter_add", input, dim, index, src, "add")
+    common = broadcast_shapes("take_along_dim", [sizes(input.shape, 1), sizes(indices.shape, 1)])
+    x = expand(input, sizes(common, input.shape[dim]))
+    index = expand(indices, sizes(common, indices.shape[dim]))
+    return _gathered("take_along_dim", x, dim, index, wrap=True)

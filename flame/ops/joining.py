@@ -42,8 +42,10 @@ class Shifted(Operand):
 
 
 def _infer_place(types: Types, *, shape: Shape, strides: Shape) -> TensorType:
-    x = types[0]
+    x, offset = types
     assert isinstance(x, TensorType)
+    if offset is not int:
+        raise DTypeError("place: the offset must be an int")
     if len(strides) != x.ndim:
         raise ShapeError(f"place: {len(strides)} strides for a tensor of shape {x.shape}")
     return tensor_type(x.dtype, shape, None, x.device)
@@ -68,9 +70,8 @@ def _lower_place(
 def zeroing(out: TensorType) -> KernelBuilder:
     """The kernel that fills a fresh output with zeros."""
     k = KernelBuilder("zero")
-    flat = tensor_type(out.dtype, (out.numel,))
-    target = k.tensor("output", 0, flat)
-    nest = coalesce(flat.shape, [flat.strides])
+    nest = coalesce((out.numel,), [(1,)])
+    target = k.tensor("output", 0, tensor_type(out.dtype, nest.sizes, nest.strides[0]))
     walk(k, nest, lambda index: k.store(target, index, const(0, out.dtype)), light=True)
     return k
 

@@ -174,6 +174,8 @@ def _border(x: Tensor, mode: str, dim: int, front: int, behind: int) -> Tensor:
         raise ShapeError(f"pad: borders of {front} and {behind} leave nothing of dimension {dim}")
     first, last = max(-front, 0), size - max(-behind, 0)
     middle = slice_dim(x, dim, first, last) if (first, last) != (0, size) else x
+    if mode == "circular":  # what was cropped does not come in at the other end
+        x, size = middle, last - first
     parts = []
     if front > 0:
         parts.append(_edge(x, mode, dim, front, size, flip, at_front=True))

@@ -70,11 +70,11 @@ _flip = Op(
 )  # fmt: skip
 
 
-def flip(input: Tensor, *dims: Any) -> Tensor:
+def flip(input: Tensor, *where: Any, dims: Any = None) -> Tensor:
     """The order of entries turned round in the given dimensions; a copy."""
     from flame.ops.creation import shape_of
 
-    found = wrap_dims("flip", shape_of(*dims), input.ndim)
+    found = wrap_dims("flip", shape_of(*where) if dims is None else shape_of(dims), input.ndim)
     result: Tensor = _flip(input, dims=found if input.ndim else ())
     return result
 
@@ -278,9 +278,7 @@ def meshgrid(*tensors: Any, indexing: str = "ij") -> tuple[Tensor, ...]:
     ]
     shape = broadcast_shapes("meshgrid", [tuple(x.numel() for x in order)])
     found = [expand(x, shape) for x in laid]
-    if swap:
-        found = [transpose(x, 0, 1) for x in (found[1], found[0], *found[2:])]
-    return tuple(found)
+    return (found[1], found[0], *found[2:]) if swap else tuple(found)
 
 
 def cartesian_prod(*tensors: Any) -> Tensor:

@@ -239,7 +239,7 @@ def _logcumsumexp_gradient(g: Any, out: Any, x: Any, dim: int, reverse: bool) ->
     from flame.ops.mathematics import exp
 
     endless = abs(out) == float("inf")
-    following = _neighbours(out, dim, later=not reverse, fill=0)
+    following = _neighbours(out, dim, later=not reverse, fill=float("inf"))
     ratio = exp((out - following).masked_fill(endless, 0))
     total = recurrence(g, ratio, dim=dim, reverse=not reverse)
     return exp((x - out).masked_fill(endless & (x == out), 0)) * total

@@ -371,7 +371,9 @@ def slice_dim(input: Tensor, dim: int, start: int, stop: int, step: int = 1) -> 
 
 def narrow(input: Tensor, dim: int, start: int, length: int) -> Tensor:
     """``length`` entries of a dimension from ``start``, as a view."""
-    dim = wrap_dim("narrow", dim, input.ndim)
+    if not input.ndim:
+        raise ShapeError("narrow: a 0-d tensor has no dimension to narrow")
+    dim, start = wrap_dim("narrow", dim, input.ndim), start.__index__()
     size = input.shape[dim]
     start = start + size if start < 0 else start
     if not (0 <= start <= size and 0 <= length <= size - start):

@@ -289,7 +289,7 @@ def unique_consecutive(
         inverse = np.zeros(0, np.int64)
     else:
         differ = lines[1:] != lines[:-1]
-        fresh = differ.reshape(len(lines) - 1, -1).any(1) if lines.ndim > 1 else differ
+        fresh = differ.any(tuple(range(1, lines.ndim)))
         begins = np.concatenate([[True], fresh])
         starts, inverse = np.flatnonzero(begins), np.cumsum(begins) - 1
     values = lines[starts] if dim is None else np.moveaxis(lines[starts], 0, dim)
