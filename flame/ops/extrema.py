@@ -268,6 +268,8 @@ def _extreme(
 ) -> Any:
     from flame.tensor import Tensor
 
+    if not isinstance(input, Tensor):
+        raise DTypeError(f"{name} takes a tensor, got {type(input).__name__}")
     if isinstance(dim, Tensor):
         dim, other = None, dim
     if other is not None:

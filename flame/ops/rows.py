@@ -86,9 +86,14 @@ class RowLoops:
                 yield (*outer, start + lane)
 
     @contextmanager
-    def each(self, kept: Index) -> Iterator[Index]:
-        """The loop over the elements of the row ``kept``; yields the full index."""
+    def each(self, kept: Index, limit: Value | None = None) -> Iterator[Index]:
+        """The loop over the elements of the row ``kept``; yields the full index.
+
+        limit: visits only the first so many along the innermost dimension of a row along memory.
+        """
         k, sizes = self.k, self.sizes
+        if limit is not None:
+            sizes = [*sizes[:-1], limit]
         if self.rows.columns:
             with k.nest(sizes) as inner:
                 yield (*kept, *inner)

@@ -85,7 +85,7 @@ def prod(
     if dtype is not None:
         input = convert(input, dtype=dtype)
     result: Tensor = _prod(input, dims=dims_of("prod", input, dim), keepdim=bool(keepdim))
-    return result
+    return result if dtype is None else convert(result, dtype=dtype)
 
 
 # --- kernels over rows ----------------------------------------------------------------------------
@@ -376,6 +376,21 @@ _sum_of_sizes = Reduction(
 )  # fmt: skip
 
 
+def _zeros(x: TensorType) -> Any:
+    from flame.ops.creation import zeros
+
+    return zeros(x.shape, dtype=x.dtype)
+
+
+_count = Reduction(
+    "count_norm", "add", result=_same,
+    prepare=lambda v: cast(values.compare("ne", v, const(0, v.dtype)), v.dtype),
+    vjp=(lambda g, x_type: _zeros(x_type),),
+    reference=lambda x, axis, keepdims: np.sum(x != 0, axis=axis, keepdims=keepdims).astype(x.dtype),
+    samples=_norm_samples(),
+)  # fmt: skip
+
+
 def _lower_power_norm(
     types: Types, outputs: tuple[TensorType, ...], *, dims: tuple[int, ...], keepdim: bool
 ) -> Lowering:
@@ -441,8 +456,7 @@ def vector_norm(
     elif order == 1:
         result = _sum_of_sizes(x, **options)
     elif order == 0:
-        counted = convert(ne(x, 0.0), dtype=x.dtype)
-        result = sum_of(counted, dims, bool(keepdim)) if dims else counted
+        result = _count(x, **options)
     elif math.isinf(order):
         result = (_amax if order > 0 else _amin)(magnitude(x), **options)
     else:
