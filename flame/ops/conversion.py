@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from flame.core.dtypes import DType
 from flame.core.types import TensorType, contiguous_strides, like_strides, tensor_type
-from flame.kernel.builder import KernelBuilder, Lowering
+from flame.kernel import values
+from flame.kernel.builder import KernelBuilder, Lowering, Operand
+from flame.kernel.values import Value, cast
 from flame.ops.elementwise import compute_dtype, nest_of, walk
+from flame.ops.loops import Nest
 from flame.ops.op import Arg, Op, Sample, Types
 
 if TYPE_CHECKING:
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["clone"]
 METHODS = ("clone", "contiguous", "copy_")
+
+TILE: Final = 64  # rows and columns of a part that is transposed in the cache
 
 
 def _infer(types: Types, *, dtype: DType | None = None, contiguous: bool = False) -> TensorType:
@@ -35,17 +41,57 @@ def _lower(types: Types, outputs: tuple[TensorType, ...], **attributes: Any) -> 
     target = k.tensor("output", 0, tensor_type(out.dtype, nest.sizes, nest.strides[1]))
     same = x.dtype is out.dtype
 
-    def body(index: tuple[Any, ...]) -> None:
+    def read(index: tuple[Value, ...]) -> Value:
         value = source[index]
-        k.store(target, index, value if same else _computed(value, x.dtype, out.dtype))
+        return value if same else _computed(value, x.dtype, out.dtype)
 
-    walk(k, nest, body, light=True)
+    crossing = _crossing(nest)
+    if crossing is None:
+        walk(k, nest, lambda index: k.store(target, index, read(index)), light=True)
+    else:
+        _transpose(k, nest, crossing, target, read)
     return k.finish()
 
 
-def _computed(value: Any, source: DType, target: DType) -> Any:
-    from flame.kernel.values import cast
+def _crossing(nest: Nest) -> int | None:
+    """The dimension in which the source is contiguous, where the target is so in another: a transpose
+    of many elements."""
+    if not nest.sizes or nest.strides[1][-1] != 1 or nest.strides[0][-1] in (0, 1):
+        return None
+    for dim, (size, step) in enumerate(zip(nest.sizes, nest.strides[0], strict=True)):
+        if step == 1 and size >= 8 and nest.sizes[-1] >= 8 and size * nest.sizes[-1] >= TILE * TILE:
+            return dim
+    return None
 
+
+def _transpose(
+    k: KernelBuilder, nest: Nest, dim: int, target: Operand, read: Callable[..., Value]
+) -> None:
+    """Square tiles by way of a small buffer: rows of the source are read whole, then rows of the target
+    are written whole. A row of the buffer has an odd length, so that its columns fall on different
+    lines of the cache."""
+    last = len(nest.sizes) - 1
+    tile = k.scratch(target.dtype, (TILE, TILE + 1))
+    rest = [d for d in range(last) if d != dim]
+    counts = [-(-nest.sizes[d] // TILE) for d in (dim, last)]
+    extents = [nest.sizes[d] for d in rest]
+    with k.parallel(*extents, *counts, work=TILE * TILE) as (*outer, high, wide):
+        place = dict(zip(rest, outer, strict=True))
+        first, left = high * TILE, wide * TILE
+        rows = values.binary("min", k.size(nest.sizes[dim]) - first, values.const(TILE))
+        columns = values.binary("min", k.size(nest.sizes[last]) - left, values.const(TILE))
+
+        def at(row: Value, column: Value) -> tuple[Value, ...]:
+            known = {**place, dim: first + row, last: left + column}
+            return tuple(known[d] for d in range(last + 1))
+
+        with k.loop(columns) as column, k.vector(rows, 2) as row:
+            k.store(tile, (column, row), read(at(row, column)))
+        with k.loop(rows) as row, k.vector(columns, 1) as column:
+            k.store(target, at(row, column), tile[column, row])
+
+
+def _computed(value: Value, source: DType, target: DType) -> Value:
     return cast(cast(value, compute_dtype(source)), target)
 
 
@@ -61,7 +107,8 @@ copy = Op(
     vjp=(lambda g: g,),  # the engine gives it the dtype of the input
     reference=_reference,
     samples=[Sample((Arg((3, 5)),)), Sample((Arg(()),)), Sample((Arg((0, 4)),)),
-             Sample((Arg((2, 3, 4)),), {"contiguous": True})],
+             Sample((Arg((2, 3, 4)),), {"contiguous": True}),
+             Sample((Arg((70, 3, 130)),), {"contiguous": True})],
 )  # fmt: skip
 
 
