@@ -1,6 +1,6 @@
 """Functions of layers under PyTorch's names. Their meaning stands in `flame.ops`."""
 
-from flame.nn._composites import bilinear, glu, pixel_unshuffle
+from flame.nn._composites import bilinear, glu
 from flame.ops.activations import (
     celu,
     elu,
@@ -23,6 +23,7 @@ from flame.ops.activations import (
     tanhshrink,
     threshold,
 )
+from flame.ops.attention import scaled_dot_product_attention
 from flame.ops.convolution.functions import (
     conv1d,
     conv2d,
@@ -32,6 +33,8 @@ from flame.ops.convolution.functions import (
     conv_transpose3d,
 )
 from flame.ops.dropouts import dropout, dropout1d, dropout2d, dropout3d
+from flame.ops.embedding import embedding, one_hot
+from flame.ops.interpolation import fold, interpolate, pixel_shuffle, pixel_unshuffle, upsample
 from flame.ops.losses import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -53,6 +56,7 @@ from flame.ops.losses import (
     soft_margin_loss,
     triplet_margin_loss,
 )
+from flame.ops.mathematics import sigmoid, tanh
 from flame.ops.normalization import (
     batch_norm,
     group_norm,
@@ -65,11 +69,14 @@ from flame.ops.padding import pad
 from flame.ops.pooling import (
     adaptive_avg_pool1d,
     adaptive_avg_pool2d,
+    adaptive_avg_pool3d,
     adaptive_max_pool1d,
     adaptive_max_pool2d,
+    adaptive_max_pool3d,
     avg_pool1d,
     avg_pool2d,
     avg_pool3d,
+    lp_pool1d,
     lp_pool2d,
     max_pool1d,
     max_pool2d,
@@ -82,8 +89,10 @@ from flame.ops.softmax import log_softmax, softmax, softmin
 __all__ = [
     "adaptive_avg_pool1d",
     "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
     "adaptive_max_pool1d",
     "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
     "avg_pool1d",
     "avg_pool2d",
     "avg_pool3d",
@@ -106,6 +115,8 @@ __all__ = [
     "dropout2d",
     "dropout3d",
     "elu",
+    "embedding",
+    "fold",
     "gaussian_nll_loss",
     "gelu",
     "glu",
@@ -117,6 +128,7 @@ __all__ = [
     "hinge_embedding_loss",
     "huber_loss",
     "instance_norm",
+    "interpolate",
     "kl_div",
     "l1_loss",
     "layer_norm",
@@ -124,6 +136,7 @@ __all__ = [
     "linear",
     "log_softmax",
     "logsigmoid",
+    "lp_pool1d",
     "lp_pool2d",
     "margin_ranking_loss",
     "max_pool1d",
@@ -135,15 +148,19 @@ __all__ = [
     "multilabel_soft_margin_loss",
     "nll_loss",
     "normalize",
+    "one_hot",
     "pad",
     "pairwise_distance",
+    "pixel_shuffle",
     "pixel_unshuffle",
     "poisson_nll_loss",
     "prelu",
     "relu",
     "relu6",
     "rms_norm",
+    "scaled_dot_product_attention",
     "selu",
+    "sigmoid",
     "silu",
     "smooth_l1_loss",
     "soft_margin_loss",
@@ -152,7 +169,9 @@ __all__ = [
     "softplus",
     "softshrink",
     "softsign",
+    "tanh",
     "tanhshrink",
     "threshold",
     "triplet_margin_loss",
+    "upsample",
 ]
