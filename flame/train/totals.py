@@ -3,6 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 
+import flame
 from flame.tensor import Tensor
 
 
@@ -18,7 +19,7 @@ class Totals:
         """``loss``: the mean over the batch; logits (N, classes), labels (N,)."""
         count = labels.shape[0]
         self.items += count
-        self.correct += int((logits.detach().argmax(1) == labels).sum().item())
+        self.correct += int((flame.argmax(logits.detach(), 1) == labels).sum().item())
         self.loss_sum += loss * count
 
     @property
