@@ -65,6 +65,7 @@ from flame.ops.extrema import *  # noqa: F403
 from flame.ops.statistics import *  # noqa: F403
 from flame.ops.attention import *  # noqa: F403
 from flame.tensor import Tensor
+from flame import linalg
 
 __version__ = "0.1.0"
 

@@ -99,6 +99,16 @@ class _Scores:
             made = values.select(values.compare("le", key, self.query(row)), made, nothing)
         return made
 
+    def power(self, row: Index, index: Index, top: Value) -> Value:
+        """exp(score - top); a masked lane takes no part, as numbers near underflow are slow."""
+        score = self.score(row, index)
+        if self.mask is None and not self.causal:
+            return values.unary("exp", score - top)
+        masked = values.compare("eq", score, const(-math.inf, self.compute))
+        zero = const(0.0, self.compute)
+        made = values.unary("exp", values.select(masked, zero, score - top))
+        return values.select(masked, zero, made)
+
 
 def _lower(types: Types, outputs: tuple[TensorType, ...], *, causal: bool) -> Lowering:
     """As softmax; of a causal row that lies along memory, only the allowed part is visited."""
@@ -117,14 +127,14 @@ def _lower(types: Types, outputs: tuple[TensorType, ...], *, causal: bool) -> Lo
         top = values.select(empty, const(0.0, s.compute), top)
         total = k.register(0.0, s.compute)
         with loops.each(row, limit) as index:
-            power = values.unary("exp", s.score(row, index) - top)
+            power = s.power(row, index, top)
             if exact:
                 k.store(s.out, index, power)
             k.accumulate(total, "add", power)
         one = const(1.0, s.compute)
         factor = one / values.select(empty, one, values.read(total))
         with loops.each(row, limit) as index:
-            power = s.out[index] if exact else values.unary("exp", s.score(row, index) - top)
+            power = s.out[index] if exact else s.power(row, index, top)
             k.store(s.out, index, power * factor)
         if limit is not None:
             with k.vector(s.length - limit, loops.unroll) as rest:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.ops import pointwise_losses as parts
 from flame.ops.arithmetic import mul, neg, true_divide
@@ -356,7 +358,7 @@ def margin_ranking_loss(
             f"margin_ranking_loss: {input1.shape}, {input2.shape} and target {target.shape} must "
             "have as many dimensions"
         )
-    return reduced(clamp_min(-target * (input1 - input2) + margin, 0), reduction)
+    return reduced(clamp_min(-target * (input1 - input2) + float(margin), 0), reduction)
 
 
 def hinge_embedding_loss(
@@ -367,6 +369,7 @@ def hinge_embedding_loss(
     from flame.ops.comparison import clamp_min, where
 
     reduction = reduction_of("hinge_embedding_loss", reduction, size_average, reduce)
+    margin = float(np.asarray(margin, input.dtype.numpy))  # PyTorch rounds it to the input's dtype
     far = where(target != 1, clamp_min(margin - input, 0), 0.0)
     return reduced(far + where(target != -1, input, 0.0), reduction)
 
