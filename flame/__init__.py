@@ -34,6 +34,7 @@ from flame.ops.combining import *
 from flame.ops.contractions import *
 from flame.ops.random import *  # noqa: F403
 from flame.ops.trigonometry import *  # noqa: F403
+from flame.ops.dropouts import *  # noqa: F403
 from flame.ops.conversion import *
 from flame.ops.copies import *
 from flame.ops.convolution import *

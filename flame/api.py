@@ -10,49 +10,53 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final
 
+from flame.core.dtypes import DType
+from flame.core.errors import DTypeError
 from flame.ops import (
-    attention,
-    trigonometry,
-    statistics,
-    extrema,
-    random,
-    losses,
     activations,
-    bivariate,
-    bitwise,
-    division,
-    embedding,
-    normalization,
-    powers,
-    mathematics,
-    comparison,
-    softmax,
     arithmetic,
-    contractions,
+    attention,
+    bitwise,
+    bivariate,
     combining,
+    comparison,
+    contractions,
     conversion,
-    copies,
     convolution,
+    copies,
     creation,
+    division,
+    dropouts,
+    embedding,
+    extrema,
     indexing,
     interpolation,
     joining,
+    losses,
     masking,
+    mathematics,
+    normalization,
     padding,
     pooling,
+    powers,
     products,
+    random,
     rearranging,
     reductions,
     scans,
     scattering,
     shapes,
     slicing,
+    softmax,
     sorting,
+    statistics,
     subscript,
+    trigonometry,
 )
 from flame.tensor import Tensor
 
 MODULES: Final[tuple[ModuleType, ...]] = (
+    dropouts,
     attention,
     trigonometry,
     statistics,
@@ -99,9 +103,20 @@ def exports() -> dict[str, Any]:
     return {name: getattr(module, name) for module in MODULES for name in module.__all__}
 
 
+def _check_kind(name: str, made: DType, held: DType) -> None:
+    order = {"b": 0, "u": 1, "i": 1, "f": 2}
+    if order[made.kind] > order[held.kind]:
+        raise DTypeError(
+            f"{name}: a {made.name} result cannot be stored in a {held.name} tensor in place; "
+            "convert the tensor first"
+        )
+
+
 def _writing_back(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.copy_(function(self, *args, **kwargs))  # type: ignore[no-any-return]
+        made = function(self, *args, **kwargs)
+        _check_kind(name, made.dtype, self.dtype)
+        return self.copy_(made)
 
     method.__name__ = name
     method.__doc__ = f"In place: {function.__doc__ or function.__name__}"

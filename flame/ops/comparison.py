@@ -41,8 +41,8 @@ METHODS = (
     "not_equal",
 )  # fmt: skip
 IN_PLACE = (
-    "clamp", "clamp_max", "clamp_min", "clip", "eq", "ge", "greater", "greater_equal", "gt", "le",
-    "less", "less_equal", "lt", "ne", "not_equal",
+    "eq", "ge", "greater", "greater_equal", "gt", "le", "less", "less_equal", "lt", "ne",
+    "not_equal",
 )  # fmt: skip
 
 Operand = Any  # a Tensor, or a Python number
@@ -249,20 +249,22 @@ _clamp_max = elementwise(
 )  # fmt: skip
 
 
+def _bounded(input: Tensor, min: Operand, max: Operand) -> tuple[Elementwise, tuple[Operand, ...]]:
+    """The op for the bounds that are given, and its operands."""
+    if min is not None and max is not None:
+        return _clamp, (input, min, max)
+    if min is None and max is None:
+        raise ArgumentError("clamp: give at least one of min and max")
+    return (_clamp_max, (input, max)) if min is None else (_clamp_min, (input, min))
+
+
 def clamp(input: Tensor, min: Operand = None, max: Operand = None) -> Tensor:
     """``input``, but at least ``min`` and at most ``max``; numbers or tensors, None for no bound.
 
     Where min > max the result is max. Raises ArgumentError where both bounds are missing.
     """
-    result: Tensor
-    if min is None:
-        if max is None:
-            raise ArgumentError("clamp: give at least one of min and max")
-        result = _clamp_max(input, max)
-    elif max is None:
-        result = _clamp_min(input, min)
-    else:
-        result = _clamp(input, min, max)
+    op, operands = _bounded(input, min, max)
+    result: Tensor = op(*operands)
     return result
 
 
@@ -279,7 +281,17 @@ def clamp_max(input: Tensor, max: Operand) -> Tensor:
     return clamp(input, None, max)
 
 
+def _clamp_in_place(self: Tensor, min: Operand = None, max: Operand = None) -> Tensor:
+    op, operands = _bounded(self, min, max)
+    op.into((self,), *operands)
+    return self
+
+
 OPERATORS: Final[dict[str, Callable[..., Any]]] = {
+    "clamp_": _clamp_in_place,
+    "clip_": _clamp_in_place,
+    "clamp_min_": lambda self, min: _clamp_in_place(self, min),
+    "clamp_max_": lambda self, max: _clamp_in_place(self, None, max),
     "where": lambda self, condition, other: where(condition, self, other),
     "__eq__": lambda self, other: NotImplemented if other is None else _eq(self, other),
     "__ne__": lambda self, other: NotImplemented if other is None else _ne(self, other),

@@ -16,7 +16,7 @@ from flame.ops.generator import default_generator
 if TYPE_CHECKING:
     from flame.tensor import Tensor
 
-__all__ = ["dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"]
+__all__ = ["dropout", "feature_dropout"]
 
 
 def _check_chance(name: str, p: float) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -276,14 +276,30 @@ _nan_to_num = elementwise(
 # --- public functions -----------------------------------------------------------------------------
 
 
-def public(op: Elementwise, name: str, text: str) -> Callable[..., Any]:
+_in_place: Final[dict[Function, Function]] = {}
+
+
+def public(op: Elementwise, name: str, text: str) -> Function:
+    """The public function of an op with one operand; `in_place` finds its form that overwrites."""
+
     def function(input: Tensor) -> Tensor:
         result: Tensor = op(input)
         return result
 
+    def overwriting(input: Tensor) -> Tensor:
+        op.into((input,), input)
+        return input
+
     function.__name__ = function.__qualname__ = name
-    function.__doc__ = text
+    overwriting.__name__ = overwriting.__qualname__ = f"{name}_"
+    function.__doc__, overwriting.__doc__ = text, f"In place: {text}"
+    _in_place[function] = overwriting
     return function
+
+
+def in_place(functions: Mapping[str, Any]) -> dict[str, Function]:
+    """The methods ``name_`` for those of ``functions`` that `public` has made."""
+    return {f"{n}_": _in_place[f] for n, f in functions.items() if callable(f) and f in _in_place}
 
 
 FLOAT_DOC: Final = "Integers give floats of the default dtype."
@@ -361,5 +377,8 @@ def nan_to_num(
 
 
 METHODS = tuple(__all__)
-IN_PLACE = tuple(n for n in __all__ if not n.startswith("is") and n not in ("signbit", "positive"))
-OPERATORS: Final[dict[str, Callable[..., Any]]] = {"__abs__": abs}
+IN_PLACE = ("logit", "nan_to_num", "round")
+OPERATORS: Final[dict[str, Callable[..., Any]]] = {
+    "__abs__": abs,
+    **in_place({n: f for n, f in globals().items() if n in __all__ and not n.startswith("is")}),
+}

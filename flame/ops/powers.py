@@ -10,7 +10,7 @@ import numpy as np
 
 from flame.core import dtypes
 from flame.core.dtypes import DType
-from flame.core.errors import ArgumentError
+from flame.core.errors import ArgumentError, DTypeError
 from flame.kernel import values
 from flame.kernel.values import Value
 from flame.ops.comparison import where
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 __all__ = ["float_power", "pow"]
 METHODS = ("float_power", "pow")
-IN_PLACE = ("float_power", "pow")
+IN_PLACE = ("pow",)
 
 Operand = Any  # a Tensor, or a Python number
 
 
 def _rule(name: str, types: Types) -> tuple[list[DType], list[DType]]:
     common = common_dtype(types)
-    if common.kind == "b":  # the powers of bits are 0 and 1
-        return [dtypes.uint8, dtypes.uint8], [dtypes.bool_]
+    if common.kind == "b":
+        raise DTypeError(f"{name} is not defined for bool tensors alone; convert them first")
     return [common, common], [common]
 
 
@@ -88,6 +88,8 @@ def _to_number(input: Any, exponent: float) -> Any:
         )
     if isinstance(input, Value):
         return _pow(input, exponent)
+    if input.dtype.kind == "b" and exponent is True:
+        return input.clone()
     if exponent == 2 and not (whole and isinstance(exponent, float)) and input.dtype.kind != "b":
         return square(input)
     if whole:
@@ -110,7 +112,17 @@ def float_power(input: Operand, exponent: Operand) -> Tensor:
     return pow(double(input), double(exponent))
 
 
+def _float_power_in_place(self: Tensor, exponent: Operand) -> Tensor:
+    if self.dtype is not dtypes.float64:
+        raise DTypeError(
+            f"float_power_ gives float64, which a {self.dtype.name} tensor cannot hold; convert it"
+        )
+    return self.copy_(float_power(self, exponent))
+
+
 OPERATORS: Final[dict[str, Callable[..., Any]]] = {
     "__pow__": lambda self, other: pow(self, other),
+    "__ipow__": lambda self, other: self.pow_(other),
+    "float_power_": _float_power_in_place,
     "__rpow__": lambda self, other: _pow(other, self),
 }

@@ -12,7 +12,6 @@ from flame.core.types import Shape, like_strides
 from flame.kernel import values
 from flame.ops import draws
 from flame.ops.creation import shape_of
-from flame.ops.dropouts import dropout, feature_dropout
 from flame.ops.generator import (
     Generator,
     default_generator,
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from flame.tensor import Tensor
 
 __all__ = [
-    "Generator", "bernoulli", "default_generator", "dropout", "feature_dropout", "get_rng_state",
+    "Generator", "bernoulli", "default_generator", "get_rng_state",
     "initial_seed", "manual_seed", "multinomial", "normal", "rand", "rand_like", "randint",
     "randint_like", "randn", "randn_like", "randperm", "seed", "set_rng_state",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ import numpy as np
 from flame.kernel import values
 from flame.kernel.values import Value, compare, const, select, unary
 from flame.ops.comparison import where
-from flame.ops.mathematics import FLOAT_DOC, LN2, Function, floats, public, rsqrt
+from flame.ops.mathematics import FLOAT_DOC, LN2, Function, floats, in_place, public, rsqrt
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -40,9 +40,6 @@ __all__ = [
     "sinh",
     "tan",
 ]
-METHODS = tuple(__all__)
-IN_PLACE = tuple(__all__)
-
 _sin = floats("sin", lambda g, x: g * cos(x), reference=np.sin)
 _cos = floats("cos", lambda g, x: -g * sin(x), reference=np.cos)
 _tan = floats("tan", lambda g, out: g * (1 + out * out), reference=np.tan, domain=(-1.2, 1.2))
@@ -125,3 +122,8 @@ def rad2deg(input: Tensor) -> Tensor:
     """Radians in degrees."""
     result: Tensor = input * (180 / math.pi)
     return result
+
+
+METHODS = tuple(__all__)
+IN_PLACE = ("deg2rad", "rad2deg")
+OPERATORS = in_place({n: f for n, f in globals().items() if n in __all__})

@@ -13,6 +13,7 @@ import torch
 
 import flame
 from flame.core import dtypes
+from flame.core.errors import FlameError
 from flame.ops import activations
 from flame.tensor import Tensor
 
@@ -32,138 +33,26 @@ TOLERANCE = {
 }  # fmt: skip
 
 FUNCTIONS = [
-    "abs",
-    "acos",
-    "acosh",
-    "add",
-    "addcdiv",
-    "addcmul",
-    "allclose",
-    "asin",
-    "asinh",
-    "atan",
-    "atan2",
-    "atanh",
-    "bitwise_and",
-    "bitwise_left_shift",
-    "bitwise_not",
-    "bitwise_or",
-    "bitwise_right_shift",
-    "bitwise_xor",
-    "ceil",
-    "clamp",
-    "clamp_max",
-    "clamp_min",
-    "copysign",
-    "cos",
-    "cosh",
-    "deg2rad",
-    "div.no_rounding_mode",
-    "div.floor_rounding",
-    "div.trunc_rounding",
-    "eq",
-    "equal",
-    "erf",
-    "exp",
-    "exp2",
-    "expm1",
-    "float_power",
-    "floor",
-    "floor_divide",
-    "fmax",
-    "fmin",
-    "fmod",
-    "frac",
-    "ge",
-    "gt",
-    "hypot",
-    "isclose",
-    "isfinite",
-    "isinf",
-    "isnan",
-    "isneginf",
-    "isposinf",
-    "le",
-    "lerp",
-    "log",
-    "log10",
-    "log1p",
-    "log2",
-    "logaddexp",
-    "logaddexp2",
-    "logical_and",
-    "logical_not",
-    "logical_or",
-    "logical_xor",
-    "logit",
-    "lt",
-    "max.binary",
-    "maximum",
-    "min.binary",
-    "minimum",
-    "mul",
-    "nan_to_num",
-    "ne",
-    "neg",
-    "positive",
-    "pow",
-    "rad2deg",
-    "reciprocal",
-    "remainder",
-    "round",
-    "round.decimals_0",
-    "round.decimals_3",
-    "round.decimals_neg_3",
-    "rsqrt",
-    "rsub",
-    "sgn",
-    "sigmoid",
-    "sign",
-    "signbit",
-    "sin",
-    "sinc",
-    "sinh",
-    "sqrt",
-    "square",
-    "sub",
-    "tan",
-    "tanh",
-    "true_divide",
-    "trunc",
-    "where",
-    "xlogy",
-    "__radd__",
-    "__rand__",
-    "__rdiv__",
-    "__rmod__",
-    "__rmul__",
-    "__ror__",
-    "__rpow__",
-    "__rsub__",
-    "__rxor__",
-]
+    "abs", "acos", "acosh", "add", "addcdiv", "addcmul", "allclose", "asin", "asinh", "atan",
+    "atan2", "atanh", "bitwise_and", "bitwise_left_shift", "bitwise_not", "bitwise_or",
+    "bitwise_right_shift", "bitwise_xor", "ceil", "clamp", "clamp_max", "clamp_min", "copysign",
+    "cos", "cosh", "deg2rad", "div.no_rounding_mode", "div.floor_rounding",
+    "div.trunc_rounding", "eq", "equal", "erf", "exp", "exp2", "expm1", "float_power", "floor",
+    "floor_divide", "fmax", "fmin", "fmod", "frac", "ge", "gt", "hypot", "isclose", "isfinite",
+    "isinf", "isnan", "isneginf", "isposinf", "le", "lerp", "log", "log10", "log1p", "log2",
+    "logaddexp", "logaddexp2", "logical_and", "logical_not", "logical_or", "logical_xor",
+    "logit", "lt", "max.binary", "maximum", "min.binary", "minimum", "mul", "nan_to_num", "ne",
+    "neg", "positive", "pow", "rad2deg", "reciprocal", "remainder", "round", "round.decimals_0",
+    "round.decimals_3", "round.decimals_neg_3", "rsqrt", "rsub", "sgn", "sigmoid", "sign",
+    "signbit", "sin", "sinc", "sinh", "sqrt", "square", "sub", "tan", "tanh", "true_divide",
+    "trunc", "where", "xlogy", "__radd__", "__rand__", "__rdiv__", "__rmod__", "__rmul__",
+    "__ror__", "__rpow__", "__rsub__", "__rxor__",
+]  # fmt: skip
 NEURAL = [
-    "celu",
-    "elu",
-    "gelu",
-    "hardshrink",
-    "hardsigmoid",
-    "hardswish",
-    "hardtanh",
-    "leaky_relu",
-    "logsigmoid",
-    "mish",
-    "prelu",
-    "relu",
-    "relu6",
-    "selu",
-    "silu",
-    "softplus",
-    "softshrink",
-    "softsign",
-    "tanhshrink",
-    "threshold",
-]
+    "celu", "elu", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu",
+    "logsigmoid", "mish", "prelu", "relu", "relu6", "selu", "silu", "softplus", "softshrink",
+    "softsign", "tanhshrink", "threshold",
+]  # fmt: skip
 
 OPERATORS: dict[str, Callable[..., Any]] = {
     "__radd__": operator.add, "__rand__": operator.and_, "__rdiv__": operator.truediv,
@@ -322,3 +211,129 @@ def _compare_gradients(
             assert not np.any(values(b)), what
         else:
             assert_same(a, b, f"second gradient of {what}")
+
+
+# --- in place -------------------------------------------------------------------------------------
+
+IN_PLACE = [
+    param for param in ENTRIES
+    if param.values[0].inplace_variant is not None and param.values[0].name != "where"
+]  # fmt: skip
+IN_PLACE_DTYPES = (torch.float32, torch.int64, torch.bool)
+
+
+def _method(entry: Any) -> Callable[..., Any]:
+    name = getattr(entry.inplace_variant, "__name__", "")
+    neural = entry.name.removeprefix("nn.functional.")
+    if neural != entry.name:
+        return lambda x, *args, **options: getattr(activations, neural)(
+            x, *args, **{"inplace": True, **options}
+        )
+    return lambda x, *args, **options: getattr(x, name)(*args, **options)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("entry", IN_PLACE)
+def test_in_place_as_pytorch(entry: Any) -> None:
+    for dtype in IN_PLACE_DTYPES:
+        if dtype not in entry.supported_dtypes("cpu"):
+            continue
+        for number, sample in enumerate(entry.sample_inputs("cpu", dtype)):
+            if not isinstance(sample.input, torch.Tensor) or sample.broadcasts_input:
+                continue
+            what = f"{entry.name}_ {dtype} sample {number}: {sample}"
+            ours = to_flame(sample.input)
+            version = ours._version
+            arguments = [to_flame(a) for a in sample.args]
+            options = {k: to_flame(v) for k, v in sample.kwargs.items()}
+            theirs = sample.input.clone()
+            try:
+                entry.inplace_variant(theirs, *sample.args, **sample.kwargs)
+            except (RuntimeError, NotImplementedError):
+                with pytest.raises(FlameError):
+                    _method(entry)(ours, *arguments, **options)
+                continue
+            made = _method(entry)(ours, *arguments, **options)
+            assert made is ours, what
+            assert ours._version > version, what
+            assert_same(ours, theirs, what)
+
+
+# --- promotion ------------------------------------------------------------------------------------
+
+BINARY = [
+    "add", "sub", "mul", "div", "floor_divide", "remainder", "fmod", "pow", "eq", "lt",
+    "maximum", "bitwise_and", "atan2",
+]  # fmt: skip
+NUMBERS = (True, 2, 1.5)
+MIXED = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8,
+         torch.int8, torch.bool)  # fmt: skip
+
+
+def _operands() -> list[Any]:
+    made: list[Any] = list(NUMBERS)
+    for dtype in MIXED:
+        made += [torch.ones(3, dtype=dtype), torch.ones((), dtype=dtype)]
+    return made
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_promotes_as_pytorch(name: str) -> None:
+    theirs_of, ours_of = getattr(torch, name), getattr(flame, name)
+    for a in _operands():
+        for b in _operands():
+            if not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor):
+                continue
+            if not isinstance(a, torch.Tensor) and name not in ("pow", "remainder", "bitwise_and"):
+                continue
+            if name in ("maximum", "atan2") and not isinstance(b, torch.Tensor):
+                continue
+            what = f"{name}({a!r}, {b!r})"
+            try:
+                theirs = theirs_of(a, b)
+            except (RuntimeError, NotImplementedError):
+                with pytest.raises(FlameError):
+                    ours_of(to_flame(a), to_flame(b))
+                continue
+            assert_same(ours_of(to_flame(a), to_flame(b)), theirs, what)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: x + 1.5, lambda x: 2 - x, lambda x: 2 * x, lambda x: 1 / x, lambda x: 7 // x,
+        lambda x: 7 % x, lambda x: 2**x, lambda x: x**2, lambda x: x**-1.0, lambda x: x**0.5,
+        lambda x: x**3, lambda x: x + True, lambda x: -x, lambda x: abs(x), lambda x: x == 2,
+        lambda x: x > 2, lambda x: x != 2.5, lambda x: x // 2, lambda x: x % 1.5,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.uint8])
+def test_operators_with_numbers(call: Callable[[Any], Any], dtype: torch.dtype) -> None:
+    x = torch.tensor([1, 2, 5], dtype=dtype)
+    assert_same(call(to_flame(x)), call(x), "operator")
+
+
+def test_gradients_at_kinks() -> None:
+    """Where one-sided slopes differ, the choice is PyTorch's."""
+    calls: list[tuple[Callable[[Any, Any], Any], list[float]]] = [
+        (lambda m, x: m.maximum(x, x * 1), [1.0]), (lambda m, x: m.minimum(x, x * 1), [1.0]),
+        (lambda m, x: m.clamp(x, 0.0, 1.0), [0.0, 1.0]), (lambda m, x: m.abs(x), [0.0, -0.0]),
+        (lambda m, x: x**2, [0.0]), (lambda m, x: x**0, [0.0]), (lambda m, x: x**0.5, [0.0]),
+        (lambda m, x: m.fmax(x, x * 1), [1.0]), (lambda m, x: m.relu(x), [0.0]),
+        (lambda m, x: m.sinc(x), [0.0]), (lambda m, x: m.where(x > 0, x, x * 0), [0.0, 1.0]),
+        (lambda m, x: m.sign(x), [0.0]), (lambda m, x: m.atan2(x, x), [0.0, 1.0]),
+    ]  # fmt: skip
+    for call, points in calls:
+        theirs = torch.tensor(points, dtype=torch.float64, requires_grad=True)
+        ours = to_flame(theirs)
+        call(torch, theirs).sum().backward()
+        call(flame, ours).sum().backward()
+        assert_same(ours.grad, theirs.grad, str(points))
+
+
+def test_integers_over_zero_raise() -> None:
+    whole = flame.tensor([1, 2])
+    for call in (lambda z: whole // z, lambda z: whole % z, lambda z: flame.fmod(whole, z)):
+        for zero in (0, flame.tensor([1, 0])):
+            with pytest.raises(FlameError, match="by zero"):
+                call(zero)

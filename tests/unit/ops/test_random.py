@@ -12,7 +12,7 @@ import pytest
 import flame
 from flame.core.errors import ArgumentError, DTypeError, FlameError, ShapeError, StateError
 from flame.ops import philox
-from flame.ops.random import dropout, dropout1d, dropout2d, dropout3d, feature_dropout
+from flame.ops.dropouts import dropout, dropout1d, dropout2d, dropout3d, feature_dropout
 from flame.tensor import Tensor
 
 COUNT = 200_000
