@@ -317,41 +317,43 @@ def _lower_put(
     addressed = _indexed(axes, len(indices))
     limits = [k.size(out.shape[a]) for a in addressed]
     jumps = [k.stride(out.strides[a]) for a in addressed]
-    width = outer.sizes[-1] if outer.sizes else 1
-    lead = len(outer.sizes) - 1
-    varying = lead >= 0 and any(s[lead] for s in strides[2:])
-    blocks = -(-width // COLUMNS)
+    counts = [k.size(s) for s in inner.sizes]
+    last = len(outer.sizes) - 1
+
+    def write(index: tuple[Value, ...], known: Any, guarded: Value | None) -> None:
+        at = target.at(index) + known[0]
+        old = values.load(target.buffer, at, guarded)
+        k.store(_At(target, at), (), _combined(combine, old, source[index]), where=guarded)
+
+    def offset_at(check: _Check, index: tuple[Value, ...]) -> tuple[Value, Value]:
+        return check.offset([cast(f[index], dtypes.int64) for f in found], jumps)
+
+    if last < 0 or strides[1][last] != 1:  # no dimension to write along in vectors
+        with k.parallel(*outer.sizes, work=math.prod(inner.sizes)) as before:
+            check = _Check(k, error, limits, wrap)
+            with k.nest(counts) as after:
+                index = (*(before if outer.sizes else ()), *after)
+                known = offset_at(check, index)
+                with k.when(known[1]):
+                    write(index, known, None)
+            check.report()
+        return Lowering((_start(types, outputs).bind(), k.bind()))
+    width = outer.sizes[-1]
     work = math.prod(inner.sizes) * min(width, COLUMNS)
-    with k.parallel(*outer.sizes[:-1], blocks, work=work) as (*before, block):
+    with k.parallel(*outer.sizes[:-1], -(-width // COLUMNS), work=work) as (*rows, block):
         check = _Check(k, error, limits, wrap)
         start = block * COLUMNS
         extent = values.binary("min", k.size(width) - start, const(COLUMNS))
-
-        def write(
-            index: tuple[Value, ...], known: tuple[Value, Value], guarded: Value | None
-        ) -> None:
-            at = target.at(index) + known[0]
-            old = values.load(target.buffer, at, guarded)
-            k.store(_At(target, at), (), _combined(combine, old, source[index]), where=guarded)
-
-        def offset_at(index: tuple[Value, ...]) -> tuple[Value, Value]:
-            return check.offset([cast(f[index], dtypes.int64) for f in found], jumps)
-
-        with k.nest([k.size(s) for s in inner.sizes]) as after:
-            if lead < 0:
-                index = tuple(after)
-                known = offset_at(index)
-                with k.when(known[1]):
-                    write(index, known, None)
-            elif varying:
+        with k.nest(counts) as after:
+            if any(s[last] for s in strides[2:]):
                 with k.vector(extent) as v:
-                    index = (*before, start + v, *after)
-                    known = offset_at(index)
+                    index = (*rows, start + v, *after)
+                    known = offset_at(check, index)
                     write(index, known, known[1])
             else:
-                known = offset_at((*before, const(0), *after))
+                known = offset_at(check, (*rows, const(0), *after))
                 with k.when(known[1]), k.vector(extent, 4) as v:
-                    write((*before, start + v, *after), known, None)
+                    write((*rows, start + v, *after), known, None)
         check.report()
     return Lowering((_start(types, outputs).bind(), k.bind()))
 

@@ -39,9 +39,12 @@ Step = Callable[[tuple[Value, ...], Value, tuple[Value, ...]], tuple[Value, ...]
 
 def scan_kernel(
     name: str, inputs: Types, outputs: tuple[TensorType, ...], dim: int, reverse: bool,
-    start: tuple[Value, ...], step: Step,
+    start: tuple[Value, ...], step: Step, *, heavy: bool = False,
 ) -> Lowering:  # fmt: skip
-    """Along ``dim`` of every line: state = step(elements, place, state), stored into the outputs."""
+    """Along ``dim`` of every line: state = step(elements, place, state), stored into the outputs.
+
+    heavy: the step has so many instructions that vectors pay even where they must gather.
+    """
     given = [t for t in inputs if isinstance(t, TensorType)]
     x = given[0]
     others = [d for d in by_stride(outputs[0].strides, x.shape) if d != dim]
@@ -68,7 +71,8 @@ def scan_kernel(
                 k.assign(register, value)
             k.store_all([(t, place, values.read(s)) for t, s in zip(targets, state, strict=True)])
 
-    if not nest.sizes or nest.sizes[-1] < 4:
+    along = x.strides[dim] == 1 and not heavy  # lines in memory order: vectors would gather
+    if not nest.sizes or nest.sizes[-1] < 4 or along:
         with k.parallel(*nest.sizes, work=x.shape[dim] * 4) as index:
             line(tuple(index) if nest.sizes else ())
         return k.finish()
@@ -230,7 +234,7 @@ def _lower_logcumsumexp(
         return (values.select(values.unary("is_nan", most), most, grown),)
 
     return scan_kernel("logcumsumexp", types, outputs, dim, reverse,
-                       (const(float("-inf"), wide),), step)  # fmt: skip
+                       (const(float("-inf"), wide),), step, heavy=True)  # fmt: skip
 
 
 def _logcumsumexp_gradient(g: Any, out: Any, x: Any, dim: int, reverse: bool) -> Any:

@@ -6,6 +6,7 @@ where they stand side by side the result has their common shape in their place, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -19,7 +20,7 @@ from flame.ops.conversion import convert
 from flame.ops.indexed import put_at, take_at
 from flame.ops.indexing import along, named
 from flame.ops.loops import broadcast_shapes
-from flame.ops.shapes import expand, reshape
+from flame.ops.shapes import expand, reshape, view_strides
 from flame.ops.slicing import Item, part
 
 if TYPE_CHECKING:
@@ -126,6 +127,12 @@ def _spelled_out(shape: Shape, entries: list[Any]) -> list[Any]:
     return [*entries[:at], *[WHOLE] * missing, *entries[at + 1 :]]
 
 
+@functools.cache
+def _whole(shape: Shape) -> tuple[tuple[int, int, int], ...]:
+    """The items that take all of each dimension."""
+    return tuple((0, size, 1) for size in shape)
+
+
 def _place(index: int, dim: int, shape: Shape) -> int:
     size = shape[dim]
     if not -size <= index < size:
@@ -194,8 +201,27 @@ def _arranged(
     return axes, spread, shape, dims
 
 
+def _flat(x: Tensor, mask: Any) -> Any:
+    """(x, mask) with the dimensions of a mask merged into one, where that is a view; else None."""
+    from flame.tensor import Tensor
+
+    if not isinstance(mask, Tensor) or mask.dtype is not dtypes.bool_ or mask.ndim < 2:
+        return None
+    shape = (mask.numel(), *x.shape[mask.ndim :])
+    if mask.shape != x.shape[: mask.ndim] or view_strides(x.type, shape) is None:
+        return None
+    return reshape(x, shape), reshape(mask, (-1,))
+
+
 def get(x: Tensor, index: Any) -> Tensor:
     """``x[index]``: a view for ints, slices, None and Ellipsis, else a copy."""
+    if index.__class__ is int and x.type.shape:
+        shape = x.type.shape
+        item: Tensor = part(x, items=(_place(index, 0, shape), *_whole(shape)[1:]))
+        return item
+    flat = _flat(x, index)
+    if flat is not None:
+        x, index = flat
     subscript = _Subscript(x.shape, index)
     if not subscript.indices:
         result: Tensor = part(x, items=tuple(subscript.items))
@@ -214,6 +240,9 @@ def put(x: Tensor, index: Any, value: Any) -> None:
     if mask is not None and _is_number(value):
         masked_fill_(x, mask, value)
         return
+    flat = _flat(x, index)
+    if flat is not None:
+        x, index = flat
     subscript = _Subscript(x.shape, index)
     base = _viewed(x, subscript)
     if not subscript.indices:
