@@ -65,6 +65,8 @@ from flame.runtime.cpu import get_num_threads, set_num_threads
 from flame.ops.extrema import *  # noqa: F403
 from flame.ops.statistics import *  # noqa: F403
 from flame.ops.attention import *  # noqa: F403
+from flame.ops.norms import *  # noqa: F403
+from flame.ops.embedding_losses import *  # noqa: F403
 from flame.tensor import Tensor
 from flame import linalg
 

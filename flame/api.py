@@ -13,6 +13,8 @@ from typing import Any, Final
 from flame.core.dtypes import DType
 from flame.core.errors import DTypeError
 from flame.ops import (
+    embedding_losses,
+    norms,
     activations,
     arithmetic,
     attention,
@@ -56,6 +58,8 @@ from flame.ops import (
 from flame.tensor import Tensor
 
 MODULES: Final[tuple[ModuleType, ...]] = (
+    embedding_losses,
+    norms,
     dropouts,
     attention,
     trigonometry,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from flame.core.errors import ShapeError, UnsupportedError
 from flame.ops.extrema import amax, amin
+from flame.ops.norms import vector_norm
 from flame.ops.reductions import sum as sum_of
 from flame.ops.shapes import wrap_dims
-from flame.ops.statistics import vector_norm
 
 if TYPE_CHECKING:
     from flame.core.dtypes import DType
@@ -32,7 +32,9 @@ def matrix_norm(
     if ord == "fro":
         return vector_norm(A, 2, dims, keepdim, dtype=dtype)
     if isinstance(ord, str) or abs(ord) not in (1, math.inf):
-        raise UnsupportedError(f"matrix_norm: order {ord!r} needs singular values, which FLAME has not")
+        raise UnsupportedError(
+            f"matrix_norm: order {ord!r} needs singular values, which FLAME has not"
+        )
     if dtype is not None:
         A = A.to(dtype)
     rows, columns = dims if abs(ord) == 1 else dims[::-1]

@@ -34,27 +34,29 @@ from flame.ops.convolution.functions import (
 )
 from flame.ops.dropouts import dropout, dropout1d, dropout2d, dropout3d
 from flame.ops.embedding import embedding, one_hot
+from flame.ops.embedding_losses import (
+    cosine_embedding_loss,
+    cosine_similarity,
+    hinge_embedding_loss,
+    margin_ranking_loss,
+    multilabel_soft_margin_loss,
+    pairwise_distance,
+    soft_margin_loss,
+    triplet_margin_loss,
+)
 from flame.ops.interpolation import fold, interpolate, pixel_shuffle, pixel_unshuffle, upsample
 from flame.ops.losses import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
-    cosine_embedding_loss,
-    cosine_similarity,
     cross_entropy,
     gaussian_nll_loss,
-    hinge_embedding_loss,
     huber_loss,
     kl_div,
     l1_loss,
-    margin_ranking_loss,
     mse_loss,
-    multilabel_soft_margin_loss,
     nll_loss,
-    pairwise_distance,
     poisson_nll_loss,
     smooth_l1_loss,
-    soft_margin_loss,
-    triplet_margin_loss,
 )
 from flame.ops.mathematics import sigmoid, tanh
 from flame.ops.normalization import (

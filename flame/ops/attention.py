@@ -1,7 +1,7 @@
 """Scaled dot-product attention: two matrix products around a fused, masked softmax.
 
-Invariant: masked entries are -inf before the softmax, never 0; a row that is masked throughout gives 0,
-as PyTorch's attention does (its softmax gives NaN there).
+Invariant: masked entries are -inf before the softmax, never 0; a row that is masked throughout
+gives 0, as PyTorch's attention does (its softmax gives NaN there).
 """
 
 from __future__ import annotations
@@ -163,10 +163,13 @@ masked_softmax = Op(
     "masked_softmax", inputs=("x", "mask"), infer=_infer, lower=_lower, vjp=Joint(_gradient),
     reference=_reference,
     samples=[
-        Sample((Arg((5, 7)), None), {"causal": True}), Sample((Arg((2, 3, 4, 70)), None), {"causal": True}),
-        Sample((Arg((2, 3, 5)), Arg((3, 5))), {"causal": False}), Sample((Arg((7, 3)), None), {"causal": True}),
+        Sample((Arg((5, 7)), None), {"causal": True}),
+        Sample((Arg((7, 3)), None), {"causal": True}),
+        Sample((Arg((2, 3, 4, 70)), None), {"causal": True}),
+        Sample((Arg((2, 3, 5)), Arg((3, 5))), {"causal": False}),
         Sample((Arg((2, 3, 5)), Arg((2, 1, 5), kind="bool")), {"causal": False}),
-        Sample((Arg((2, 4, 4)), Arg((4,))), {"causal": True}), Sample((Arg((0, 3, 4)), None), {"causal": True}),
+        Sample((Arg((2, 4, 4)), Arg((4,))), {"causal": True}),
+        Sample((Arg((0, 3, 4)), None), {"causal": True}),
         Sample((Arg((3, 1)), None), {"causal": False}),
     ],
 )  # fmt: skip
@@ -183,7 +186,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"{value.dtype.name}; make them equal"
         )
     if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
-        raise ShapeError(f"{name}: widths of query and key, and lengths of key and value differ: {shapes}")
+        raise ShapeError(
+            f"{name}: widths of query and key, and lengths of key and value differ: {shapes}"
+        )
 
 
 def scaled_dot_product_attention(
@@ -199,9 +204,9 @@ def scaled_dot_product_attention(
     """softmax(query keyᵀ scale + mask) value.
 
     query (..., H, L, E), key (..., H, S, E), value (..., H, S, Ev) give (..., H, L, Ev). attn_mask
-    broadcasts to (..., H, L, S): bool (True takes part) or floating (added). is_causal: query i sees
-    keys up to i. scale: 1 / sqrt(E) by default. enable_gqa: key and value may have fewer heads, each
-    serving as many neighbouring query heads. dropout_p: applied to the probabilities.
+    broadcasts to (..., H, L, S): bool (True takes part) or floating (added). is_causal: query i
+    sees keys up to i. scale: 1 / sqrt(E) by default. enable_gqa: key and value may have fewer
+    heads, each serving as many neighbouring query heads. dropout_p: applied to the probabilities.
     Source: Vaswani and others, "Attention Is All You Need", 2017.
     """
     from flame.ops.products import matmul
@@ -229,7 +234,7 @@ def scaled_dot_product_attention(
 
 
 def _grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
-    """Query heads (..., H, L, E) as (..., G, H / G, L, E); a key's head broadcasts over its group."""
+    """Query heads (..., H, L, E) as (..., G, H / G, L, E); a key head broadcasts over its group."""
     heads = query.shape[-3]
     for other in (key, value):
         if other.ndim < 3 or not other.shape[-3] or heads % other.shape[-3]:

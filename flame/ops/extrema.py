@@ -1,7 +1,8 @@
 """Largest and smallest elements, where they stand, and whether any or all elements are true.
 
-Invariants: NaN beats every number; of equal elements the first one is named. The gradient of amax and
-amin is shared evenly among equal elements; that of max and min over a dimension goes to the named one.
+Invariants: NaN beats every number; of equal elements the first one is named. The gradient of amax
+and amin is shared evenly among equal elements; that of max and min over a dimension goes to the
+named one.
 """
 
 from __future__ import annotations
@@ -282,12 +283,16 @@ def _extreme(
     return ValuesIndices(*along(input, dims=dims, keepdim=bool(keepdim)))
 
 
-def max(input: Tensor, dim: Any = None, keepdim: bool = False, *, other: Tensor | None = None) -> Any:
+def max(
+    input: Tensor, dim: Any = None, keepdim: bool = False, *, other: Tensor | None = None
+) -> Any:
     """The largest element; with ``dim``, (values, indices) along it; with a tensor, `maximum`."""
     return _extreme("max", _amax, _max_with_index, maximum, input, dim, keepdim, other)
 
 
-def min(input: Tensor, dim: Any = None, keepdim: bool = False, *, other: Tensor | None = None) -> Any:
+def min(
+    input: Tensor, dim: Any = None, keepdim: bool = False, *, other: Tensor | None = None
+) -> Any:
     """The smallest element; with ``dim``, (values, indices) along it; with a tensor, `minimum`."""
     return _extreme("min", _amin, _min_with_index, minimum, input, dim, keepdim, other)
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.ops import pointwise_losses as parts
 from flame.ops.arithmetic import mul, neg, true_divide
-from flame.ops.class_losses import REDUCTIONS, class_dim, cross_entropy_op, nll_loss_op
-from flame.ops.loops import broadcast_shapes
+from flame.ops.class_rows import REDUCTIONS, class_dim
+from flame.ops.cross_entropy import cross_entropy_op
+from flame.ops.negative_log_likelihood import nll_loss_op
 from flame.ops.reductions import mean as mean_of
 from flame.ops.reductions import sum as sum_of
 from flame.ops.shapes import broadcast_to, reshape
@@ -23,7 +22,7 @@ from flame.ops.softmax import log_softmax
 if TYPE_CHECKING:
     from flame.tensor import Tensor
 
-__all__ = ["cosine_similarity", "pairwise_distance"]
+__all__: list[str] = []
 
 
 def reduction_of(name: str, reduction: str, size_average: Any = None, reduce: Any = None) -> str:
@@ -99,7 +98,9 @@ def _soft_cross_entropy(
 ) -> Tensor:  # fmt: skip
     """With probabilities as target. The mean is over rows, weights or not."""
     if ignore_index >= 0:
-        raise ArgumentError("cross_entropy: ignore_index has no meaning for probabilities as target")
+        raise ArgumentError(
+            "cross_entropy: ignore_index has no meaning for probabilities as target"
+        )
     if not input.ndim or input.dtype.kind != "f":
         raise DTypeError(
             f"cross_entropy needs floating scores with a class dimension, got {input.dtype.name} "
@@ -112,14 +113,17 @@ def _soft_cross_entropy(
     logs = log_softmax(input, dim)
     if weight is not None:
         if weight.shape != (classes,):
-            raise ShapeError(f"cross_entropy: weight must have shape ({classes},), got {weight.shape}")
+            raise ShapeError(
+                f"cross_entropy: weight must have shape ({classes},), got {weight.shape}"
+            )
         logs = logs * reshape(weight, (classes,) + (1,) * (input.ndim - dim - 1))
     product = mul(logs, target)
     if reduction == "none":
-        return neg(sum_of(product, dim))
-    total = neg(sum_of(product))
-    rows = input.numel() // classes if classes else 0
-    return total if reduction == "sum" else true_divide(total, rows)
+        rows: Tensor = neg(sum_of(product, dim))
+        return rows
+    total: Tensor = neg(sum_of(product))
+    count = input.numel() // classes if classes else 0
+    return total if reduction == "sum" else true_divide(total, count)
 
 
 def nll_loss(
@@ -201,7 +205,7 @@ def _same_shape(name: str, input: Tensor, target: Tensor) -> None:
         )
 
 
-def _spread_weight(loss: Tensor, weight: Tensor | None) -> Tensor:
+def spread_weight(loss: Tensor, weight: Tensor | None) -> Tensor:
     return loss if weight is None else mul(loss, broadcast_to(weight, loss.shape))
 
 
@@ -216,7 +220,7 @@ def binary_cross_entropy(
     reduction = reduction_of("binary_cross_entropy", reduction, size_average, reduce)
     _same_shape("binary_cross_entropy", input, target)
     loss = parts.binary_entropy(input, target)
-    return reduced(_spread_weight(loss, weight), reduction)
+    return reduced(spread_weight(loss, weight), reduction)
 
 
 def binary_cross_entropy_with_logits(
@@ -232,7 +236,7 @@ def binary_cross_entropy_with_logits(
     reduction = reduction_of(name, reduction, size_average, reduce)
     _same_shape(name, input, target)
     loss = parts.binary_entropy_logits(input, target, 1.0 if pos_weight is None else pos_weight)
-    return reduced(_spread_weight(loss, weight), reduction)
+    return reduced(spread_weight(loss, weight), reduction)
 
 
 def kl_div(
@@ -272,7 +276,9 @@ def gaussian_nll_loss(
             var = reshape(var, (*var.shape, 1))
         elif not (var.ndim == input.ndim and var.shape[:-1] == input.shape[:-1]
                   and var.shape[-1] == 1):  # fmt: skip
-            raise ShapeError(f"gaussian_nll_loss: var of shape {var.shape} does not fit {input.shape}")
+            raise ShapeError(
+                f"gaussian_nll_loss: var of shape {var.shape} does not fit {input.shape}"
+            )
     if bool((var < 0).any().item()):
         raise ArgumentError("gaussian_nll_loss: var has negative entries")
     floor = var + (var.clamp(min=eps) - var).detach()
@@ -298,123 +304,3 @@ def poisson_nll_loss(
         stirling = target * log(target) - target + log(target * parts.TAU) * 0.5
         loss = loss + where(target > 1, stirling, 0.0)
     return reduced(loss, reduction)
-
-
-# --- distances ------------------------------------------------------------------------------------
-
-
-def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
-    """x1 . x2 / (max(|x1|, eps) max(|x2|, eps)) over ``dim``; the shapes broadcast."""
-    from flame.ops.comparison import clamp_min
-    from flame.ops.mathematics import sqrt
-
-    shape = broadcast_shapes("cosine_similarity", [x1.shape, x2.shape])
-    x1, x2 = broadcast_to(x1, shape), broadcast_to(x2, shape)
-    first, second = (clamp_min(sum_of(x * x, dim, keepdim=True), eps * eps) for x in (x1, x2))
-    return sum_of((x1 / sqrt(first)) * (x2 / sqrt(second)), dim)
-
-
-def pairwise_distance(
-    x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-6, keepdim: bool = False
-) -> Tensor:
-    """The p-norm of x1 - x2 + eps over the last dimension."""
-    from flame.ops.statistics import norm
-
-    return norm(x1 - x2 + eps, p, -1, keepdim)
-
-
-def cosine_embedding_loss(
-    input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0,
-    size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean",
-) -> Tensor:  # fmt: skip
-    """1 - cos where target is 1, max(0, cos - margin) where it is -1."""
-    from flame.ops.comparison import clamp_min, where
-    from flame.ops.mathematics import sqrt
-
-    reduction = reduction_of("cosine_embedding_loss", reduction, size_average, reduce)
-    if input1.ndim != target.ndim + 1 or input2.ndim != target.ndim + 1:
-        raise ShapeError(
-            f"cosine_embedding_loss: target {target.shape} must have one dimension less than the "
-            f"inputs {input1.shape} and {input2.shape}"
-        )
-    eps = 1e-12
-    product = sum_of(input1 * input2, -1)
-    lengths = (sum_of(input1 * input1, -1) + eps) * (sum_of(input2 * input2, -1) + eps)
-    cosine = product / sqrt(lengths)
-    apart = where(target == -1, clamp_min(cosine - margin, 0), 0.0)
-    return reduced(where(target == 1, 1 - cosine, 0.0) + apart, reduction)
-
-
-def margin_ranking_loss(
-    input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0,
-    size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean",
-) -> Tensor:  # fmt: skip
-    """max(0, -target (input1 - input2) + margin)."""
-    from flame.ops.comparison import clamp_min
-
-    reduction = reduction_of("margin_ranking_loss", reduction, size_average, reduce)
-    if not input1.ndim == input2.ndim == target.ndim:
-        raise ShapeError(
-            f"margin_ranking_loss: {input1.shape}, {input2.shape} and target {target.shape} must "
-            "have as many dimensions"
-        )
-    return reduced(clamp_min(-target * (input1 - input2) + float(margin), 0), reduction)
-
-
-def hinge_embedding_loss(
-    input: Tensor, target: Tensor, margin: float = 1.0,
-    size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean",
-) -> Tensor:  # fmt: skip
-    """input where target is 1, max(0, margin - input) where it is -1."""
-    from flame.ops.comparison import clamp_min, where
-
-    reduction = reduction_of("hinge_embedding_loss", reduction, size_average, reduce)
-    margin = float(np.asarray(margin, input.dtype.numpy))  # PyTorch rounds it to the input's dtype
-    far = where(target != 1, clamp_min(margin - input, 0), 0.0)
-    return reduced(far + where(target != -1, input, 0.0), reduction)
-
-
-def soft_margin_loss(
-    input: Tensor, target: Tensor, size_average: bool | None = None,
-    reduce: bool | None = None, reduction: str = "mean",
-) -> Tensor:  # fmt: skip
-    """log(1 + exp(-target input))."""
-    reduction = reduction_of("soft_margin_loss", reduction, size_average, reduce)
-    return reduced(parts.soft_margin(input, target), reduction)
-
-
-def triplet_margin_loss(
-    anchor: Tensor, positive: Tensor, negative: Tensor, margin: float = 1.0, p: float = 2,
-    eps: float = 1e-6, swap: bool = False, size_average: bool | None = None,
-    reduce: bool | None = None, reduction: str = "mean",
-) -> Tensor:  # fmt: skip
-    """max(0, |anchor - positive| - |anchor - negative| + margin), distances over the last dimension.
-
-    swap: takes the distance of positive and negative where it is smaller.
-    Source: Balntas and others, "Learning local feature descriptors with triplets", 2016.
-    """
-    from flame.ops.comparison import clamp_min, minimum
-
-    reduction = reduction_of("triplet_margin_loss", reduction, size_average, reduce)
-    if margin <= 0:
-        raise ArgumentError(f"triplet_margin_loss: margin must be positive, got {margin}")
-    if not anchor.ndim == positive.ndim == negative.ndim:
-        raise ShapeError(
-            f"triplet_margin_loss: {anchor.shape}, {positive.shape} and {negative.shape} must have "
-            "as many dimensions"
-        )
-    near = pairwise_distance(anchor, positive, p, eps)
-    far = pairwise_distance(anchor, negative, p, eps)
-    if swap:
-        far = minimum(far, pairwise_distance(positive, negative, p, eps))
-    return reduced(clamp_min(near - far + margin, 0), reduction)
-
-
-def multilabel_soft_margin_loss(
-    input: Tensor, target: Tensor, weight: Tensor | None = None,
-    size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean",
-) -> Tensor:  # fmt: skip
-    """The mean over classes (last dimension) of binary cross entropies of sigmoid(input)."""
-    reduction = reduction_of("multilabel_soft_margin_loss", reduction, size_average, reduce)
-    loss = _spread_weight(parts.binary_entropy_logits(input, target, 1.0), weight)
-    return reduced(mean_of(loss, -1), reduction)

@@ -296,7 +296,7 @@ def normalize(
 ) -> Tensor:
     """input / max(norm_p(input), eps) over ``dim``."""
     from flame.ops.comparison import clamp_min
-    from flame.ops.statistics import norm
+    from flame.ops.norms import norm
 
     length = clamp_min(norm(input, p, dim, keepdim=True), eps)
     result: Tensor = true_divide(input, length)

@@ -120,7 +120,8 @@ binary_entropy_logits = elementwise(
         lambda g, x, target: g * target * _softplus_minus(x),
     ),
     reference=lambda x, t, p: (1 - t) * x + (1 + (p - 1) * t) * np.logaddexp(0, -x),
-    samples=[Sample((Arg((5, 7)), Arg((5, 7)), 1.0)), Sample((Arg((2, 19)), Arg((2, 19)), Arg((19,)))),
+    samples=[Sample((Arg((5, 7)), Arg((5, 7)), 1.0)),
+             Sample((Arg((2, 19)), Arg((2, 19)), Arg((19,)))),
              Sample((Arg(()), Arg(()), 2.0)), Sample((Arg((0, 3)), Arg((0, 3)), Arg((3,))))],
 )  # fmt: skip
 

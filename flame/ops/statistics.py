@@ -1,7 +1,6 @@
-"""Reductions with more than a fold: products, variances, norms, log-sum-exp, counts.
+"""Reductions with more than a fold: products, variances, log-sum-exp, counts.
 
-Invariants: variances take two passes, so nothing cancels; gradients are exact at zeros of products and
-norms.
+Invariants: variances take two passes, so nothing cancels; gradients of products are exact at zeros.
 """
 
 from __future__ import annotations
@@ -14,35 +13,34 @@ import numpy as np
 
 from flame.core import dtypes
 from flame.core.dtypes import DType
-from flame.core.errors import ArgumentError, DTypeError, UnsupportedError
-from flame.core.types import TensorType, tensor_type
+from flame.core.errors import ArgumentError
+from flame.core.types import TensorType
 from flame.kernel import values
-from flame.kernel.builder import KernelBuilder, Lowering, Operand
+from flame.kernel.builder import Lowering
 from flame.kernel.values import Value, cast, const
 from flame.ops.arithmetic import true_divide
 from flame.ops.comparison import eq, ne, where
 from flame.ops.conversion import convert
 from flame.ops.elementwise import compute_dtype, floating
-from flame.ops.extrema import _amax, _amin, _spread
-from flame.ops.loops import broadcast_strides
+from flame.ops.folds import Fold, floating_result
 from flame.ops.mathematics import abs as magnitude
-from flame.ops.mathematics import exp, isnan, sign, sqrt
+from flame.ops.mathematics import exp, isnan, sqrt
 from flame.ops.op import Arg, Op, Sample, Types
 from flame.ops.reductions import Reduction, dims_of, kept_shape, restore
 from flame.ops.reductions import mean as mean_of
 from flame.ops.reductions import sum as sum_of
-from flame.ops.rows import Index, RowLoops, rows_of, type_of
+from flame.ops.rows import Index
 from flame.ops.shapes import permute, reshape
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
 
 __all__ = [
-    "count_nonzero", "logsumexp", "nanmean", "nansum", "norm", "prod", "std", "std_mean", "var",
+    "count_nonzero", "logsumexp", "nanmean", "nansum", "prod", "std", "std_mean", "var",
     "var_mean",
 ]  # fmt: skip
 METHODS = (
-    "prod", "var", "std", "logsumexp", "norm", "nansum", "nanmean", "count_nonzero",
+    "prod", "var", "std", "logsumexp", "nansum", "nanmean", "count_nonzero",
 )  # fmt: skip
 
 LARGE = 65536  # elements from which a reduction to few results is done by several kernels
@@ -88,51 +86,6 @@ def prod(
     return result if dtype is None else convert(result, dtype=dtype)
 
 
-# --- kernels over rows ----------------------------------------------------------------------------
-
-
-def _floating_result(
-    name: str,
-) -> Callable[..., TensorType]:
-    def infer(types: Types, *, dims: tuple[int, ...], keepdim: bool, **rest: Any) -> TensorType:
-        x = type_of(types[0])
-        if x.dtype.kind != "f":
-            raise DTypeError(f"{name} needs a floating tensor, got {x.dtype.name}; convert it first")
-        return tensor_type(x.dtype, kept_shape(x.shape, dims, keepdim), None, x.device)
-
-    return infer
-
-
-class _Fold:
-    """A kernel that makes one number of each row."""
-
-    def __init__(
-        self, name: str, types: Types, outputs: tuple[TensorType, ...], dims: tuple[int, ...],
-        *, keepdim: bool,
-    ) -> None:  # fmt: skip
-        x, out = type_of(types[0]), outputs[0]
-        spread = _spread(out, x.ndim, dims, keepdim=keepdim)
-        self.k = KernelBuilder(name)
-        self.compute = compute_dtype(x.dtype)
-        self.rows = rows_of(x.shape, dims, [broadcast_strides(x, x.shape), spread])
-        self.x: Operand = self.rows.operand(self.k, "input", 0, x.dtype, 0)
-        self.out: Operand = self.rows.operand(self.k, "output", 0, out.dtype, 1)
-        self.loops = RowLoops(self.k, self.rows)
-        self.count = cast(self.k.size(self.rows.length), self.compute)
-
-    def fold(self, row: Index, combine: str, start: float, term: Callable[[Value], Value]) -> Value:
-        total = self.k.register(start, self.compute)
-        with self.loops.each(row) as index:
-            self.k.accumulate(total, combine, term(cast(self.x[index], self.compute)))
-        return values.read(total)
-
-    def finish(self, per_row: Callable[[Index], Value], passes: int) -> Lowering:
-        with self.loops.each_row(passes=passes) as row:
-            first = (*row, *(const(0) for _ in self.rows.row.sizes))
-            self.k.store(self.out, first, per_row(row))
-        return self.k.finish()
-
-
 # --- variance -------------------------------------------------------------------------------------
 
 
@@ -140,7 +93,7 @@ def _lower_var(name: str) -> Callable[..., Lowering]:
     def lower(
         types: Types, outputs: tuple[TensorType, ...], *, dims: tuple[int, ...], keepdim: bool
     ) -> Lowering:
-        made = _Fold(name, types, outputs, dims, keepdim=keepdim)
+        made = Fold(name, types, outputs, dims, keepdim=keepdim)
         correction = cast(made.k.number(1, float), made.compute)
 
         def per_row(row: Index) -> Value:
@@ -156,7 +109,7 @@ def _lower_var(name: str) -> Callable[..., Lowering]:
 
 
 def _freedom(x: Any, dims: tuple[int, ...], correction: float) -> float:
-    return math.prod(x.shape[d] for d in dims) - correction
+    return float(math.prod(x.shape[d] for d in dims)) - correction
 
 
 def _var_gradient(
@@ -196,7 +149,7 @@ def _var_samples() -> list[Sample]:
 
 _var_op, _std_op = (
     Op(
-        name, inputs=("x", "correction"), infer=_floating_result(name), lower=_lower_var(name),
+        name, inputs=("x", "correction"), infer=floating_result(name), lower=_lower_var(name),
         vjp=vjp, reference=reference, samples=_var_samples(),
     )
     for name, vjp, reference in (
@@ -292,13 +245,11 @@ def std_mean(
 def _lower_logsumexp(
     types: Types, outputs: tuple[TensorType, ...], *, dims: tuple[int, ...], keepdim: bool
 ) -> Lowering:
-    made = _Fold("logsumexp", types, outputs, dims, keepdim=keepdim)
+    made = Fold("logsumexp", types, outputs, dims, keepdim=keepdim)
 
     def per_row(row: Index) -> Value:
         peak = made.fold(row, "max", -math.inf, lambda v: v)
-        endless = values.compare(
-            "eq", values.unary("abs", peak), const(math.inf, made.compute)
-        )
+        endless = values.compare("eq", values.unary("abs", peak), const(math.inf, made.compute))
         shift = values.select(endless, const(0.0, made.compute), peak)
         total = made.fold(row, "add", 0.0, lambda v: values.unary("exp", v - shift))
         return values.unary("log", total) + shift
@@ -323,10 +274,11 @@ def _np_logsumexp(x: Any, *, dims: tuple[int, ...], keepdim: bool) -> Any:
 
 
 _logsumexp = Op(
-    "logsumexp", inputs=("x",), infer=_floating_result("logsumexp"), lower=_lower_logsumexp,
+    "logsumexp", inputs=("x",), infer=floating_result("logsumexp"), lower=_lower_logsumexp,
     vjp=(_logsumexp_gradient,), reference=_np_logsumexp,
     samples=[Sample((Arg(s),), {"dims": d, "keepdim": k})
-             for s, d, k in (((5, 7), (1,), False), ((5, 7), (0,), True), ((2, 3, 70), (0, 2), False),
+             for s, d, k in (((5, 7), (1,), False), ((5, 7), (0,), True),
+                             ((2, 3, 70), (0, 2), False),
                              ((), (), False), ((0, 3), (1,), False), ((4, 1), (1,), False))],
 )  # fmt: skip
 
@@ -337,144 +289,6 @@ def logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
     dims = dims_of("logsumexp", input, dim)
     result: Tensor = _logsumexp(input, dims=dims, keepdim=bool(keepdim))
     return result
-
-
-# --- norms ----------------------------------------------------------------------------------------
-
-
-def _length_gradient(g: Any, out: Any, x: Any, dims: tuple[int, ...], keepdim: bool) -> Any:
-    g, out = restore(g, x.type, dims, keepdim), restore(out, x.type, dims, keepdim)
-    nothing = eq(out, 0.0)
-    return x * where(nothing, 0.0, g / where(nothing, 1.0, out))
-
-
-def _same(dtype: DType) -> DType:
-    return dtype
-
-
-def _norm_samples() -> list[Sample]:
-    cases = [((5, 7), (1,), False), ((5, 7), (0,), True), ((2, 3, 4), (0, 2), False), ((), (), False),
-             ((3, 70), (0, 1), False), ((0, 3), (1,), False), ((0, 3), (0,), False)]  # fmt: skip
-    return [
-        Sample((Arg(shape, avoid=(0.0,)),), {"dims": dims, "keepdim": keepdim})
-        for shape, dims, keepdim in cases
-    ]
-
-
-_length = Reduction(
-    "vector_length", "add", result=_same, prepare=lambda v: v * v,
-    finish=lambda total, count: values.unary("sqrt", total), vjp=(_length_gradient,),
-    reference=lambda x, axis, keepdims: np.sqrt(np.sum(x * x, axis=axis, keepdims=keepdims)),
-    samples=_norm_samples(),
-)  # fmt: skip
-
-_sum_of_sizes = Reduction(
-    "sum_of_magnitudes", "add", result=_same, prepare=lambda v: values.unary("abs", v),
-    vjp=(lambda g, x, dims, keepdim: restore(g, x.type, dims, keepdim) * sign(x),),
-    reference=lambda x, axis, keepdims: np.sum(np.abs(x), axis=axis, keepdims=keepdims),
-    samples=_norm_samples(),
-)  # fmt: skip
-
-
-def _zeros(x: TensorType) -> Any:
-    from flame.ops.creation import zeros
-
-    return zeros(x.shape, dtype=x.dtype)
-
-
-_count = Reduction(
-    "count_norm", "add", result=_same,
-    prepare=lambda v: cast(values.compare("ne", v, const(0, v.dtype)), v.dtype),
-    vjp=(lambda g, x_type: _zeros(x_type),),
-    reference=lambda x, axis, keepdims: np.sum(x != 0, axis=axis, keepdims=keepdims).astype(x.dtype),
-    samples=_norm_samples(),
-)  # fmt: skip
-
-
-def _lower_power_norm(
-    types: Types, outputs: tuple[TensorType, ...], *, dims: tuple[int, ...], keepdim: bool
-) -> Lowering:
-    made = _Fold("power_norm", types, outputs, dims, keepdim=keepdim)
-    p = cast(made.k.number(1, float), made.compute)
-
-    def per_row(row: Index) -> Value:
-        total = made.fold(
-            row, "add", 0.0, lambda v: values.binary("pow", values.unary("abs", v), p)
-        )
-        return values.binary("pow", total, const(1.0, made.compute) / p)
-
-    return made.finish(per_row, passes=10)
-
-
-def _power_gradient(
-    g: Any, out: Any, x: Any, p: float, dims: tuple[int, ...], keepdim: bool
-) -> Any:
-    """sign(x) |x / norm|^(p - 1) g; 0 where the norm is 0, and at x = 0 for p below 2."""
-    g, out = restore(g, x.type, dims, keepdim), restore(out, x.type, dims, keepdim)
-    nothing = eq(out, 0.0)
-    ratio = magnitude(x) / where(nothing, 1.0, out)
-    if p < 2:
-        still = eq(x, 0.0)
-        powers = where(still, 0.0, where(still, 1.0, ratio) ** (p - 1))
-    else:
-        powers = ratio ** (p - 1)
-    return sign(x) * powers * where(nothing, 0.0, g)
-
-
-_power_norm = Op(
-    "power_norm", inputs=("x", "p"), infer=_floating_result("norm"), lower=_lower_power_norm,
-    vjp=(_power_gradient, None),
-    reference=lambda x, p, *, dims, keepdim: np.sum(
-        np.abs(np.asarray(x, np.float64)) ** p, axis=dims, keepdims=keepdim
-    ) ** (1 / p),
-    samples=[Sample((Arg(s, avoid=(0.0,)), p), {"dims": d, "keepdim": k})
-             for s, d, k, p in (((5, 7), (1,), False, 3.0), ((5, 7), (0,), True, 1.5),
-                                ((2, 3, 4), (0, 2), False, 2.5), ((0, 3), (1,), False, 3.0))],
-    tolerance=4.0,
-)  # fmt: skip
-
-
-def vector_norm(
-    x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: DType | None = None
-) -> Tensor:
-    """The norm of the elements over ``dim`` (all by default): (sum |x|^ord)^(1/ord).
-
-    ord inf and -inf: the largest and smallest magnitude; 0: the count of elements that are not 0.
-    """
-    if dtype is not None:
-        x = convert(x, dtype=dtype)
-    if x.dtype.kind != "f":
-        raise DTypeError(
-            f"vector_norm needs a floating tensor, got {x.dtype.name}; pass dtype=flame.float32"
-        )
-    dims = dims_of("vector_norm", x, dim)
-    options = {"dims": dims, "keepdim": bool(keepdim)}
-    order = float(ord)
-    result: Tensor
-    if order == 2:
-        result = _length(x, **options)
-    elif order == 1:
-        result = _sum_of_sizes(x, **options)
-    elif order == 0:
-        result = _count(x, **options)
-    elif math.isinf(order):
-        result = (_amax if order > 0 else _amin)(magnitude(x), **options)
-    else:
-        result = _power_norm(x, order, **options)
-    return result
-
-
-def norm(
-    input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: None = None,
-    dtype: DType | None = None,
-) -> Tensor:  # fmt: skip
-    """The p-norm of the elements over ``dim`` (all by default); "fro" and None are p = 2."""
-    if p == "nuc":
-        raise UnsupportedError("norm: the nuclear norm needs singular values, which FLAME has not")
-    if p is not None and not isinstance(p, (int, float)) and p != "fro":
-        raise ArgumentError(f"norm: p must be a number or 'fro', got {p!r}")
-    order = 2.0 if p in (None, "fro") else float(p)
-    return vector_norm(input, order, dim, keepdim, dtype=dtype)
 
 
 # --- counts and sums without NaN ------------------------------------------------------------------
