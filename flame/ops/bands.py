@@ -47,6 +47,12 @@ class Band:
         return self.inputs if self.turned else self.outputs
 
     @property
+    def whole(self) -> bool:
+        """Whether all weights are 0 or 1, so that the map serves integers too."""
+        ones = self.kind == "mean" and self.parameters[4] == 1.0
+        return ones or self.kind in ("identity", "nearest", "blocks")
+
+    @property
     def identity(self) -> bool:
         return self.kind == "identity"
 

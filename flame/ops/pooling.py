@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from flame.core import dtypes
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.core.types import Shape
-from flame.ops.bands import Band
+from flame.ops.bands import Band, table
 from flame.ops.conversion import convert
 from flame.ops.convolution.arguments import per_dimension
 from flame.ops.planes import Windows, max_pool
@@ -192,17 +194,37 @@ def _avg_pool(
     *, ceil_mode: bool, count_include_pad: bool, divisor: int | None,
 ) -> Tensor:  # fmt: skip
     x, batched = _batched(name, input, rank)
-    _floating(name, x)
     if divisor == 0:
         raise ArgumentError(f"{name}: divisor_override must not be 0")
     found = _windows(name, x, rank, kernel_size, stride, padding, 1, ceil_mode=ceil_mode)
-    axes = []
-    for axis, (n, k, s, p, _, o) in enumerate(zip(x.shape[2:], *found, strict=True)):
-        # a given divisor replaces the counts: all weights 1, and its inverse in one dimension
-        scale = 0.0 if divisor is None else 1.0 / divisor if axis == 0 else 1.0
-        axes.append(Band("mean", n, o, (k, s, p, float(count_include_pad), scale), True))
-    result: Tensor = resample(x, axes=tuple(axes))
+    means, sums = [], []
+    for n, k, s, p, _, o in zip(x.shape[2:], *found, strict=True):
+        means.append(Band("mean", n, o, (k, s, p, float(count_include_pad), 0.0), True))
+        sums.append(Band("mean", n, o, (k, s, p, float(count_include_pad), 1.0), True))
+    result: Tensor
+    if x.dtype.kind != "f":
+        result = _whole_means(x, sums, means, divisor)
+    elif divisor is None:
+        result = resample(x, axes=tuple(means))
+    else:
+        result = resample(x, axes=tuple(sums)) / divisor
     return result if batched else squeeze(result, 0)
+
+
+def _whole_means(x: Tensor, sums: list[Band], means: list[Band], divisor: int | None) -> Tensor:
+    """Means of integers, rounded towards zero."""
+    from flame.creation import from_numpy
+    from flame.ops.arithmetic import div
+
+    total: Tensor = resample(x, axes=tuple(sums))
+    if divisor is not None:
+        return div(total, divisor, rounding_mode="trunc")
+    counts = np.ones((1,) * len(means), np.int64)
+    for axis, band in enumerate(means):
+        weights = table(band)[1].max(1)  # 1 / elements counted; 0 for a window of padding alone
+        here = np.rint(1.0 / np.where(weights > 0, weights, 1.0)).astype(np.int64)
+        counts = counts * here.reshape([-1 if i == axis else 1 for i in range(len(means))])
+    return div(total, convert(from_numpy(counts), dtype=x.dtype), rounding_mode="trunc")
 
 
 def avg_pool1d(
@@ -321,7 +343,7 @@ def _max_unpool(
     output_size: Any,
 ) -> Tensor:  # fmt: skip
     from flame.ops.creation import zeros
-    from flame.ops.indexing import scatter
+    from flame.ops.scattering import scatter
 
     if indices.dtype is not dtypes.int64:
         raise DTypeError(f"{name}: indices must be int64, got {indices.dtype.name}")

@@ -27,7 +27,7 @@ def _infer(types: Types, *, axes: tuple[Band, ...]) -> TensorType:
         raise ShapeError(
             f"resample: {x.shape} does not fit maps of {tuple(b.source for b in axes)} elements"
         )
-    if x.dtype.kind != "f" and any(b.kind not in ("nearest", "identity", "blocks") for b in axes):
+    if x.dtype.kind != "f" and not all(b.whole for b in axes):
         raise DTypeError(f"this resampling needs floating numbers, got {x.dtype.name}; convert them")
     return result_type(x, (*x.shape[:2], *(b.target for b in axes)))
 
