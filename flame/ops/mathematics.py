@@ -18,6 +18,7 @@ from flame.core.errors import DTypeError
 from flame.kernel import values
 from flame.kernel.values import Value, cast, compare, const, select, unary
 from flame.ops.comparison import clamp, where
+from flame.ops.complementary_error import erfc as erfc_scalar
 from flame.ops.creation import zeros_like
 from flame.ops.elementwise import (
     Elementwise,
@@ -37,6 +38,7 @@ __all__ = [
     "absolute",
     "ceil",
     "erf",
+    "erfc",
     "exp",
     "exp2",
     "expm1",
@@ -163,6 +165,12 @@ _erf = floats(
 )  # fmt: skip
 
 
+_erfc = floats(
+    "erfc",
+    lambda g, x: g * exp(-x * x) * (-2 / math.sqrt(math.pi)),
+    scalar=erfc_scalar,
+    reference=np.vectorize(math.erfc, otypes=[float]),
+)
 _sigmoid = floats(
     "sigmoid", lambda g, out: g * (1 - out) * out,
     scalar=lambda x: 1.0 / (unary("exp", -x) + 1.0),
@@ -317,6 +325,7 @@ log10: Function = public(_log10, "log10", f"The logarithm to base 10; NaN below 
 log1p: Function = public(_log1p, "log1p", f"log(1 + input), exact near 0. {FLOAT_DOC}")
 tanh: Function = public(_tanh, "tanh", f"The hyperbolic tangent. {FLOAT_DOC}")
 erf: Function = public(_erf, "erf", f"The error function. {FLOAT_DOC}")
+erfc: Function = public(_erfc, "erfc", f"1 - erf(input), precise for large input. {FLOAT_DOC}")
 sigmoid: Function = public(_sigmoid, "sigmoid", f"1 / (1 + exp(-input)). {FLOAT_DOC}")
 abs: Function = public(_abs, "abs", "The absolute value; its gradient at 0 is 0.")
 sign: Function = public(_sign, "sign", "-1, 0 or 1 by the sign; 0 for NaN.")

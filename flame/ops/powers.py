@@ -79,7 +79,7 @@ def pow(input: Operand, exponent: Operand) -> Tensor:
     return result
 
 
-def _to_number(input: Any, exponent: float) -> Any:
+def _to_number(input: Any, exponent: Any) -> Any:
     whole = input.dtype.kind != "f"
     if whole and isinstance(exponent, int) and exponent < 0:
         raise ArgumentError(

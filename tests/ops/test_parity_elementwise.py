@@ -37,7 +37,7 @@ FUNCTIONS = [
     "atan2", "atanh", "bitwise_and", "bitwise_left_shift", "bitwise_not", "bitwise_or",
     "bitwise_right_shift", "bitwise_xor", "ceil", "clamp", "clamp_max", "clamp_min", "copysign",
     "cos", "cosh", "deg2rad", "div.no_rounding_mode", "div.floor_rounding",
-    "div.trunc_rounding", "eq", "equal", "erf", "exp", "exp2", "expm1", "float_power", "floor",
+    "div.trunc_rounding", "eq", "equal", "erf", "erfc", "exp", "exp2", "expm1", "float_power", "floor",
     "floor_divide", "fmax", "fmin", "fmod", "frac", "ge", "gt", "hypot", "isclose", "isfinite",
     "isinf", "isnan", "isneginf", "isposinf", "le", "lerp", "log", "log10", "log1p", "log2",
     "logaddexp", "logaddexp2", "logical_and", "logical_not", "logical_or", "logical_xor",
