@@ -8,50 +8,85 @@ import numpy as np
 
 from flame.core import dtypes
 from flame.core.dtypes import DType
-from flame.core.errors import DTypeError, ShapeError
-from flame.ops.creation import _full
-from flame.tensor import Tensor, check_device, from_array
+from flame.core.errors import ArgumentError, DTypeError, FlameError, ShapeError
+from flame.tensor import Tensor, check_device, check_dtype, from_array
 
 
 def tensor(
-    data: Any, *, dtype: DType | None = None, device: Any = None, requires_grad: bool = False
+    data: Any,
+    *,
+    dtype: DType | None = None,
+    device: Any = None,
+    requires_grad: bool = False,
+    pin_memory: bool = False,
 ) -> Tensor:
     """A new tensor with a copy of ``data``: a number, nested sequences, a NumPy array, or a tensor.
 
-    Floats take the default dtype, integers int64. Raises ShapeError where nested sequences have
-    unequal lengths, DTypeError where an element is no number.
+    Python floats take the default dtype, integers int64; NumPy's and tensors keep theirs. Raises
+    ShapeError where nested sequences have unequal lengths, DTypeError where an element is no number
+    that the dtype can hold.
     """
     check_device(device)
+    check_dtype(dtype)
     if isinstance(data, Tensor):
         made = data.detach().clone() if dtype is None else data.detach().to(dtype, copy=True)
-    elif isinstance(data, (bool, int, float)):
-        made = _full(
-            data,
-            shape=(),
-            dtype=dtype or dtypes.of_scalar(type(data), dtypes.get_default_dtype()),
-        )
     else:
         made = from_array(_array(data, dtype))
     return made.requires_grad_() if requires_grad else made
 
 
 def _array(data: Any, dtype: DType | None) -> np.ndarray[Any, Any]:
-    if isinstance(data, (np.ndarray, np.generic)):
-        array = np.array(data)
-    else:
-        try:
-            array = np.array(_plain(data))
-        except ValueError as error:
-            raise ShapeError(
-                f"tensor: nested sequences must have equal lengths ({error})"
-            ) from None
-        if array.dtype == np.float64:
-            array = array.astype(dtypes.get_default_dtype().numpy)
-        if array.size == 0 and dtype is None:
-            array = array.astype(dtypes.get_default_dtype().numpy)
-    if array.dtype.kind not in "biufV":
-        raise DTypeError(f"tensor: elements must be numbers, got {array.dtype}")
-    return array if dtype is None else array.astype(dtype.numpy)
+    """The values of ``data``, in memory of their own."""
+    if isinstance(data, np.ndarray):
+        array = _checked(np.array(data))
+        return array if dtype is None else _cast(array, dtype)
+    try:
+        array = _checked(np.array(_plain(data)))
+    except ValueError as error:
+        if isinstance(error, FlameError):
+            raise
+        raise ShapeError(f"tensor: nested sequences must have equal lengths ({error})") from None
+    except OverflowError as error:
+        raise DTypeError(f"tensor: a number is too large ({error})") from None
+    if dtype is None:
+        return array if array.dtype != np.float64 and array.size else _inferred(data, array)
+    if dtype.is_integer and array.size:
+        _check_range(array, dtype)
+    return _cast(array, dtype)
+
+
+def _cast(array: np.ndarray[Any, Any], dtype: DType) -> np.ndarray[Any, Any]:
+    with np.errstate(all="ignore"):
+        return array.astype(dtype.numpy)
+
+
+def _checked(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    known = array.dtype.kind in "biuf" or array.dtype == dtypes.bfloat16.numpy
+    if not known or array.dtype == np.uint64:
+        what = "mixed objects, or integers beyond int64" if array.dtype == object else array.dtype
+        raise DTypeError(f"tensor: elements must be numbers that a dtype can hold, got {what}")
+    return array
+
+
+def _inferred(data: Any, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Floats from Python in the default dtype; NumPy's and tensors' float64 stay so."""
+    while isinstance(data, (list, tuple)) and data:
+        data = data[0]
+    if isinstance(data, (np.ndarray, np.generic, Tensor)):
+        return array
+    return array.astype(dtypes.get_default_dtype().numpy)
+
+
+def _check_range(array: np.ndarray[Any, Any], dtype: DType) -> None:
+    """Raise where Python numbers do not fit an integer dtype; -1 may stand for its bits."""
+    limits = np.iinfo(dtype.numpy)
+    low = -limits.max - 1 if limits.min == 0 else limits.min
+    least, most = array.min(), array.max()
+    if not (low <= least and most <= limits.max):  # also where they are not numbers
+        raise DTypeError(
+            f"tensor: numbers from {least} to {most} do not fit {dtype.name} "
+            f"({limits.min} to {limits.max})"
+        )
 
 
 def _plain(data: Any) -> Any:
@@ -77,14 +112,83 @@ def from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
 def as_tensor(data: Any, dtype: DType | None = None, device: Any = None) -> Tensor:
     """As `tensor`, without a copy where the memory can be shared."""
     check_device(device)
+    check_dtype(dtype)
     if isinstance(data, Tensor):
         return data if dtype is None else data.to(dtype)
     if isinstance(data, np.ndarray):
-        made = from_array(data)
+        made = from_array(_checked(data))
         return made if dtype is None else made.to(dtype)
     return tensor(data, dtype=dtype)
 
 
+def asarray(
+    obj: Any,
+    *,
+    dtype: DType | None = None,
+    device: Any = None,
+    copy: bool | None = None,
+    requires_grad: bool = False,
+) -> Tensor:
+    """A tensor from tensors, NumPy arrays, DLPack, or sequences.
+
+    copy: True always copies, False raises ArgumentError where a copy is needed, None copies where it
+    is needed.
+    """
+    check_device(device)
+    check_dtype(dtype)
+    shared: Any = obj
+    if not isinstance(obj, (Tensor, np.ndarray)) and hasattr(obj, "__dlpack__"):
+        shared = from_dlpack(obj)
+    sharing = isinstance(shared, (Tensor, np.ndarray))
+    made = as_tensor(shared, dtype)
+    copied = not sharing or made.data_ptr() != _address(shared)
+    if copy is False and copied:
+        raise ArgumentError("asarray: a copy is needed, but copy=False was given")
+    if copy and not copied:
+        made = made.detach().clone()
+    return made.detach().requires_grad_() if requires_grad else made
+
+
+def _address(x: Any) -> int:
+    address: int = x.data_ptr() if isinstance(x, Tensor) else x.ctypes.data
+    return address
+
+
 def from_dlpack(source: Any) -> Tensor:
-    """A tensor over the memory of any CPU array that speaks DLPack."""
-    return from_array(np.from_dlpack(source))
+    """A tensor over the memory of any CPU array that speaks DLPack.
+
+    Raises DTypeError where ``source`` does not, or its dtype has no counterpart, DeviceError where it
+    is not in the memory of the CPU.
+    """
+    if isinstance(source, Tensor):
+        return source.detach()
+    if not hasattr(source, "__dlpack__"):
+        raise DTypeError(f"from_dlpack: a {type(source).__name__} does not speak DLPack")
+    try:
+        return from_array(np.from_dlpack(source))
+    except (BufferError, RuntimeError) as error:
+        if isinstance(error, FlameError):
+            raise
+        raise DTypeError(f"from_dlpack: {error}; convert the array first") from error
+
+
+def frombuffer(
+    buffer: Any, *, dtype: DType, count: int = -1, offset: int = 0, requires_grad: bool = False
+) -> Tensor:
+    """A 1-d tensor over the memory of an object with a buffer, from ``offset`` bytes on."""
+    check_dtype(dtype)
+    try:
+        array = np.frombuffer(buffer, dtype.numpy, count, offset)
+    except (ValueError, TypeError) as error:
+        raise ArgumentError(f"frombuffer: {error}") from None
+    made = from_array(array)
+    return made.requires_grad_() if requires_grad else made
+
+
+def scalar_tensor(
+    s: Any, *, dtype: DType | None = None, device: Any = None, requires_grad: bool = False
+) -> Tensor:
+    """A 0-d tensor of the default dtype (or the given one)."""
+    return tensor(
+        s, dtype=dtype or dtypes.get_default_dtype(), device=device, requires_grad=requires_grad
+    )

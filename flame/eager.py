@@ -7,6 +7,7 @@ The warm path is one dictionary look-up by the operands' types, an allocation, a
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,7 @@ class Eager(Interpreter):
 
     def _view(self, plan: Plan, x: Any, attributes: dict[str, Any]) -> Any:
         type_ = plan.outputs[0]
+        assert plan.view_offset is not None
         made = Tensor.wrap(x.storage, x.pointer + plan.view_offset * type_.dtype.itemsize, type_)
         base = x.base
         made.base = x if base is None else base
@@ -117,12 +119,12 @@ class Eager(Interpreter):
         )
         if tracking:
             # the node sees the operands as they were called, with their versions before the write
-            node = make_node(plan, inputs, attributes)
+            node = make_node(plan, inputs, attributes, out)
         run(plan, safe, out)
         for target in out:
             target.storage.version += 1
-        if tracking:
-            if node.names.count("out"):
+        if tracking and True in node.needs:
+            if "out" in node.names:
                 node.keep_outputs(out)
             for position, target in enumerate(out):
                 target.rebase(node, position, inputs)
@@ -147,11 +149,14 @@ def _as_operand(op: Op, x: Any) -> Any:
 
 
 def _check_target(op: Op, target: Any, recording: bool) -> None:
-    if recording and target.requires_grad and target.current_node() is None:
-        raise GradientError(
-            f"{op.name} in place on a leaf that requires grad would lose its gradient; do it under "
-            "flame.no_grad(), or on a clone"
-        )
+    if recording:
+        owner = target if target.base is None else target.base
+        if owner.tracked and owner.current_node() is None:
+            kind = "a leaf" if owner is target else "a view of a leaf"
+            raise GradientError(
+                f"{op.name} in place on {kind} that requires grad would lose its gradient; do it "
+                "under flame.no_grad(), or on a clone"
+            )
     type_: TensorType = target.type
     if any(s == 0 and n > 1 for s, n in zip(type_.strides, type_.shape, strict=True)):
         raise ShapeError(
@@ -243,8 +248,13 @@ def _launch(step: Step, operands: list[Any]) -> None:
     )
 
 
-def make_node(plan: Plan, inputs: tuple[Any, ...], attributes: dict[str, Any]) -> OpNode:
-    """The tape's record of a call."""
+def make_node(
+    plan: Plan,
+    inputs: tuple[Any, ...],
+    attributes: dict[str, Any],
+    overwritten: tuple[Any, ...] = (),
+) -> OpNode:
+    """The tape's record of a call, which will write into the tensors ``overwritten``."""
     edges: list[Edge] = []
     needs: list[bool] = []
     formulas = plan.op.formulas
@@ -256,7 +266,9 @@ def make_node(plan: Plan, inputs: tuple[Any, ...], attributes: dict[str, Any]) -
         edges.append(edge)
         needs.append(edge is not None)
     results = plan.outputs[: len(plan.outputs) - plan.op.extras]
-    return OpNode(plan.op, inputs, plan.types, attributes, tuple(needs), edges, results)
+    return OpNode(
+        plan.op, inputs, plan.types, attributes, tuple(needs), edges, results, overwritten
+    )
 
 
 def record(
@@ -298,20 +310,28 @@ class SliceNode(Node):
         self.view_type = view.type
         self.where = (view.pointer - base.pointer) // view.dtype.itemsize
 
-    def apply(self, grads: Any, differentiable: bool) -> list[Any]:
-        from flame.ops.shapes import as_strided, as_strided_backward, memory_order
+    def apply(
+        self, grads: Any, differentiable: bool, wanted: Sequence[bool] | None = None
+    ) -> list[Any]:
+        from flame.ops.creation import zeros
+        from flame.ops.shapes import as_strided
 
         view, base = self.view_type, self.outputs[0]
-        (g,) = grads
-        geometry = {"shape": view.shape, "strides": view.strides, "offset": self.where}
-        part = as_strided(g.permute(memory_order(base)).contiguous(), **geometry)
-        inner = [] if self.inner is None else list(self.inner.apply([part], differentiable))
-        change = -part
-        for position in self.selves:
-            if inner[position] is not None:
-                change = change + inner[position]
-        rest = g + as_strided_backward(change, base=base, **geometry)
-        return [rest, *inner]
+        memory = zeros((base.span,), dtype=base.dtype)  # the base's, gaps included
+        whole = as_strided(memory, shape=base.shape, strides=base.strides, offset=0)
+        whole.copy_(grads[0])
+        part = as_strided(memory, shape=view.shape, strides=view.strides, offset=self.where)
+        inner: list[Any] = []
+        change: Any = 0.0
+        if self.inner is not None:
+            given = part.clone()
+            asked = None if wanted is None else [True] * len(self.inner.edges)
+            inner = list(self.inner.apply([given], differentiable, asked))
+            for position in self.selves:
+                if inner[position] is not None:
+                    change = change + inner[position]
+        part.copy_(change)
+        return [whole, *inner]
 
     def release(self) -> None:
         if self.inner is not None:

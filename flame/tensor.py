@@ -7,13 +7,14 @@ it is recorded; ``node`` is where its gradient goes, and a leaf has none.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from flame.autograd import engine
-from flame.autograd.mode import mode
+from flame.autograd.mode import mode, no_grad, set_grad_enabled
 from flame.core import dtypes
 from flame.core.dtypes import DType
 from flame.core.errors import (
@@ -45,7 +46,7 @@ class Device(str):
         return self.partition(":")[0]
 
     @property
-    def index(self) -> int | None:
+    def index(self) -> int | None:  # type: ignore[override]  # not a search in the name
         number = self.partition(":")[2]
         return int(number) if number else None
 
@@ -72,6 +73,21 @@ class RemovableHandle:
         self.remove()
 
 
+class _Keeper:
+    """The hook that puts a gradient into ``grad``; it does not keep the tensor alive."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = weakref.ref(tensor)
+
+    def __call__(self, gradient: Tensor) -> None:
+        tensor = self.tensor()
+        if tensor is not None:
+            held = tensor.grad
+            tensor.grad = gradient if held is None else held + gradient
+
+
 class Tensor(Methods):
     """A multi-dimensional array on a device, with automatic differentiation.
 
@@ -86,7 +102,7 @@ class Tensor(Methods):
     node: Any = None
     output_index: int = 0
     tracked: bool = False
-    grad: Tensor | None = None
+    _grad: Tensor | None = None
     base: Tensor | None = None
     base_node: Any = None
     hooks: dict[int, Callable[[Any], Any]] | None = None
@@ -288,7 +304,7 @@ class Tensor(Methods):
             raise GradientError(
                 "deepcopy of a tensor with history; only leaves can be copied. Use .detach() first"
             )
-        with engine.no_grad():
+        with no_grad():
             made = type(self).wrap(*_parts(self.detach().clone()))
         made.requires_grad = self.requires_grad
         if self.grad is not None:
@@ -344,6 +360,24 @@ class Tensor(Methods):
         return self
 
     @property
+    def grad(self) -> Tensor | None:
+        """The accumulated gradient; it can be read, changed and replaced.
+
+        Assigning raises DTypeError for what is no tensor, GradientError for another shape or dtype.
+        """
+        return self._grad
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        if value is not None:
+            _check_gradient(self, value)
+        self._grad = value
+
+    @grad.deleter
+    def grad(self) -> None:
+        self._grad = None
+
+    @property
     def is_leaf(self) -> bool:
         return self.current_node() is None
 
@@ -378,7 +412,7 @@ class Tensor(Methods):
             from flame.ops.shapes import as_strided
 
             offset = (self.pointer - base.pointer) // self.type.dtype.itemsize
-            with engine.set_grad_enabled(True):
+            with set_grad_enabled(True):
                 fresh = as_strided(
                     base, shape=self.type.shape, strides=self.type.strides, offset=offset
                 )
@@ -428,6 +462,7 @@ class Tensor(Methods):
         """Call ``hook(grad)`` when the gradient is known; what it returns replaces the gradient."""
         if not self.requires_grad:
             raise GradientError("register_hook on a tensor that does not require grad")
+        _check_callable(hook)
         node = self.current_node()
         if node is None:
             if self.hooks is None:
@@ -436,27 +471,33 @@ class Tensor(Methods):
         if node.hooks is None:
             node.hooks = []
         entry = (self.output_index, hook)
-        node.hooks.append(entry)
+        keepers = sum(isinstance(h, _Keeper) for _, h in node.hooks)
+        node.hooks.insert(len(node.hooks) - keepers, entry)  # what is kept is what hooks made of it
         return RemovableHandle(node.hooks, entry)
 
     def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
         """Call ``hook(self)`` after a backward pass has accumulated ``grad``. Leaves only."""
         if not self.is_leaf or not self.requires_grad:
             raise GradientError("post-accumulate hooks are for leaves that require grad")
+        _check_callable(hook)
         if self.after_hooks is None:
             self.after_hooks = {}
         return _add_hook(self.after_hooks, hook)
 
     def retain_grad(self) -> None:
         """Keep the gradient of a computed tensor in ``grad`` too."""
-        if self.current_node() is not None:
-
-            def keep(gradient: Tensor) -> None:
-                self.grad = gradient if self.grad is None else self.grad + gradient
-
-            self.register_hook(keep)
-        elif not self.requires_grad:
+        if not self.requires_grad:
             raise GradientError("retain_grad on a tensor that does not require grad")
+        node = self.current_node()
+        if node is not None and not self.retains_grad:
+            node.hooks = [*(node.hooks or ()), (self.output_index, _Keeper(self))]
+
+    @property
+    def retains_grad(self) -> bool:
+        """Whether a computed tensor keeps its gradient."""
+        node = self.current_node()
+        hooks = () if node is None else node.hooks or ()
+        return any(isinstance(h, _Keeper) and h.tensor() is self for _, h in hooks)
 
     # --- devices ----------------------------------------------------------------------------------
 
@@ -493,8 +534,23 @@ class Tensor(Methods):
         return result
 
 
+def _check_gradient(tensor: Tensor, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise DTypeError(f"a gradient is a tensor or None, got {type(value).__name__}")
+    if value.type.shape != tensor.type.shape or value.type.dtype is not tensor.type.dtype:
+        raise GradientError(
+            f"a gradient of type {value.type!r} does not fit a tensor of type {tensor.type!r}; "
+            "their shapes and dtypes must be equal"
+        )
+
+
 def _parts(tensor: Tensor) -> tuple[Storage, int, TensorType]:
     return tensor.storage, tensor.pointer, tensor.type
+
+
+def _check_callable(hook: Any) -> None:
+    if not callable(hook):
+        raise DTypeError(f"a hook must be callable, got {type(hook).__name__}")
 
 
 def _add_hook(hooks: dict[int, Any], hook: Any) -> RemovableHandle:
@@ -533,6 +589,12 @@ def check_device(device: Any) -> str:
     if name not in ("cpu", "cpu:0"):
         raise DeviceError(f"device {name!r} is not available in this build; use device='cpu'")
     return "cpu"
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise DTypeError unless ``dtype`` is one, or None."""
+    if dtype is not None and not isinstance(dtype, DType):
+        raise DTypeError(f"a dtype such as flame.float32 is needed, got {dtype!r}")
 
 
 __all__ = ["Device", "RemovableHandle", "StateError", "Tensor", "mode"]

@@ -1,13 +1,16 @@
 """Automatic differentiation: the tape, the backward pass, and ways to shape both."""
 
 from flame.autograd.checkpointing import checkpoint, checkpoint_sequential
-from flame.autograd.function import Function
+from flame.autograd.function import Function, once_differentiable
 from flame.autograd.functional import backward, grad, hvp, jacobian
 from flame.autograd.mode import (
     detect_anomaly,
     enable_grad,
     inference_mode,
+    is_grad_enabled,
+    is_inference_mode_enabled,
     no_grad,
+    set_detect_anomaly,
     set_grad_enabled,
 )
 
@@ -21,7 +24,11 @@ __all__ = [
     "grad",
     "hvp",
     "inference_mode",
+    "is_grad_enabled",
+    "is_inference_mode_enabled",
     "jacobian",
     "no_grad",
+    "once_differentiable",
+    "set_detect_anomaly",
     "set_grad_enabled",
 ]

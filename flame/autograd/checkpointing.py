@@ -1,26 +1,49 @@
 """Activation checkpointing: recompute a part of the forward pass in backward instead of keeping it.
 
+The part is recorded as ever, but what it would keep for backward is only counted. The first saved
+tensor that backward asks for makes the part run again, and the tensors that it keeps this time, in
+the same order, take the places of the first ones. So all that backward can do works through it.
+
 Source of the method: Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flame.autograd import engine
-from flame.autograd.engine import edge_of
-from flame.autograd.mode import mode, no_grad, set_grad_enabled
-from flame.autograd.node import Node, Saved
-from flame.core.errors import GradientError
+from flame.autograd.mode import _Switch, mode
+from flame.autograd.node import Node, Saved, save
+from flame.core.errors import ArgumentError, GradientError
 
 
-class _CheckpointNode(Node):
-    """Holds a function and its inputs; its backward runs the function again, with the tape."""
+class _Slot(Saved):
+    """A saved tensor that is not there until its part has run again."""
 
-    __slots__ = ("arguments", "function", "keywords", "random")
+    __slots__ = ("__weakref__", "edge", "part", "value")
 
-    name = "checkpoint"
+    def __init__(self, part: _Part, tensor: Any) -> None:
+        self.part = part
+        node = tensor.current_node()
+        self.edge = None if node is None else (node, tensor.output_index)
+        self.value: Saved | None = None
+
+    def get(self, node: Node, name: str) -> Any:
+        """The values, with the history of the tensor that was saved."""
+        if self.value is None:
+            self.part.run_again()
+            if self.value is None:
+                raise GradientError(
+                    "checkpoint: the second run of the function kept fewer tensors than the first; "
+                    "it must do the same both times"
+                )
+        found = self.value.get(node, name)
+        return found if self.edge is None else found.alias(*self.edge)
+
+
+class _Part:
+    """One checkpointed call; the saver of its first run."""
 
     def __init__(
         self,
@@ -28,77 +51,132 @@ class _CheckpointNode(Node):
         args: Sequence[Any],
         kwargs: dict[str, Any],
         random: Any,
-        edges: Sequence[Any],
-        outputs: Any,
     ) -> None:
-        super().__init__(edges, outputs)
-        self.function, self.keywords, self.random = function, kwargs, random
-        self.arguments: list[Any] | None = [Saved(a) if hasattr(a, "storage") else a for a in args]
+        self.function, self.random = function, random
+        self.args = [_kept(a) for a in args]
+        self.kwargs = {name: _kept(a) for name, a in kwargs.items()}
+        self.slots: list[weakref.ref[_Slot]] = []
+        self.shapes: list[Any] = []
 
-    def apply(self, grads: Sequence[Any], differentiable: bool) -> Sequence[Any]:
-        if differentiable:
-            raise GradientError(
-                "checkpoint cannot be differentiated twice; call the function without it"
-            )
-        if self.arguments is None:
-            raise GradientError("checkpoint: its graph was freed; pass retain_graph=True")
+    def save(self, tensor: Any) -> Saved:
+        if tensor.tracked and tensor.current_node() is None:
+            return Saved(tensor)  # a parameter lives anyway
+        slot = _Slot(self, tensor)
+        self.slots.append(weakref.ref(slot))
+        self.shapes.append((tensor.type.shape, tensor.type.dtype))
+        return slot
+
+    def run_again(self) -> None:
         from flame.ops.random import get_rng_state, set_rng_state
 
-        given = [a.get(self, "an input") if isinstance(a, Saved) else a for a in self.arguments]
-        inputs = [
-            a.detach().requires_grad_() if edge is not None else a
-            for a, edge in zip(given, self.edges, strict=True)
-        ]
+        args = [_given(a) for a in self.args]
+        kwargs = {name: _given(a) for name, a in self.kwargs.items()}
         now = None if self.random is None else get_rng_state()
         if self.random is not None:
             set_rng_state(self.random)
-        with set_grad_enabled(True):
-            made = self.function(*inputs, **self.keywords)
-        if now is not None:
-            set_rng_state(now)
-        outputs = list(made) if isinstance(made, tuple) else [made]
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
-        engine.backward([o for o, _ in pairs], [g for _, g in pairs], None, False)
-        return [
-            None if edge is None else x.grad for x, edge in zip(inputs, self.edges, strict=True)
-        ]
+        again = _Again(self)
+        try:
+            with _Switch(enabled=True, saver=again):
+                self.function(*args, **kwargs)
+        finally:
+            if now is not None:
+                set_rng_state(now)
+        if again.count != len(self.slots):
+            raise GradientError(
+                f"checkpoint: the function kept {len(self.slots)} tensors when it ran first, "
+                f"{again.count} when it ran again; it must do the same both times"
+            )
 
-    def release(self) -> None:
-        self.arguments = None
+
+class _Again:
+    """The saver of the second run: hands what is kept to the slots of the first."""
+
+    def __init__(self, part: _Part) -> None:
+        self.part = part
+        self.count = 0
+
+    def save(self, tensor: Any) -> Saved:
+        part = self.part
+        if tensor.tracked and tensor.current_node() is None:
+            return Saved(tensor)
+        place = self.count
+        self.count += 1
+        if place < len(part.slots):
+            if part.shapes[place] != (tensor.type.shape, tensor.type.dtype):
+                raise GradientError(
+                    f"checkpoint: the function kept a tensor of shape {part.shapes[place][0]} when "
+                    f"it ran first, of shape {tensor.shape} when it ran again; it must do the same "
+                    "both times"
+                )
+            slot = part.slots[place]()
+            if slot is not None and slot.value is None:
+                slot.value = Saved(tensor.alias())
+        return _NOTHING
+
+
+class _Nothing(Saved):
+    """What the tape of the second run keeps: nobody goes back through it."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        self.tensor = None
+
+    def get(self, node: Node, name: str) -> Any:
+        raise GradientError("checkpoint: backward inside of a function's second run")
+
+
+_NOTHING = _Nothing()
+
+
+def _kept(argument: Any) -> Any:
+    return save(argument) if hasattr(argument, "storage") else argument
+
+
+def _given(argument: Any) -> Any:
+    return argument.get(_ARGUMENT, "an argument") if isinstance(argument, Saved) else argument
+
+
+class _Argument(Node):
+    """Names the place of a saved argument in errors."""
+
+    __slots__ = ()
+    name = "checkpoint"
+
+
+_ARGUMENT = _Argument((), ())
 
 
 def checkpoint(
     function: Callable[..., Any],
     *args: Any,
-    use_reentrant: bool = False,
+    use_reentrant: bool | None = None,
     preserve_rng_state: bool = True,
+    determinism_check: str = "default",
     **kwargs: Any,
 ) -> Any:
-    """``function(*args)`` without keeping what it computes; backward runs it again.
+    """``function(*args, **kwargs)`` without keeping what it computes; backward runs it again.
 
-    Parameters that the function reaches by itself get their gradients too. Random draws inside are
-    repeated exactly, unless ``preserve_rng_state`` is False.
+    Gradients are the same as without it, also of parameters and tensors that the function reaches
+    by itself, and also those of higher order. Random draws inside are repeated exactly, unless
+    ``preserve_rng_state`` is False. The function must do the same each time, and not change its
+    arguments in place. ``use_reentrant`` and ``determinism_check`` are accepted for compatibility;
+    there is one implementation, and it always compares shapes.
     """
     if not mode.enabled:
         return function(*args, **kwargs)
     from flame.ops.random import get_rng_state
 
-    random = get_rng_state() if preserve_rng_state else None
-    with no_grad():
-        made = function(*args, **kwargs)
-    outputs = list(made) if isinstance(made, tuple) else [made]
-    edges = [edge_of(a) if getattr(a, "requires_grad", False) else None for a in args]
-    aliases = [t.alias() for t in outputs]
-    node = _CheckpointNode(function, args, kwargs, random, edges, tuple(t.type for t in aliases))
-    for position, tensor in enumerate(aliases):
-        if tensor.type.dtype.kind == "f":
-            tensor.node, tensor.output_index, tensor.tracked = node, position, True
-    return tuple(aliases) if isinstance(made, tuple) else aliases[0]
+    part = _Part(function, args, kwargs, get_rng_state() if preserve_rng_state else None)
+    with _Switch(saver=part):
+        return function(*args, **kwargs)
 
 
 def checkpoint_sequential(functions: Any, segments: int, input: Any, **options: Any) -> Any:
     """A sequence of modules in ``segments`` checkpointed runs."""
-    modules = list(functions)
+    modules = list(functions.children()) if hasattr(functions, "children") else list(functions)
+    if segments < 1:
+        raise ArgumentError(f"checkpoint_sequential: segments must be at least 1, got {segments!r}")
     size = -(-len(modules) // segments)
 
     def run(part: list[Callable[[Any], Any]]) -> Callable[[Any], Any]:
@@ -109,6 +187,6 @@ def checkpoint_sequential(functions: Any, segments: int, input: Any, **options: 
 
         return forward
 
-    for start in range(0, len(modules), size):
+    for start in range(0, len(modules), max(size, 1)):
         input = checkpoint(run(modules[start : start + size]), input, **options)
     return input

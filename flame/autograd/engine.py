@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from flame.autograd.mode import no_grad, set_grad_enabled
+from flame.autograd.mode import mode, set_grad_enabled
 from flame.autograd.node import Edge, Node
 from flame.core.errors import DTypeError, GradientError, ShapeError
 from flame.ops.arithmetic import add
@@ -29,7 +29,11 @@ def edge_of(tensor: Any) -> Edge:
 
 
 class _Pass:
-    """One backward pass: gradients on their way, and nodes that wait for them."""
+    """One backward pass: gradients on their way, and nodes that wait for them.
+
+    useful: ids of the tensors and nodes whose gradients were asked for, and of all nodes that lead
+    to one; None where every leaf was.
+    """
 
     def __init__(self, create_graph: bool) -> None:
         self.create_graph = create_graph
@@ -38,6 +42,7 @@ class _Pass:
         self.heap: list[tuple[int, int, Node]] = []
         self.leaves: dict[int, tuple[Any, Any]] = {}
         self.captures: dict[tuple[int, int], Any] = {}
+        self.useful: set[int] | None = None
 
     def give(self, edge: Edge, grad: Any) -> None:
         if edge is None or grad is None:
@@ -67,24 +72,36 @@ class _Pass:
             _, _, node = heapq.heappop(self.heap)
             grads = self.pending.pop(node)
             if node.hooks:
-                _run_hooks(node, grads)
+                run_hooks(node.hooks, grads)
             for position, grad in enumerate(grads):
                 if (id(node), position) in self.captures:
                     self.captures[id(node), position] = grad
-            results = self._apply(node, grads)
+            wanted = None
+            if self.useful is not None:
+                wanted = [_leads(edge, self.useful) for edge in node.edges]
+                if True not in wanted:
+                    continue
+            results = self._apply(node, grads, wanted)
             edges = node.edges
             if not retain_graph:
                 node.release()
-            for edge, grad in zip(edges, results, strict=True):
-                self.give(edge, grad)
+            for position, edge in enumerate(edges):
+                if wanted is None or wanted[position]:
+                    self.give(edge, results[position])
             del grads, results
 
-    def _apply(self, node: Node, grads: list[Any]) -> list[Any]:
-        full = [
-            zeros(t.shape, dtype=t.dtype, device=t.device) if g is None else g
-            for g, t in zip(grads, node.outputs, strict=True)
-        ]
-        results = list(node.apply(full, self.create_graph))
+    def _apply(self, node: Node, grads: list[Any], wanted: list[bool] | None) -> list[Any]:
+        if None in grads and node.materialize:
+            grads = [
+                zeros(t.shape, dtype=t.dtype, device=t.device) if g is None else g
+                for g, t in zip(grads, node.outputs, strict=True)
+            ]
+        try:
+            results = list(node.apply(grads, self.create_graph, wanted))
+        except Exception as error:
+            if node.line is not None:
+                error.add_note(f"in backward of {node.name}; its forward call was at {node.line}")
+            raise
         if len(results) != len(node.edges):
             raise GradientError(
                 f"backward of {node.name} gave {len(results)} gradients for "
@@ -92,38 +109,86 @@ class _Pass:
             )
         for position, (edge, grad) in enumerate(zip(node.edges, results, strict=True)):
             if edge is not None and grad is not None:
-                results[position] = _fit(edge, grad)
-        if node.line is not None:
+                results[position] = _fit(node, edge, grad)
+        if mode.anomaly or node.line is not None:
             _check_finite(node, results)
         return results
 
 
-def _fit(edge: tuple[Any, int], grad: Any) -> Any:
+def _leads(edge: Edge, useful: set[int]) -> bool:
+    return edge is not None and id(edge[0]) in useful
+
+
+def useful_for(roots: Sequence[Edge], targets: set[int]) -> set[int]:
+    """The ids of ``targets`` (nodes and leaves) and of the nodes from which one can be reached."""
+    reached: dict[int, Node] = {}
+    waiting = [edge[0] for edge in roots if edge is not None]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, Node) and id(node) not in reached:
+            reached[id(node)] = node
+            waiting += [edge[0] for edge in node.edges if edge is not None]
+    useful = set(targets)
+    for node in sorted(reached.values(), key=_age):
+        if any(_leads(edge, useful) for edge in node.edges):
+            useful.add(id(node))
+    return useful
+
+
+def _age(node: Node) -> int:
+    return node.age
+
+
+def _fit(node: Node, edge: tuple[Any, int], grad: Any) -> Any:
     """Sum broadcast dimensions away and take on the dtype of what the gradient belongs to."""
     target, position = edge
     wanted = target.outputs[position] if isinstance(target, Node) else target.type
     have = grad.type
     if have.shape != wanted.shape:
+        if not _expands_to(wanted.shape, have.shape):
+            raise ShapeError(
+                f"backward of {node.name} gave a gradient of shape {have.shape} for an input of "
+                f"shape {wanted.shape}; a gradient has the shape of its input"
+            )
         grad = sum_to(grad, wanted.shape)
     if have.dtype is not wanted.dtype:
         grad = convert(grad, dtype=wanted.dtype)
     return grad
 
 
+def _expands_to(small: Sequence[int], large: Sequence[int]) -> bool:
+    ends = large[len(large) - len(small) :]
+    return len(small) <= len(large) and all(a in (1, b) for a, b in zip(small, ends, strict=True))
+
+
 def _check_finite(node: Node, results: Sequence[Any]) -> None:
     for grad in results:
         if grad is not None and bool(grad.isnan().any().item()):
+            where = node.line or "a line unknown: run it inside detect_anomaly() too"
             raise GradientError(
-                f"backward of {node.name} gave NaN; its forward call was at {node.line}"
+                f"backward of {node.name} gave NaN; its forward call was at {where}"
             )
 
 
-def _run_hooks(node: Node, grads: list[Any]) -> None:
-    for position, hook in list(node.hooks or ()):
-        if grads[position] is not None:
-            changed = hook(grads[position])
+def run_hooks(hooks: list[tuple[int, Any]], grads: list[Any]) -> None:
+    """Call the hooks of a node's outputs; what one returns takes the gradient's place."""
+    for position, hook in list(hooks):
+        grad = grads[position]
+        if grad is not None:
+            changed = hook(grad)
             if changed is not None:
-                grads[position] = changed
+                grads[position] = _checked(changed, grad)
+
+
+def _checked(changed: Any, grad: Any) -> Any:
+    """What a hook returned, if it can stand for ``grad``."""
+    if not hasattr(changed, "storage"):
+        raise GradientError(f"a hook must return a tensor or None, got {type(changed).__name__}")
+    if changed.type.shape != grad.type.shape:
+        raise ShapeError(
+            f"a hook turned a gradient of shape {grad.shape} into {changed.shape}; keep the shape"
+        )
+    return changed if changed.dtype is grad.dtype else convert(changed, dtype=grad.dtype)
 
 
 def _seed(tensor: Any, gradient: Any) -> Any:
@@ -139,13 +204,13 @@ def _seed(tensor: Any, gradient: Any) -> Any:
                 "without one, the tensor must be a scalar (call .sum() or .mean() first)"
             )
         return ones_like(tensor)
+    if not hasattr(gradient, "storage"):
+        raise DTypeError(f"a gradient must be a tensor or None, got {type(gradient).__name__}")
     if gradient.type.shape != tensor.type.shape:
         raise ShapeError(
             f"the gradient has shape {gradient.shape}, its tensor {tensor.shape}; make them equal"
         )
-    if gradient.dtype is not tensor.dtype:
-        raise DTypeError(f"the gradient is {gradient.dtype}, its tensor {tensor.dtype}")
-    return gradient
+    return gradient if gradient.dtype is tensor.dtype else convert(gradient, dtype=tensor.dtype)
 
 
 def backward(
@@ -158,39 +223,47 @@ def backward(
     """Accumulate gradients into the ``grad`` of leaves (of ``inputs`` only, if given)."""
     current = _Pass(create_graph)
     keep = create_graph if retain_graph is None else retain_graph
-    wanted = None if inputs is None else {id(t) for t in inputs}
-    capture = _capture(current, inputs or ())
+    capture = []
     with set_grad_enabled(create_graph):
-        for tensor, gradient in zip(tensors, gradients, strict=True):
-            current.give(edge_of(tensor), _seed(tensor, gradient))
+        seeds = [(edge_of(t), _seed(t, g)) for t, g in zip(tensors, gradients, strict=True)]
+        if inputs is not None:
+            capture = _capture(current, inputs, [edge for edge, _ in seeds])
+        for edge, grad in seeds:
+            current.give(edge, grad)
+        del seeds
         current.run(keep)
         leaves = current.leaves
         current.leaves = {}
         for key in list(leaves):
             leaf, grad = leaves.pop(key)
-            if wanted is None or key in wanted:
+            if current.useful is None or key in current.useful:
                 _accumulate(leaf, grad, create_graph)
-    for tensor, key in capture:
-        if current.captures[key] is not None:
-            _accumulate(tensor, current.captures[key], create_graph)
+        for tensor, place in capture:
+            if current.captures[place] is not None:
+                _keep_grad(tensor, current.captures[place], create_graph)
 
 
-def _capture(current: _Pass, inputs: Sequence[Any]) -> list[tuple[Any, tuple[int, int]]]:
-    """Ask for the gradients of tensors that are no leaves."""
+def _capture(
+    current: _Pass, inputs: Sequence[Any], roots: Sequence[Edge]
+) -> list[tuple[Any, tuple[int, int]]]:
+    """Ask for the gradients of ``inputs`` alone; returns where those of computed ones will be."""
     found = []
+    targets: set[int] = set()
     for tensor in inputs:
         node = tensor.current_node()
-        if node is not None:
-            key = (id(node), tensor.output_index)
-            current.captures[key] = None
-            found.append((tensor, key))
+        if node is None:
+            targets.add(id(tensor))
+            continue
+        targets.add(id(node))
+        key = (id(node), tensor.output_index)
+        current.captures[key] = None
+        found.append((tensor, key))
+    current.useful = useful_for(roots, targets)
     return found
 
 
 def _accumulate(leaf: Any, grad: Any, create_graph: bool) -> None:
-    for hook in list((leaf.hooks or {}).values()):
-        changed = hook(grad)
-        grad = grad if changed is None else changed
+    grad = _leaf_hooks(leaf, grad)
     if leaf.grad is None:
         exclusive = sys.getrefcount(grad) <= 4 and sys.getrefcount(grad.storage) <= 2
         if create_graph or (exclusive and grad.type.dense):
@@ -200,10 +273,25 @@ def _accumulate(leaf: Any, grad: Any, create_graph: bool) -> None:
     elif create_graph:
         leaf.grad = add(leaf.grad, grad)
     else:
-        with no_grad():
-            leaf.grad.add_(grad)
+        leaf.grad.add_(grad)
     for hook in list((leaf.after_hooks or {}).values()):
         hook(leaf)
+
+
+def _keep_grad(tensor: Any, grad: Any, create_graph: bool) -> None:
+    """Add to the ``grad`` of a computed tensor."""
+    held = tensor.grad
+    tensor.grad = (grad if create_graph else grad.clone()) if held is None else add(held, grad)
+
+
+def _leaf_hooks(leaf: Any, grad: Any) -> Any:
+    """What a leaf's hooks make of its gradient; those of computed tensors ran with the node."""
+    if leaf.hooks:
+        for hook in list(leaf.hooks.values()):
+            changed = hook(grad)
+            if changed is not None:
+                grad = _checked(changed, grad)
+    return grad
 
 
 def grad(
@@ -220,15 +308,18 @@ def grad(
     for position, tensor in enumerate(inputs):
         if not tensor.requires_grad:
             raise GradientError(f"grad: input {position} does not require grad")
-    capture = {id(t): key for t, key in _capture(current, inputs)}
-    with set_grad_enabled(create_graph):
-        for tensor, gradient in zip(outputs, gradients, strict=True):
-            current.give(edge_of(tensor), _seed(tensor, gradient))
-        current.run(keep)
     found = []
+    with set_grad_enabled(create_graph):
+        seeds = [(edge_of(t), _seed(t, g)) for t, g in zip(outputs, gradients, strict=True)]
+        capture = {id(t): key for t, key in _capture(current, inputs, [e for e, _ in seeds])}
+        for edge, gradient in seeds:
+            current.give(edge, gradient)
+        del seeds
+        current.run(keep)
+        leaves = {key: _leaf_hooks(leaf, total) for key, (leaf, total) in current.leaves.items()}
     for position, tensor in enumerate(inputs):
         key = capture.get(id(tensor))
-        result = current.captures[key] if key else current.leaves.get(id(tensor), (None, None))[1]
+        result = current.captures[key] if key else leaves.get(id(tensor))
         if result is None and not allow_unused:
             raise GradientError(
                 f"grad: input {position} was not used to compute the outputs; pass "

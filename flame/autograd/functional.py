@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flame.autograd import engine
+from flame.autograd.mode import set_grad_enabled
 from flame.core.errors import ArgumentError
+from flame.ops.creation import zeros
 
 
 def _sequence(value: Any) -> list[Any]:
@@ -57,7 +59,7 @@ def grad(
     )
     if materialize_grads:
         found = [
-            engine.zeros(x.shape, dtype=x.dtype) if g is None else g
+            zeros(x.shape, dtype=x.dtype) if g is None else g
             for g, x in zip(found, leaves, strict=True)
         ]
     return tuple(found)
@@ -66,7 +68,7 @@ def grad(
 def jacobian(function: Callable[..., Any], inputs: Any, create_graph: bool = False) -> Any:
     """d output / d input for each input: of the output's shape followed by the input's."""
     leaves = [x.detach().requires_grad_() if not x.requires_grad else x for x in _sequence(inputs)]
-    with engine.set_grad_enabled(True):
+    with set_grad_enabled(True):
         output = function(*leaves)
         flat = output.reshape(-1)
         rows = [
@@ -91,6 +93,6 @@ def jacobian(function: Callable[..., Any], inputs: Any, create_graph: bool = Fal
 def hvp(function: Callable[..., Any], inputs: Sequence[Any], v: Sequence[Any]) -> tuple[Any, ...]:
     """The Hessian of a scalar function times ``v``, by differentiating the gradient."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    with engine.set_grad_enabled(True):
+    with set_grad_enabled(True):
         first = grad(function(*leaves), leaves, create_graph=True)
         return grad(first, leaves, grad_outputs=list(v), materialize_grads=True)

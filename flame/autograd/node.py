@@ -1,13 +1,15 @@
 """The tape: one node for each recorded operation.
 
 Invariants: an edge points to an older node, or to a leaf tensor; a node keeps what its formulas
-name
-and nothing else; an output that a formula needs is kept without its node, so the tape has no cycle.
+name and nothing else; an output that a formula needs is kept without its node, so the tape has no
+cycle, and its memory goes as soon as nothing refers to it.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +33,7 @@ class Node:
     __slots__ = ("__weakref__", "age", "edges", "hooks", "line", "outputs")
 
     name: str
+    materialize = True  # an output without a gradient gets zeros; else None
 
     def __init__(self, edges: Sequence[Edge], outputs: tuple[TensorType, ...]) -> None:
         self.age = next(_ages)
@@ -46,8 +49,14 @@ class Node:
     def next_functions(self) -> tuple[Edge, ...]:
         return tuple(self.edges)
 
-    def apply(self, grads: Sequence[Any], differentiable: bool) -> Sequence[Any]:
-        """Gradients for the edges; ``differentiable``: they will be differentiated again."""
+    def apply(
+        self, grads: Sequence[Any], differentiable: bool, wanted: Sequence[bool] | None = None
+    ) -> Sequence[Any]:
+        """Gradients for the edges.
+
+        differentiable: they will be differentiated again. wanted: which of them anybody asked for;
+        the others may be None.
+        """
         raise NotImplementedError
 
     def release(self) -> None:
@@ -57,20 +66,32 @@ class Node:
 class Saved:
     """A tensor that backward needs, with the version that it had."""
 
-    __slots__ = ("tensor", "version")
+    __slots__ = ("storage", "tensor", "version")
 
     def __init__(self, tensor: Any) -> None:
         self.tensor = tensor
+        self.storage = tensor.storage
         self.version = tensor.storage.version
 
     def get(self, node: Node, name: str) -> Any:
-        if self.tensor.storage.version != self.version:
+        """The tensor. Raises GradientError naming ``node``'s op if it was changed in place."""
+        storage = self.tensor.storage
+        if storage.version != self.version or storage is not self.storage:
             raise GradientError(
                 f"backward of {node.name} needs {name} (shape {self.tensor.shape}) as it was in "
                 "the forward pass, but an in-place operation has changed it since; use the "
                 "out-of-place form, or clone it before"
             )
         return self.tensor
+
+
+def save(tensor: Any) -> Saved:
+    """Keep a tensor for backward, in the way that the current mode has it."""
+    saver = mode.saver
+    if saver is None:
+        return Saved(tensor)
+    kept: Saved = saver.save(tensor)
+    return kept
 
 
 class OpNode(Node):
@@ -87,6 +108,7 @@ class OpNode(Node):
         needs: tuple[bool, ...],
         edges: Sequence[Edge],
         outputs: tuple[TensorType, ...],
+        overwritten: Sequence[Any] = (),
     ) -> None:
         super().__init__(edges, outputs)
         self.op, self.types, self.attributes, self.needs = op, types, attributes, needs
@@ -94,7 +116,10 @@ class OpNode(Node):
         self.kept: list[Any] | None = [None] * len(self.names)
         for position, name in enumerate(self.names):
             if name != "out":
-                self.kept[position] = _keep(_operand(op, inputs, name))
+                operand = _operand(op, inputs, name)
+                if overwritten:  # in place: the values from before the write are kept as a copy
+                    operand = _apart(operand, overwritten)
+                self.kept[position] = _keep(operand)
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -106,11 +131,12 @@ class OpNode(Node):
             assert self.kept is not None
             unkept = len(self.outputs) if self.op.extras else 0
             self.kept[self.names.index("out")] = [
-                None if i < unkept else Saved(t.alias()) for i, t in enumerate(outputs)
+                None if i < unkept else save(t.alias()) for i, t in enumerate(outputs)
             ]
 
     def release(self) -> None:
-        self.kept = None
+        if self.kept:  # what keeps nothing can be gone through again
+            self.kept = None
 
     def _known(self, attach: bool) -> dict[str, Any]:
         if self.kept is None:
@@ -139,24 +165,29 @@ class OpNode(Node):
             return tensors[0] if len(tensors) == 1 else tensors
         return kept
 
-    def apply(self, grads: Sequence[Any], differentiable: bool) -> Sequence[Any]:
+    def apply(
+        self, grads: Sequence[Any], differentiable: bool, wanted: Sequence[bool] | None = None
+    ) -> Sequence[Any]:
         op = self.op
         known = self._known(differentiable)
+        needs = self.needs
+        if wanted is not None:
+            needs = tuple([a and b for a, b in zip(needs, wanted, strict=True)])
         if isinstance(op, Elementwise) and not differentiable:
-            made = op.backward(self.needs, self.types)(
-                grads[0], *(known[n] for n in op.backward_names(self.needs)), **self.attributes
+            made = op.backward(needs, self.types)(
+                grads[0], *(known[n] for n in op.backward_names(needs)), **self.attributes
             )
             results = iter(made if isinstance(made, tuple) else (made,))
-            return [next(results) if need else None for need in self.needs]
+            return [next(results) if need else None for need in needs]
         known["g"] = grads[0] if len(grads) == 1 else tuple(grads)
-        known["needs"] = self.needs
+        known["needs"] = needs
         known.update(self.attributes)
         if op.joint is not None:
             gradients: Sequence[Any] = op.joint.function(*self._arguments(op.joint, known))
             return gradients
         return [
             f.function(*self._arguments(f, known)) if need and f is not None else None
-            for f, need in zip(op.formulas, self.needs, strict=True)
+            for f, need in zip(op.formulas, needs, strict=True)
         ]
 
     def _arguments(self, formula: Formula, known: dict[str, Any]) -> list[Any]:
@@ -175,10 +206,18 @@ def _operand(op: Op, operands: Sequence[Any], name: str) -> Any:
     return operands[op.inputs.index(name)]
 
 
+def _apart(operand: Any, overwritten: Sequence[Any]) -> Any:
+    if isinstance(operand, list):
+        return [_apart(o, overwritten) for o in operand]
+    if hasattr(operand, "storage") and any(t.storage is operand.storage for t in overwritten):
+        return operand.clone()
+    return operand
+
+
 def _keep(operand: Any) -> Any:
     if isinstance(operand, list):
         return [_keep(o) for o in operand]
-    return Saved(operand) if hasattr(operand, "storage") else operand
+    return save(operand) if hasattr(operand, "storage") else operand
 
 
 _saved_names: dict[tuple[Op, tuple[bool, ...]], tuple[str, ...]] = {}
@@ -197,11 +236,15 @@ def saved_names(op: Op, needs: tuple[bool, ...]) -> tuple[str, ...]:
     return found
 
 
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
 def _user_line() -> str:
     """The innermost stack line outside FLAME."""
-    import traceback
+    import linecache
 
-    for frame in reversed(traceback.extract_stack()):
-        if "/flame/" not in frame.filename.replace("\\", "/"):
-            return f"{frame.filename}:{frame.lineno}: {frame.line}"
-    return "unknown line"
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    name, number = frame.f_code.co_filename, frame.f_lineno
+    return f"{name}:{number}: {linecache.getline(name, number).strip()}"

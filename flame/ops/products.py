@@ -522,3 +522,9 @@ def tensordot(a: Tensor, b: Tensor, dims: Any = 2) -> Tensor:
     left = reshape(permute(a, (*free_a, *first)), (math.prod(left_shape), count))
     right = reshape(permute(b, (*second, *free_b)), (count, math.prod(right_shape)))
     return reshape(matmul(left, right), (*left_shape, *right_shape))
+
+
+OPERATORS: Final[dict[str, Any]] = {
+    "__matmul__": matmul,
+    "__rmatmul__": lambda self, other: matmul(other, self),
+}

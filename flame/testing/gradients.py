@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from flame.autograd import engine
+from flame.autograd.mode import no_grad
 from flame.core import dtypes
 from flame.ops.op import Op, Sample
 from flame.tensor import Tensor, from_array
@@ -146,7 +147,7 @@ def _floats(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _values(function: Function, inputs: Sequence[Tensor], points: Sequence[Array]) -> list[Array]:
-    with engine.no_grad():
+    with no_grad():
         return [o.numpy().copy() for o in _floats(function([from_array(p.copy()) for p in points]))]
 
 
