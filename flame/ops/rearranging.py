@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flame.core.dtypes import DType
-from flame.core.errors import ArgumentError, DTypeError, ShapeError
+from flame.core.errors import ArgumentError, DTypeError, IndexRangeError, ShapeError
 from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering
@@ -121,6 +121,8 @@ def roll(input: Tensor, shifts: Any, dims: Any = None) -> Tensor:
     where = (dims,) if isinstance(dims, int) else tuple(dims)
     if len(moves) != len(where):
         raise ArgumentError(f"roll: {len(moves)} shifts for {len(where)} dims")
+    if not input.ndim:
+        raise IndexRangeError("roll: a 0-d tensor has no dimension to roll along")
     made = input
     for shift, d in zip(moves, where, strict=True):
         made = _rolled(made, shift, wrap_dim("roll", d, input.ndim))

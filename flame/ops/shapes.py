@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flame.core.dtypes import DType
-from flame.core.errors import IndexRangeError, ShapeError, UnsupportedError
+from flame.core.errors import DTypeError, IndexRangeError, ShapeError, UnsupportedError
 from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
 from flame.ops.creation import shape_of
 from flame.ops.loops import by_stride
@@ -373,6 +373,8 @@ def narrow(input: Tensor, dim: int, start: int, length: int) -> Tensor:
     """``length`` entries of a dimension from ``start``, as a view."""
     if not input.ndim:
         raise ShapeError("narrow: a 0-d tensor has no dimension to narrow")
+    if getattr(start, "dtype", None) is not None and start.dtype.kind not in "iu":
+        raise DTypeError(f"narrow: start must be an integer, got a {start.dtype.name} tensor")
     dim, start = wrap_dim("narrow", dim, input.ndim), start.__index__()
     size = input.shape[dim]
     start = start + size if start < 0 else start
