@@ -12,7 +12,7 @@ from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, ShapeError
 from flame.core.types import Shape, TensorType, like_strides, tensor_type
 from flame.kernel.builder import KernelBuilder, Lowering
-from flame.kernel.values import Value, cast
+from flame.kernel.values import Value, cast, select
 from flame.ops.elementwise import compute_dtype, nest_of, walk
 from flame.ops.op import NOT_DIFFERENTIABLE, Op, Sample, Types
 
@@ -235,36 +235,85 @@ def arange(
 
     if end is None:
         start, end = 0, start
+    start, end, step = (_number("arange", v) for v in (start, end, step))
     if step == 0 or not all(math.isfinite(v) for v in (start, end, step)):
         raise ArgumentError(f"arange: step must not be 0 and all finite, got {start, end, step}")
     if (end - start) * step < 0:
         raise ArgumentError(f"arange: from {start} to {end} is not reached in steps of {step}")
-    numbers = (start, end, step)
-    whole = all(isinstance(v, int) for v in numbers)
+    whole = all(isinstance(v, int) for v in (start, end, step))
     dtype = dtype or (dtypes.int64 if whole else dtypes.get_default_dtype())
+    if dtype.kind in "iu":  # integers count in whole steps, as in PyTorch
+        start, end, step, whole = int(start), int(end), int(step), True
+        if step == 0:
+            raise ArgumentError("arange: the step is 0 as an integer; give a floating dtype")
     count = max(0, -((start - end) // step)) if whole else math.ceil((end - start) / step)
     kind = int if whole else float
     made = _arange(kind(start), kind(step), count=count, dtype=dtype, device=check_device(device))
     return _finish(made, requires_grad)
 
 
+def _number(name: str, value: Any) -> Any:
+    """A Python number, out of a 0-d tensor or a NumPy number too."""
+    if isinstance(value, (int, float)):
+        return value
+    if not hasattr(value, "item"):
+        raise ArgumentError(f"{name} takes numbers, got {type(value).__name__}")
+    return value.item()
+
+
+def _lower_linspace(types: Types, outputs: tuple[TensorType, ...], **attributes: Any) -> Lowering:
+    def value(numbers: list[Value], position: Value) -> Value:
+        start, end, step, last = (cast(n, dtypes.float64) for n in numbers)
+        place = cast(position, dtypes.float64)
+        up, down = start + place * step, end - (last - place) * step
+        return select(place + place < last + 1.0, up, down)
+
+    return _fill("linspace", types, outputs, value)
+
+
+def _linspace_reference(
+    start: Any, end: Any, step: Any, last: Any, *, count: int, dtype: DType, **_: Any
+) -> Any:
+    place = np.arange(count)
+    return np.where(2 * place < last + 1, start + place * step, end - (last - place) * step).astype(
+        dtype.numpy
+    )
+
+
+_linspace = Op(
+    "linspace",
+    inputs=("start", "end", "step", "last"),
+    infer=_infer_arange,
+    lower=_lower_linspace,
+    vjp=NOT_DIFFERENTIABLE,
+    reference=_linspace_reference,
+    samples=[
+        Sample((0.0, 1.0, 0.25, 4), {"count": 5, "dtype": dtypes.float32}),
+        Sample((3.0, 3.0, 0.0, 0), {"count": 1, "dtype": dtypes.float64}),
+    ],
+)
+
+
 def linspace(
-    start: float,
-    end: float,
+    start: Any,
+    end: Any,
     steps: int,
     *,
     dtype: DType | None = None,
     device: Any = None,
     requires_grad: bool = False,
 ) -> Tensor:
-    """``steps`` numbers from start to end, both included."""
+    """``steps`` numbers from start to end, both included; exact at both ends."""
     from flame.tensor import check_device
 
     if steps < 0:
         raise ArgumentError(f"linspace: steps must not be negative, got {steps}")
     dtype = dtype or dtypes.get_default_dtype()
+    kind = int if dtype.kind in "iu" else float
+    start, end = (float(kind(_number("linspace", v))) for v in (start, end))
     step = (end - start) / (steps - 1) if steps > 1 else 0.0
-    made = _arange(float(start), step, count=steps, dtype=dtype, device=check_device(device))
+    device = check_device(device)
+    made = _linspace(start, end, step, max(steps - 1, 0), count=steps, dtype=dtype, device=device)
     return _finish(made, requires_grad)
 
 

@@ -22,7 +22,7 @@ from flame.ops.arithmetic import add, mul
 from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import broadcast_shapes, broadcast_strides
 from flame.ops.op import Arg, Op, Sample, Types
-from flame.ops.reductions import sum_to
+from flame.ops.reductions import sum, sum_to
 from flame.ops.shapes import expand, reshape, transpose, unsqueeze
 from flame.runtime.cpu import get_num_threads
 
@@ -340,6 +340,9 @@ def outer(input: Tensor, vec2: Tensor) -> Tensor:
 
 
 def _scaled_sum(input: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
+    if product.dtype.kind != "f":  # integers take whole factors, as in PyTorch
+        kind = bool if product.dtype.kind == "b" else int
+        beta, alpha = kind(beta), kind(alpha)
     if alpha != 1:
         product = mul(product, alpha)
     if beta == 0:
@@ -384,8 +387,6 @@ def addbmm(
     input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
     """beta * input + alpha * the sum over the batch of batch1 @ batch2."""
-    from flame.ops.reductions import sum
-
     product = sum(bmm(batch1, batch2), 0)
     _fits("addbmm", input, product)
     return _scaled_sum(input, product, beta, alpha)
@@ -513,6 +514,7 @@ def tensordot(a: Tensor, b: Tensor, dims: Any = 2) -> Tensor:
         dims = (list(range(a.ndim - dims, a.ndim)), list(range(dims)))
     first = wrap_dims("tensordot", tuple(dims[0]), a.ndim)
     second = wrap_dims("tensordot", tuple(dims[1]), b.ndim)
+    a, b = _without_repeats(a, b, first, second)
     if [a.shape[d] for d in first] != [b.shape[d] for d in second]:
         raise ShapeError(f"tensordot: dimensions {dims} of {a.shape} and {b.shape} differ in size")
     free_a = [d for d in range(a.ndim) if d not in first]
@@ -526,5 +528,24 @@ def tensordot(a: Tensor, b: Tensor, dims: Any = 2) -> Tensor:
 
 OPERATORS: Final[dict[str, Any]] = {
     "__matmul__": matmul,
+    "__rmatmul__": lambda self, other: matmul(other, self),
+}
+
+
+def _without_repeats(
+    a: Tensor, b: Tensor, first: Sequence[int], second: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Where one tensor has size 1 in a pair of dimensions, the other one is summed over its own."""
+    pairs = list(zip(first, second, strict=False))
+    over_a = [d for d, e in pairs if b.shape[e] == 1 and a.shape[d] != 1]
+    over_b = [e for d, e in pairs if a.shape[d] == 1 and b.shape[e] != 1]
+    return (
+        sum(a, over_a, keepdim=True) if over_a else a,
+        sum(b, over_b, keepdim=True) if over_b else b,
+    )
+
+
+OPERATORS: Final = {
+    "__matmul__": lambda self, other: matmul(self, other),
     "__rmatmul__": lambda self, other: matmul(other, self),
 }
