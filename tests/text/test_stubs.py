@@ -20,6 +20,7 @@ STUB = Path(flame.__file__).parent / "methods.pyi"
 
 HEAD = '''"""The methods that `flame.api` attaches to Tensor. Generated: pytest tests/text --update."""
 
+import builtins
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,7 +39,10 @@ def annotation_of(text: Any, default: str) -> str:
     """An annotation by its text, or Any where it names something that the stub does not import."""
     if not isinstance(text, str):
         return default
-    return text if set(re.findall(r"[A-Za-z_]\w*", text)) <= KNOWN else default
+    if not set(re.findall(r"[A-Za-z_]\w*", text)) <= KNOWN:
+        return default
+    # inside the class, these names are methods
+    return re.sub(r"\b(int|float|bool)\b", r"builtins.\1", text)
 
 
 def signature_of(name: str, function: Callable[..., Any]) -> str:
