@@ -43,14 +43,18 @@ def reduced(loss: Tensor, reduction: str) -> Tensor:
     return sum_of(loss) if reduction == "sum" else loss
 
 
-def _weighted(name: str, loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """As `reduced`, with a weight for each element; the mean is divided by the weights' sum."""
+def _weighted(
+    name: str, loss: Tensor, weight: Tensor | None, reduction: str, *, by_weight: bool = True
+) -> Tensor:
+    """As `reduced`, with a weight for each element; the mean is divided by the weights' sum, or,
+    as PyTorch has it for the Huber loss, by their number.
+    """
     if weight is None:
         return reduced(loss, reduction)
     if weight.shape != loss.shape:
         raise ShapeError(f"{name}: weight has shape {weight.shape}, the input {loss.shape}")
     loss = mul(loss, weight)
-    if reduction == "mean":
+    if reduction == "mean" and by_weight:
         return true_divide(sum_of(loss), sum_of(weight))
     return reduced(loss, reduction)
 
@@ -192,7 +196,8 @@ def huber_loss(
     reduction = reduction_of("huber_loss", reduction)
     if delta <= 0:
         raise ArgumentError(f"huber_loss: delta must be positive, got {delta}")
-    return _weighted("huber_loss", parts.huber(input, target, float(delta)), weight, reduction)
+    loss = parts.huber(input, target, float(delta))
+    return _weighted("huber_loss", loss, weight, reduction, by_weight=False)
 
 
 # --- probabilities --------------------------------------------------------------------------------
