@@ -5,7 +5,7 @@ from __future__ import annotations
 from flame.core.errors import ShapeError
 from flame.tensor import Tensor
 
-__all__ = ["bilinear", "glu", "pixel_unshuffle"]
+__all__ = ["bilinear", "glu"]
 
 
 def glu(input: Tensor, dim: int = -1) -> Tensor:
@@ -35,19 +35,3 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
     products = products.reshape(*input1.shape[:-1], outputs, size2)
     result: Tensor = (products * input2.unsqueeze(-2)).sum(dim=-1)
     return result if bias is None else result + bias
-
-
-def pixel_unshuffle(input: Tensor, downscale_factor: int) -> Tensor:
-    """(..., C, H·r, W·r) -> (..., C·r², H, W) with r = `downscale_factor`: pixel_shuffle undone."""
-    factor = downscale_factor
-    if input.ndim < 3 or input.shape[-2] % factor or input.shape[-1] % factor:
-        raise ShapeError(
-            f"pixel_unshuffle: takes (..., C, H, W) with H and W divisible by {factor}, "
-            f"got {tuple(input.shape)}"
-        )
-    *batch, channels, height, width = input.shape
-    rows, columns = height // factor, width // factor
-    split = input.reshape(-1, channels, rows, factor, columns, factor)
-    moved = split.permute(0, 1, 3, 5, 2, 4)
-    result: Tensor = moved.reshape(*batch, channels * factor * factor, rows, columns)
-    return result

@@ -136,7 +136,7 @@ def _inverse_erf(y: Tensor) -> Tensor:
     y = y.clamp(-nearest, nearest)
     w = -flame.log1p(-y * y)
     centre, tail = _polynomial(_CENTRE, w - 2.5), _polynomial(_TAIL, w.sqrt() - 3.0)
-    x = y * flame.where(w < 5.0, centre, tail)
+    x: Tensor = y * flame.where(w < 5.0, centre, tail)
     for _ in range(2):
         x = x - (flame.erf(x) - y) * (0.5 * math.sqrt(math.pi)) * flame.exp(x * x)
     return x

@@ -238,3 +238,24 @@ def test_a_long_sequence_costs_linear_time() -> None:
     x = flame.randn(2000, 1, 3, requires_grad=True)
     layer(x)[0].sum().backward()
     assert x.grad.shape == (2000, 1, 3)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "MultiheadAttention"])
+def test_gradients_of_gradients(name: str, random: Any) -> None:
+    """A gradient penalty: the pieces of gates and projections can be differentiated twice."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    theirs = getattr(torch.nn, name)(4, 2).double()
+    ours = getattr(nn, name)(4, 2).double()
+    ours.load_state_dict({key: value.numpy() for key, value in theirs.state_dict().items()})
+    x = random.standard_normal((3, 2, 4))
+    found = []
+    for lib, layer in ((flame, ours), (torch, theirs)):
+        given = lib.from_numpy(x).requires_grad_()
+        output = layer(given, given, given)[0] if "Attention" in name else layer(given)[0]
+        (slope,) = lib.autograd.grad((output**2).sum(), [given], create_graph=True)
+        (slope**2).sum().backward()
+        found.append([p.grad.numpy() for p in layer.parameters() if p.grad is not None])
+    assert len(found[0]) == len(found[1])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, 1e-8, 1e-10)

@@ -108,7 +108,7 @@ def test_assign_takes_the_given_tensors() -> None:
     target = net()
     target[0].weight.requires_grad_(False)
     state = {
-        name: value.double() if value.is_floating_point() else value
+        name: value.to(flame.float64) if value.is_floating_point() else value
         for name, value in net().state_dict().items()
     }
     target.load_state_dict(state, assign=True)
