@@ -462,18 +462,30 @@ def _product_gradients(
     g: Any, x: Any, source: Any, read: Any, spread: Any, product: Any, indices: Any,
     axes: tuple[int, ...], wrap: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """Each factor's gradient is g times the product of the others: the product of those that are not
-    zero over the factor, if no other factor is zero."""
+    """The gradient of a factor is g times the product of the others.
+
+    The product of the factors that are not zero, over the factor, is right where none is zero. A zero
+    among the others makes it zero; that zero stands in the formula by its value, so that the second
+    derivative is right too.
+    """
     zero_x, zero_source = (x == 0).to(g.dtype), (source == 0).to(g.dtype)
-    zeros = spread(zero_source, zero_x)
-    whole_x, whole_source = x + zero_x, source + zero_source  # zeros replaced by ones
+    whole_x, whole_source = x.masked_fill(x == 0, 1), source.masked_fill(source == 0, 1)
     rest = product(
         whole_x, whole_source, *indices, axes=axes, shape=x.shape, combine="mul", wrap=wrap
     )
+    count, vanishing = spread(zero_source, zero_x), spread(source * zero_source, x * zero_x)
+    none, one, two = ((count == n).to(g.dtype) for n in (0, 1, 2))
+
+    def gradient(weight: Any, value: Any, whole: Any, zero: Any, at: Any) -> Any:
+        beside = (1 - zero) * (at(none) + at(one) * at(vanishing))
+        instead = zero * (at(one) + at(two) * (at(vanishing) - value))
+        return weight / whole * (beside + instead)
+
     weight = g * rest
-    to_x = weight / whole_x * (zeros == zero_x).to(g.dtype)
-    to_source = read(weight) / whole_source * (read(zeros) == zero_source).to(g.dtype)
-    return to_x, to_source
+    return (
+        gradient(weight, x, whole_x, zero_x, lambda t: t),
+        gradient(read(weight), source, whole_source, zero_source, read),
+    )
 
 
 combine_at = Op(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
@@ -103,7 +104,7 @@ place = Op(
 # --- cat --------------------------------------------------------------------------------------------
 
 
-def _infer_cat(types: Types, *, dim: int) -> TensorType:
+def _infer_cat(types: Types, *, dim: int, dtype: DType | None = None) -> TensorType:
     first = types[0]
     assert isinstance(first, TensorType)
     total = 0
@@ -117,10 +118,12 @@ def _infer_cat(types: Types, *, dim: int) -> TensorType:
             )
         total += t.shape[dim]
     shape = (*first.shape[:dim], total, *first.shape[dim + 1 :])
-    return tensor_type(common_dtype(types), shape, None, first.device)
+    return tensor_type(dtype or common_dtype(types), shape, None, first.device)
 
 
-def _lower_cat(types: Types, outputs: tuple[TensorType, ...], *, dim: int) -> Lowering:
+def _lower_cat(
+    types: Types, outputs: tuple[TensorType, ...], *, dim: int, dtype: DType | None = None
+) -> Lowering:
     (out,) = outputs
     kernels = []
     start = 0
@@ -152,7 +155,7 @@ def _cat_vjp(g: Any, tensors_type: Any, dim: int, needs: Any) -> Any:
 
 _cat = Op(
     "cat", inputs=("*tensors",), infer=_infer_cat, lower=_lower_cat, vjp=Joint(_cat_vjp),
-    reference=lambda *tensors, dim: np.concatenate(tensors, dim),
+    reference=lambda *tensors, dim, dtype=None: np.concatenate(tensors, dim),
     samples=[Sample((Arg((2, 3)), Arg((4, 3))), {"dim": 0}),
              Sample((Arg((2, 3)), Arg((2, 0)), Arg((2, 2))), {"dim": 1}),
              Sample((Arg((5,)),), {"dim": 0}),
@@ -187,7 +190,11 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     ranks = {t.ndim for t in whole}
     if len(ranks) > 1:
         raise ShapeError(f"cat: tensors of {sorted(ranks)} dimensions cannot be joined")
-    result: Tensor = _cat(*whole, dim=dim)
+    result: Tensor
+    if len(whole) < len(found):  # their dtypes count all the same
+        result = _cat(*whole, dim=dim, dtype=common_dtype(tuple(t.type for t in found)))
+    else:
+        result = _cat(*whole, dim=dim)
     return result
 
 

@@ -8,7 +8,14 @@ from flame.core.errors import ArgumentError, ShapeError
 from flame.kernel.program import identity
 from flame.ops.creation import full
 from flame.ops.indexing import (
-    along, check_index, coordinates, filled, fitting_index, same_dtype, with_dim, write,
+    along,
+    check_index,
+    coordinates,
+    filled,
+    fitting_index,
+    same_dtype,
+    with_dim,
+    write,
 )  # fmt: skip
 from flame.ops.shapes import expand, narrow, reshape, wrap_dim
 

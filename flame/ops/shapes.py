@@ -19,8 +19,27 @@ from flame.ops.views import ViewOp
 if TYPE_CHECKING:
     from flame.tensor import Tensor
 
-__all__ = ["broadcast_to", "expand", "narrow", "permute", "reshape", "squeeze", "transpose", "unsqueeze"]
-METHODS = ("expand", "broadcast_to", "permute", "transpose", "view", "reshape", "narrow", "squeeze", "unsqueeze")
+__all__ = [
+    "broadcast_to",
+    "expand",
+    "narrow",
+    "permute",
+    "reshape",
+    "squeeze",
+    "transpose",
+    "unsqueeze",
+]
+METHODS = (
+    "expand",
+    "broadcast_to",
+    "permute",
+    "transpose",
+    "view",
+    "reshape",
+    "narrow",
+    "squeeze",
+    "unsqueeze",
+)
 
 
 def wrap_dim(name: str, dim: Any, rank: int) -> int:

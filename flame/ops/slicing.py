@@ -15,7 +15,15 @@ from flame.ops.creation import shape_of
 from flame.ops.loops import broadcast_shapes as common_shape
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Sample, Types
 from flame.ops.shapes import (
-    apart, as_strided_backward, expand, permute, reshape, slice_dim, transpose, view, wrap_dim,
+    apart,
+    as_strided_backward,
+    expand,
+    permute,
+    reshape,
+    slice_dim,
+    transpose,
+    view,
+    wrap_dim,
     wrap_dims,
 )  # fmt: skip
 from flame.ops.views import ViewOp

@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import database
+
 import flame
 from flame.core.errors import FlameError
 

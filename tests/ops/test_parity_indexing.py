@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flame
 import numpy as np
 import pytest
 import torch
+
+import flame
 from flame.core.errors import FlameError, IndexRangeError
 from flame.ops.embedding import embedding
 
@@ -19,14 +20,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import database
 from entries import cases, check_errors, check_first, check_second
 
-NAMES = """
-__getitem__ argsort argwhere bucketize count_nonzero gather index_add index_copy index_fill index_put
-index_reduce index_select isin masked_fill masked_scatter masked_select median msort nanmedian
-nn.functional.embedding nn.functional.one_hot nonzero nonzero_static put scatter scatter_add
-scatter_reduce searchsorted sort take take_along_dim unique unique_consecutive unravel_index
-""".split()
+NAMES = ["__getitem__", "argsort", "argwhere", "bucketize", "count_nonzero", "gather", "index_add", "index_copy", "index_fill", "index_put", "index_reduce", "index_select", "isin", "masked_fill", "masked_scatter", "masked_select", "median", "msort", "nanmedian", "nn.functional.embedding", "nn.functional.one_hot", "nonzero", "nonzero_static", "put", "scatter", "scatter_add", "scatter_reduce", "searchsorted", "sort", "take", "take_along_dim", "unique", "unique_consecutive", "unravel_index"]
 TIES = ["topk", "kthvalue", "mode"]  # which of equal elements is named is left open
 CASES = cases(NAMES)
+NO_GRADIENT = {"nn.functional.one_hot"}
+pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's deprecations
 
 
 def _function(entry: Any) -> Callable[..., Any] | None:
@@ -42,7 +40,8 @@ def test_equals_pytorch(entry: Any) -> None:
 
 @pytest.mark.parametrize("entry", [c for c in CASES if c.values[0].supports_gradgrad])
 def test_second_derivatives(entry: Any) -> None:
-    check_second(entry, _function(entry))
+    if entry.name not in NO_GRADIENT:
+        check_second(entry, _function(entry))
 
 
 @pytest.mark.parametrize("entry", [c for c in CASES if c.values[0].error_inputs_func])
@@ -115,8 +114,10 @@ def test_subscripts(index: Any) -> None:
     ours.grad = theirs.grad = v.grad = w.grad = None
     (a * a).sum().backward()
     (b * b).sum().backward()
-    np.testing.assert_allclose(ours.grad.numpy(), theirs.grad.numpy(), rtol=1e-6)
-    np.testing.assert_allclose(v.grad.numpy(), w.grad.numpy(), rtol=1e-6)
+    for x, y in ((ours, theirs), (v, w)):  # no gradient and a gradient of zeros are one
+        found = np.zeros(x.shape) if x.grad is None else x.grad.numpy()
+        expected = np.zeros(x.shape) if y.grad is None else y.grad.numpy()
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
     with flame.no_grad(), torch.no_grad():
         a[our_index] = 3
         b[their_index] = 3
