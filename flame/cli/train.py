@@ -38,6 +38,7 @@ def train(
         console.print(
             f"Going on with {resume} after step {run.trainer.step}, with its own settings"
         )
+        _compare(console, run)
     _introduce(console, run)
     if not run.trainer.fit():
         console.print(
@@ -47,6 +48,20 @@ def train(
         return INTERRUPTED
     _conclude(console, run)
     return 0
+
+
+def _compare(console: Console, run: Run) -> None:
+    """Says where a resumed run need not end bitwise as if it had never been interrupted."""
+    import flame
+
+    config = run.folder.config()
+    for name, now in (("flame", flame.__version__), ("threads", flame.get_num_threads())):
+        before = config.get(name)
+        if before != now:
+            console.print(
+                f"note: the run began with {name} {before} and goes on with {name} {now}, "
+                "so its numbers may differ in their last bits"
+            )
 
 
 def _introduce(console: Console, run: Run) -> None:

@@ -46,6 +46,7 @@ def start(
     config = {
         "recipe": recipe.name,
         "flame": flame.__version__,
+        "threads": flame.get_num_threads(),
         "classes": list(task.classes),
         "settings": settings.to_config(),
     }

@@ -254,3 +254,16 @@ def test_importing_flame_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_resuming_with_other_threads_is_told(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ("train", "fashion-cnn", "--epochs", "2", *SMALL[2:], "--run-dir", run)
+    assert flame(*words, FLAME_NUM_THREADS="2").returncode == 0
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["epochs"] = 3  # as if the run had not come to its end
+    (run / "config.json").write_text(json.dumps(config))
+    resumed = ("train", "fashion-cnn", "--resume", run)
+    done = flame(*resumed, FLAME_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert "began with threads 2 and goes on with threads 1" in done.stdout
