@@ -313,7 +313,7 @@ class _Renderer:
             neutral = values.const(identity(ways[r], r.dtype), r.dtype)
             self._set(r, instructions.constant(neutral, lanes), lanes)
         self.lanes, self.vector_var = lanes, loop.var
-        whole = self.emit(f"and i64 {extent}, {-lanes}")
+        whole = self._whole_vectors(extent, lanes)
         constant = int(values.number_of(loop.extent)) if values.is_const(loop.extent) else None
         if constant is None or constant >= lanes:
             self._full_vectors(loop, whole)
@@ -325,6 +325,13 @@ class _Renderer:
             whole_vector = self.registers[r][0]
             total = instructions.reduce_vector(self, ways[r], r.dtype, whole_vector, lanes)
             self._set(r, self.combine(ways[r], r.dtype, outer[r][0], total, 1), 1)
+
+    def _whole_vectors(self, extent: str, lanes: int) -> str:
+        """The elements of ``extent`` that fill whole vectors."""
+        if not lanes & (lanes - 1):
+            return self.emit(f"and i64 {extent}, {-lanes}")
+        rest = self.emit(f"urem i64 {extent}, {lanes}")
+        return self.emit(f"sub i64 {extent}, {rest}")
 
     def _lanes(self, loop: Loop) -> int:
         widest = max((v.bits for v in _computed_dtypes(loop.body)), default=32)
