@@ -21,7 +21,8 @@ from flame.kernel.builder import KernelBuilder, Operand, Role
 from flame.kernel.values import Value
 from flame.ops.loops import Nest, by_stride, coalesce
 
-COLUMNS: Final = 64  # rows side by side that one step of a parallel loop takes
+COLUMNS: Final = 64  # rows side by side that one step of a parallel loop takes, at most
+BLOCKS: Final = 8  # steps that are enough to keep the threads busy
 
 Index = tuple[Value, ...]
 
@@ -60,13 +61,21 @@ def rows_of(sizes: Shape, row_dims: Sequence[int], strides: Sequence[Shape]) -> 
     return Rows(kept, row, columns)
 
 
+def _block_width(kept: Shape) -> int:
+    """How many rows side by side one step takes: fewer where there would be few steps."""
+    width = COLUMNS
+    while width > 16 and math.prod(kept[:-1]) * -(-kept[-1] // width) < BLOCKS:
+        width //= 2
+    return width
+
+
 class RowLoops:
     """Writes the loops over `Rows` into a kernel."""
 
     def __init__(self, k: KernelBuilder, rows: Rows) -> None:
         self.k, self.rows = k, rows
-        side = rows.kept if rows.columns else rows.row
-        self.unroll = unroll_for(side.sizes[-1] if side.sizes else 1)
+        self.width = _block_width(rows.kept.sizes) if rows.columns else 0
+        self.unroll = unroll_for(self.width or (rows.row.sizes[-1] if rows.row.sizes else 1))
         self.sizes = [k.size(n) for n in rows.row.sizes]
 
     @contextmanager
@@ -78,10 +87,11 @@ class RowLoops:
             with k.parallel(*kept, work=work) as counters:
                 yield counters if kept else ()
             return
-        blocks = -(-kept[-1] // COLUMNS)
-        with k.parallel(*kept[:-1], blocks, work=work * COLUMNS) as (*outer, block):
-            start = block * COLUMNS
-            extent = values.binary("min", k.size(kept[-1]) - start, values.const(COLUMNS))
+        width = self.width
+        blocks = -(-kept[-1] // width)
+        with k.parallel(*kept[:-1], blocks, work=work * width) as (*outer, block):
+            start = block * width
+            extent = values.binary("min", k.size(kept[-1]) - start, values.const(width))
             with k.vector(extent, self.unroll) as lane:
                 yield (*outer, start + lane)
 

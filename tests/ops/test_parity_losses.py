@@ -22,14 +22,27 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of PyTorch's own samples
 ]
 
-NAMES = """nn.functional.cross_entropy nn.functional.nll_loss nn.functional.mse_loss
-    nn.functional.l1_loss nn.functional.smooth_l1_loss nn.functional.huber_loss
-    nn.functional.binary_cross_entropy nn.functional.binary_cross_entropy_with_logits
-    nn.functional.kl_div nn.functional.gaussian_nll_loss nn.functional.poisson_nll_loss
-    nn.functional.cosine_similarity nn.functional.cosine_embedding_loss
-    nn.functional.margin_ranking_loss nn.functional.hinge_embedding_loss
-    nn.functional.soft_margin_loss nn.functional.multilabel_soft_margin_loss
-    nn.functional.pairwise_distance nn.functional.triplet_margin_loss""".split()
+NAMES = [
+    "nn.functional.cross_entropy",
+    "nn.functional.nll_loss",
+    "nn.functional.mse_loss",
+    "nn.functional.l1_loss",
+    "nn.functional.smooth_l1_loss",
+    "nn.functional.huber_loss",
+    "nn.functional.binary_cross_entropy",
+    "nn.functional.binary_cross_entropy_with_logits",
+    "nn.functional.kl_div",
+    "nn.functional.gaussian_nll_loss",
+    "nn.functional.poisson_nll_loss",
+    "nn.functional.cosine_similarity",
+    "nn.functional.cosine_embedding_loss",
+    "nn.functional.margin_ranking_loss",
+    "nn.functional.hinge_embedding_loss",
+    "nn.functional.soft_margin_loss",
+    "nn.functional.multilabel_soft_margin_loss",
+    "nn.functional.pairwise_distance",
+    "nn.functional.triplet_margin_loss",
+]
 ENTRIES = [e for e in op_db if e.name in NAMES]
 
 

@@ -21,9 +21,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of PyTorch's own samples
 ]
 
-NAMES = """softmax log_softmax nn.functional.softmin nn.functional.layer_norm
-    nn.functional.rms_norm nn.functional.group_norm nn.functional.batch_norm
-    nn.functional.instance_norm nn.functional.normalize""".split()
+NAMES = [
+    "softmax",
+    "log_softmax",
+    "nn.functional.softmin",
+    "nn.functional.layer_norm",
+    "nn.functional.rms_norm",
+    "nn.functional.group_norm",
+    "nn.functional.batch_norm",
+    "nn.functional.instance_norm",
+    "nn.functional.normalize",
+]
 ENTRIES = [e for e in op_db if e.name in NAMES]
 
 
