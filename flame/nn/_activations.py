@@ -21,6 +21,7 @@ __all__ = [
     "GELU",
     "GLU",
     "Hardtanh",
+    "InPlaceActivation",
     "LeakyReLU",
     "LogSigmoid",
     "LogSoftmax",
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 
-class _InPlace(Module):
+class InPlaceActivation(Module):
     """An activation that may overwrite its input."""
 
     def __init__(self, inplace: bool = False) -> None:
@@ -51,35 +52,35 @@ def _join(*parts: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
-class ReLU(_InPlace):
+class ReLU(InPlaceActivation):
     """max(x, 0)."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.relu(input, self.inplace)
 
 
-class ReLU6(_InPlace):
+class ReLU6(InPlaceActivation):
     """min(max(x, 0), 6)."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.relu6(input, self.inplace)
 
 
-class SiLU(_InPlace):
+class SiLU(InPlaceActivation):
     """x · sigmoid(x). Source: Elfwing, Uchibe and Doya, 2017 (also known as Swish)."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.silu(input, self.inplace)
 
 
-class Mish(_InPlace):
+class Mish(InPlaceActivation):
     """x · tanh(softplus(x)). Source: Misra, "Mish", 2019."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.mish(input, self.inplace)
 
 
-class ELU(_InPlace):
+class ELU(InPlaceActivation):
     """x where x > 0, else alpha · (exp(x) - 1).
 
     Source: Clevert, Unterthiner and Hochreiter, 2015.
@@ -96,7 +97,7 @@ class ELU(_InPlace):
         return _join(f"alpha={self.alpha}", super().extra_repr())
 
 
-class LeakyReLU(_InPlace):
+class LeakyReLU(InPlaceActivation):
     """x where x > 0, else negative_slope · x. Source: Maas, Hannun and Ng, 2013."""
 
     def __init__(self, negative_slope: float = 0.01, inplace: bool = False) -> None:
@@ -110,7 +111,7 @@ class LeakyReLU(_InPlace):
         return _join(f"negative_slope={self.negative_slope}", super().extra_repr())
 
 
-class Hardtanh(_InPlace):
+class Hardtanh(InPlaceActivation):
     """x, but at least min_val and at most max_val."""
 
     def __init__(self, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> None:

@@ -31,6 +31,13 @@ ELEMENTWISE = [
     shapes_case("glu", lambda nn: nn.GLU(1), (3, 6)),
     shapes_case("softmax", lambda nn: nn.Softmax(dim=1), (3, 5, 2)),
     shapes_case("log_softmax", lambda nn: nn.LogSoftmax(dim=-1), (3, 5, 2)),
+    shapes_case("selu", lambda nn: nn.SELU(), (3, 5)),
+    shapes_case("celu", lambda nn: nn.CELU(0.5), (3, 5)),
+    shapes_case("hardswish", lambda nn: nn.Hardswish(), (3, 5)),
+    shapes_case("hardshrink", lambda nn: nn.Hardshrink(0.7), (3, 5)),
+    shapes_case("softshrink", lambda nn: nn.Softshrink(0.7), (3, 5)),
+    shapes_case("softsign", lambda nn: nn.Softsign(), (3, 5)),
+    shapes_case("tanhshrink", lambda nn: nn.Tanhshrink(), (3, 5)),
     shapes_case("prelu", lambda nn: nn.PReLU(), (3, 5)),
     shapes_case("prelu channels", lambda nn: nn.PReLU(5, init=0.1), (3, 5, 2)),
 ]
@@ -141,6 +148,10 @@ SPATIAL = [
     shapes_case("adaptive_avg_pool2d", lambda nn: nn.AdaptiveAvgPool2d((3, None)), (2, 3, 7, 5)),
     shapes_case("adaptive_max_pool1d", lambda nn: nn.AdaptiveMaxPool1d(4), (2, 3, 9)),
     shapes_case("adaptive_max_pool2d", lambda nn: nn.AdaptiveMaxPool2d((3, 2)), (2, 3, 7, 5)),
+    shapes_case("max_pool3d", lambda nn: nn.MaxPool3d(2, 1), (2, 2, 4, 3, 5)),
+    shapes_case("avg_pool3d", lambda nn: nn.AvgPool3d(2, padding=1), (2, 2, 4, 3, 5)),
+    shapes_case("adaptive_avg_pool3d", lambda nn: nn.AdaptiveAvgPool3d(2), (2, 2, 4, 3, 5)),
+    shapes_case("adaptive_max_pool3d", lambda nn: nn.AdaptiveMaxPool3d(2), (2, 2, 4, 3, 5)),
     shapes_case("upsample nearest", lambda nn: nn.Upsample(scale_factor=2), (2, 3, 4, 5)),
     shapes_case("upsample size", lambda nn: nn.Upsample(size=(7, 6)), (2, 3, 4, 5)),
     shapes_case(
@@ -179,6 +190,11 @@ def test_same_as_torch(
         for shape in shapes
     ]
     same_as_torch(build, inputs, dtype, **options)
+
+
+def test_hardsigmoid(same_as_torch: Any, random: Any) -> None:
+    # In float32 alone, as PyTorch's float64 has a sixth rounded to float32 in its gradient.
+    same_as_torch(lambda nn: nn.Hardsigmoid(), [3 * random.standard_normal((3, 5))], "float32")
 
 
 @pytest.mark.parametrize(("build", "shapes", "options"), NORMALIZATION)
