@@ -17,7 +17,7 @@ from flame.kernel.builder import KernelBuilder, Lowering, Operand
 from flame.kernel.values import Value, cast, const, select, unary
 from flame.ops import philox
 from flame.ops.elementwise import compute_dtype, walk
-from flame.ops.loops import by_stride, coalesce
+from flame.ops.loops import BLOCK, by_stride, coalesce
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types, Vjp
 
 __all__ = ["Draw", "bernoulli", "drop", "exponential", "integers", "normal", "trial", "uniform"]
@@ -26,7 +26,8 @@ __all__ = ["Draw", "bernoulli", "drop", "exponential", "integers", "normal", "tr
 class Draw(Op):
     """An op that makes each element from the block of its position; seed and offset come last.
 
-    value(words, operands, dtype): the element, in scalar instructions.
+    value(words, operands, dtype): the element, in scalar instructions. shared: four elements share
+        a block, and ``words`` are all the one that is the element's own.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class Draw(Op):
         vjp: Vjp = NOT_DIFFERENTIABLE,
         invalid: Callable[..., Value] | None = None,
         failure: Callable[..., FlameError] | None = None,
+        shared: bool = False,
     ) -> None:
-        self.value, self.invalid = value, invalid
+        self.value, self.invalid, self.shared = value, invalid, shared
         super().__init__(
             name, inputs=(*inputs, "seed", "offset"), infer=self._infer, lower=self._lower, vjp=vjp,
             reference=reference, samples=samples, failure=failure,
@@ -80,22 +82,54 @@ class Draw(Op):
         target = k.tensor("output", 0, tensor_type(out.dtype, nest.sizes, next(bound)))
         steps = [k.stride(s) for s in next(bound)]
         error = k.tensor("error", 0, tensor_type(dtypes.int64, (2,))) if self.invalid else None
+        *_, key, offset = operands
+        assert isinstance(key, Value)
+        assert isinstance(offset, Value)
+
+        def element(index: tuple[Value, ...], words: philox.Words, where: Value | None) -> None:
+            loaded = [
+                cast(o.load(*index, where=where), compute_dtype(o.dtype))
+                if isinstance(o, Operand) else o
+                for o in operands[:-2]
+            ]  # fmt: skip
+            made = self.value(words, loaded, out.dtype, **attributes)
+            k.store(target, index, cast(made, compute_dtype(out.dtype)), where=where)
+            if error is not None and self.invalid is not None:
+                k.store(error, (const(0),), const(1), where=self.invalid(*loaded))
 
         def body(index: tuple[Value, ...]) -> None:
-            loaded = [
-                cast(o[index], compute_dtype(o.dtype)) if isinstance(o, Operand) else o
-                for o in operands
-            ]
-            *rest, key, block = loaded
+            position = const(0)
             for i, step in zip(index, steps, strict=True):
-                block = block + i * step
-            made = self.value(philox.words(key, block), rest, out.dtype, **attributes)
-            k.store(target, index, cast(made, compute_dtype(out.dtype)))
-            if error is not None and self.invalid is not None:
-                k.store(error, (const(0),), const(1), where=self.invalid(*rest))
+                position = position + i * step
+            if self.shared:
+                word = philox.shared_word(key, offset, position)
+                element(index, (word,) * 4, None)
+            else:
+                element(index, philox.words(key, offset + position), None)
 
-        walk(k, nest, body, light=False)
+        if self.shared and len(nest.sizes) == 1 and nest.strides[-1] == (1,):
+            _by_groups(k, nest.sizes[0], key, offset, element)
+        else:
+            walk(k, nest, body, light=False)
         return k.finish()
+
+
+def _by_groups(
+    k: KernelBuilder, count: int, key: Value, offset: Value, element: Callable[..., None]
+) -> None:
+    """Each block is computed once, for its four elements; the last group is cut off by a mask."""
+    total = -(-count // philox.GROUP)
+    step = BLOCK // philox.GROUP
+    limit = k.size(count)
+    with k.parallel(-(-total // step), work=BLOCK) as (part,):
+        start = part * step
+        extent = values.binary("min", k.size(total) - start, const(step))
+        with k.loop(extent) as group, k.vector(philox.RUN) as lane:
+            first = (start + group) * philox.GROUP
+            words = philox.words(key, offset + (start + group) * philox.RUN + lane)
+            for number, word in enumerate(words):
+                index = first + number * philox.RUN + lane
+                element((index,), (word,) * 4, index < limit)
 
 
 def _kind(given: Any) -> type:
@@ -268,8 +302,12 @@ drop: Draw = Draw(
         None, None, None, None,
     ),
     reference=lambda x, p, scale, seed, offset: np.where(
-        _reference_unit(_reference_words(x.shape, seed, offset), dtypes.float32) >= np.float32(p),
+        (philox.reference_shared(seed, offset, x.size) >> 8).reshape(x.shape) * 2.0**-24
+        >= np.float32(p),
         x * scale, 0,
     ).astype(x.dtype),
-    samples=[Sample((Arg(s), 0.3, 1 / 0.7, 11, 5)) for s in ((5, 7), (), (0, 3), (2, 3, 19))],
+    samples=[
+        Sample((Arg(s), 0.3, 1 / 0.7, 11, 5)) for s in ((5, 7), (), (0, 3), (2, 3, 19), (300,))
+    ],
+    shared=True,
 )  # fmt: skip

@@ -12,6 +12,7 @@ from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.ops import draws
 from flame.ops.creation import ones
 from flame.ops.generator import default_generator
+from flame.ops.philox import shared_blocks
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -35,7 +36,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     if not training or p == 0:
         return input
     scale = 0.0 if p == 1 else 1.0 / (1.0 - p)
-    place = default_generator.reserve(input.type.numel)
+    place = default_generator.reserve(shared_blocks(input.type.numel))
     if inplace:
         draws.drop.into((input,), input, float(p), scale, *place)
         return input

@@ -5,6 +5,10 @@ Element i (in row-major order) of a draw takes the block of counter ``offset + i
 depends on seed, offset and position alone: not on layout, threads, device, or whether the step was
 compiled.
 
+Dropout needs one word an element, so four elements share a block: element i takes word i // 16 % 4
+of block ``offset + i // 64 * 16 + i % 16``, and a draw moves the offset on by 16 for each 64
+elements begun. Runs of 16 elements are runs of blocks, which suits vectors and warps alike.
+
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", 2011.
 """
 
@@ -16,7 +20,7 @@ import numpy as np
 
 from flame.core import dtypes
 from flame.core.dtypes import DType
-from flame.kernel.values import Value, binary, bitcast, cast, const
+from flame.kernel.values import Value, binary, bitcast, cast, compare, const, select
 
 MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS: Final = (0x9E3779B9, 0xBB67AE85)  # of the golden ratio and the root of 3
@@ -43,6 +47,33 @@ def words(seed: Value, block: Value) -> Words:
         a, b, c, d = other_high ^ b ^ keys[0], other_low, high ^ d ^ keys[1], low
         keys = (keys[0] + KEY_STEPS[0], keys[1] + KEY_STEPS[1])
     return a, b, c, d
+
+
+GROUP: Final = 64  # elements that share blocks
+RUN: Final = 16  # blocks of a group
+
+
+def shared_word(seed: Value, offset: Value, position: Value) -> Value:
+    """The word of the element at ``position``, where four share a block."""
+    group = binary("udiv", position, const(GROUP))
+    place = binary("urem", position, const(RUN))
+    found = words(seed, offset + group * RUN + place)
+    number = binary("urem", binary("udiv", position, const(RUN)), const(4))
+    word = found[3]
+    for i in (2, 1, 0):
+        word = select(compare("eq", number, const(i)), found[i], word)
+    return word
+
+
+def shared_blocks(count: int) -> int:
+    """How many blocks ``count`` elements take, where four share one."""
+    return -(-count // GROUP) * RUN
+
+
+def reference_shared(seed: int, offset: int, count: int) -> np.ndarray[Any, Any]:
+    """(count,) words, four of a block, in NumPy."""
+    made = reference_words(seed, offset, shared_blocks(count)).reshape(-1, RUN, 4)
+    return made.swapaxes(1, 2).reshape(-1)[:count]
 
 
 def unit(word: Words, dtype: DType) -> Value:

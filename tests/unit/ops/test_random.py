@@ -297,6 +297,16 @@ def test_dropout_gradient_has_the_same_mask() -> None:
     np.testing.assert_allclose(gradient.detach().numpy(), mask, rtol=1e-6)
 
 
+def test_dropout_does_not_see_the_layout() -> None:
+    x = flame.ones(30, 50)
+    state = flame.get_rng_state()
+    flat = dropout(x, 0.5).numpy()
+    flame.set_rng_state(state)
+    np.testing.assert_array_equal(dropout(flame.ones(50, 30).T, 0.5).numpy(), flat)
+    words = philox.reference_shared(1234, 0, 1500)
+    np.testing.assert_array_equal(flat.ravel() != 0, (words >> 8) * 2.0**-24 >= 0.5)
+
+
 def test_dropout_edges() -> None:
     x = flame.ones(5)
     assert dropout(x, 0.5, False) is x
