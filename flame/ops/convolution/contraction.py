@@ -38,18 +38,31 @@ class Operands:
     bias_type: TensorType | None
 
 
+@dataclass(frozen=True)
+class Target:
+    """Where sums go: (N, groups * channels, D, H, W) from element ``base``.
+
+    Positions stand side by side, or channels do: there are no other layouts of results.
+    """
+
+    ref: Ref
+    type: TensorType
+    base: int = 0
+
+
 def contract(
-    operands: Operands, out: TensorType, phase: Phase, tile: Tile, dtype: DType, table: int
+    operands: Operands, out: Target, phase: Phase, tile: Tile, dtype: DType, table: int
 ) -> BoundKernel:
-    """out (N, groups * channels, D, H, W) at the phase's places; sums are of ``dtype``; temporary ``table`` has the positions."""
+    """Write the sums of a phase, which are of ``dtype``; temporary ``table`` has the positions."""
     return _Contraction(operands, out, phase, tile, dtype, table).kernel()
 
 
 class _Contraction:
     def __init__(
-        self, operands: Operands, out: TensorType, phase: Phase, tile: Tile, dtype: DType, table: int
+        self, operands: Operands, out: Target, phase: Phase, tile: Tile, dtype: DType, table: int
     ) -> None:
-        self.tile, self.phase, self.dtype, self.out_type = tile, phase, dtype, out
+        self.tile, self.phase, self.dtype = tile, phase, dtype
+        self.out_type, self.base = out.type, out.base
         self.k = k = KernelBuilder("contract")
         source, weight = operands.source_type, operands.weight_type
         self.source = k.tensor(operands.source.role, operands.source.position, source)
@@ -57,10 +70,10 @@ class _Contraction:
         self.bias: Operand | None = None
         if operands.bias is not None and operands.bias_type is not None:
             self.bias = k.tensor(operands.bias.role, operands.bias.position, operands.bias_type)
-        self.out = flat(k, "output", 0, out)
+        self.out = flat(k, out.ref.role, out.ref.position, out.type)
         self.images, self.groups, self.summed = source.shape[0], source.shape[1], source.shape[5]
         self.blocks = weight.shape[1]
-        self.channels = out.shape[1] // self.groups
+        self.channels = out.type.shape[1] // self.groups
         extent = self.phase.extent
         self.pixels = extent[0] * extent[1] * extent[2]
         self.part = self._block_size()
@@ -165,12 +178,12 @@ class _Contraction:
                 k.store(self.sums, (q + i, v), read(total))
 
     def _finish(self, begin: Value, length: Value, g: Value, b: Value) -> None:
-        """The sums to their places."""
+        """The sums to their places, image by image."""
         k, lanes = self.k, self.tile.lanes
         own = k.size(self.channels)
         steps = [k.size(s) for s in self.out_type.strides]
         channels = values.binary("min", own - b * lanes, const(lanes))
-        base = (g * own + b * lanes) * steps[1]
+        base = (g * own + b * lanes) * steps[1] + k.size(self.base)
         pixels = k.size(self.pixels)
         end = begin + length
         first = values.binary("udiv", begin, pixels)
@@ -179,49 +192,19 @@ class _Contraction:
             image = first + i
             low = values.binary("max", begin, image * pixels)
             high = values.binary("min", end, (image + 1) * pixels)
-            here = base + image * steps[0]
+            place = base + image * steps[0] + (low - image * pixels) * steps[4]
             row = low - begin
-            if self._contiguous() and self.out_type.strides[1] != 1:
-                place = here + (low - image * pixels)
-                if turnable(self.dtype, self.out_type.dtype):
-                    k.transpose(
-                        high - low, channels, Matrix(self.sums.buffer, row * lanes, const(lanes)),
-                        Matrix(self.out.buffer, place, steps[1]),
-                    )  # fmt: skip
-                else:
-                    with k.loop(channels) as c, k.vector(high - low, 1) as j:
-                        k.store(self.out, (place + c * steps[1] + j,), self.sums[row + j, c])
+            if self.out_type.strides[1] == 1 and self.out_type.shape[1] > 1:
+                with k.loop(high - low) as j, k.vector(channels, self.tile.vectors) as v:
+                    k.store(self.out, (place + j * steps[4] + v,), self.sums[row + j, v])
+            elif turnable(self.dtype, self.out_type.dtype):
+                k.transpose(
+                    high - low, channels, Matrix(self.sums.buffer, row * lanes, const(lanes)),
+                    Matrix(self.out.buffer, place, steps[1]),
+                )  # fmt: skip
             else:
-                self._scatter(here, low - image * pixels, high - low, row, channels, steps)
-
-    def _scatter(
-        self, here: Value, first: Value, count: Value, row: Value, channels: Value, steps: list[Value]
-    ) -> None:
-        """Position by position, as a phase's results do not lie side by side."""
-        k = self.k
-        extents = [k.size(a.extent) for a in self.phase.axes]
-        area = extents[1] * extents[2]
-        for axis, step in zip(self.phase.axes, steps[2:], strict=True):
-            here = here + step * k.size(axis.place)
-        spreads = [s * k.size(a.spread) for s, a in zip(steps[2:], self.phase.axes, strict=True)]
-        with k.loop(count) as j:
-            q = first + j
-            d, rest = values.binary("udiv", q, area), values.binary("urem", q, area)
-            h = values.binary("udiv", rest, extents[2])
-            w = values.binary("urem", rest, extents[2])
-            place = here + d * spreads[0] + h * spreads[1] + w * spreads[2]
-            with k.vector(channels, self.tile.vectors) as v:
-                k.store(self.out, (place + v * steps[1],), self.sums[row + j, v])
-
-    def _contiguous(self) -> bool:
-        """Whether the results of an image stand side by side."""
-        shape, strides = self.out_type.shape[2:], self.out_type.strides[2:]
-        expected = 1
-        for size, stride, axis in zip(shape[::-1], strides[::-1], self.phase.axes[::-1], strict=True):
-            if axis.spread != 1 or axis.place != 0 or (size != 1 and stride != expected):
-                return False
-            expected *= size
-        return True
+                with k.loop(channels) as c, k.vector(high - low, 1) as j:
+                    k.store(self.out, (place + c * steps[1] + j,), self.sums[row + j, c])
 
 
 def product_sum(a: Value, b: Value, c: Value) -> Value:

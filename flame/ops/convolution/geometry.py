@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flame.core.types import Shape, TensorType, tensor_type
 
@@ -103,19 +103,20 @@ def forward(g: Geometry, extent: Shape) -> Contraction:
 
 
 def gradient_phases(g: Geometry, size: Shape) -> Contraction:
-    """The input gradient, of spatial sizes ``size``, as sums over the output's gradient."""
+    """The input gradient, of spatial sizes ``size``, as sums over the output's gradient.
+
+    Along a dimension every phase has as many results, the last ones perhaps beyond ``size``. Phases that
+    see no taps are left out; their results are 0.
+    """
     axes: list[list[Axis]] = []
     for i in range(SPATIAL):
         axes.append(_axis_phases(g.kernel[i], g.stride[i], g.padding[i], g.dilation[i], size[i]))
-    low = tuple(-min(a.start for a in each) for each in axes)
+    low = tuple(max((-a.start for a in each), default=0) for each in axes)
     moved = [
-        [
-            Axis(a.extent, a.place, a.spread, a.start + shift, 1, a.taps, a.dilation, a.first, a.stride)
-            for a in each
-        ]
+        [replace(a, start=a.start + shift) for a in each]
         for each, shift in zip(axes, low, strict=True)
     ]
-    padded = tuple(max(a.reach for a in each) for each in moved)
+    padded = tuple(max((a.reach for a in each), default=1) for each in moved)
     phases = tuple(Phase(combination) for combination in itertools.product(*moved))
     return Contraction(phases, low, padded)
 
@@ -127,15 +128,12 @@ def _axis_phases(kernel: int, stride: int, padding: int, dilation: int, size: in
     """
     common = math.gcd(stride, dilation)
     between, q = stride // common, dilation // common
+    extent = -(-size // stride)
     found = []
     for remainder in range(stride):
         place = (remainder - padding) % stride
-        extent = max(0, -((place - size) // stride))
-        if not extent:
-            continue
         taps = [t for t in range(min(kernel, between)) if (t * dilation) % stride == remainder]
-        if not taps:
-            found.append(Axis(extent, place, stride, 0, 1, 0, 1, 0, 1))
+        if place >= size or not taps:
             continue
         count = -((taps[0] - kernel) // between)
         start = (place + padding - taps[0] * dilation) // stride - (count - 1) * q

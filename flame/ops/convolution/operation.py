@@ -10,15 +10,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flame.core.dtypes import DType
-from flame.core.errors import DTypeError, ShapeError
+from flame.core.errors import DTypeError, ShapeError, UnsupportedError
 from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
-from flame.kernel.builder import BoundKernel, Lowering, Ref
+from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Ref
+from flame.kernel.values import const
 from flame.ops.convolution import references
 from flame.ops.convolution.blocking import Tile, tile_for
-from flame.ops.convolution.contraction import Operands, contract
+from flame.ops.convolution.contraction import Operands, Target, contract
 from flame.ops.convolution.geometry import (
     Contraction, Geometry, forward, gradient_phases, spatial_view,
 )  # fmt: skip
+from flame.ops.convolution.interleaving import Phases, interleave
 from flame.ops.convolution.packing import (
     fill_table, pack_source, pack_weight, packed_source_type, packed_weight_type, table_type,
 )  # fmt: skip
@@ -104,6 +106,8 @@ def _contraction(
     x, weight, bias = types
     assert isinstance(x, TensorType)
     assert isinstance(weight, TensorType)
+    if not (out.contiguous or channels_last(out)):
+        raise UnsupportedError(f"a convolution cannot write into strides {out.strides} in place")
     x, weight, out = spatial_view(x), spatial_view(weight), spatial_view(out)
     if not out.numel:
         return Lowering(())
@@ -113,22 +117,47 @@ def _contraction(
     tile = tile_for(dtype, lanes)
     kernels: list[BoundKernel] = []
     temporaries = _Temporaries()
-    source, source_type = _source(x, 0, dtype, groups, c, kernels, temporaries)
+    biased = bias if isinstance(bias, TensorType) else None
+    strided = any(a.spread != 1 for p in c.phases for a in p.axes) or not c.phases
+    if not c.phases:
+        return _only_bias(out, biased)
+    phases = Phases(c, out, dtype)
+    place = temporaries.add(phases.type) if strided else -1
+    source = _source(x, 0, dtype, groups, c, kernels, temporaries)
     for phase in c.phases:
         packed = packed_weight_type(dtype, groups, summed, lanes, tile, phase.taps)
-        place = temporaries.add(packed)
+        weights = temporaries.add(packed)
         kernels.append(
-            pack_weight(weight, 1, packed, place, phase, summed_axis=summed_axis, lanes=lanes)
+            pack_weight(weight, 1, packed, weights, phase, summed_axis=summed_axis, lanes=lanes)
         )
         table = temporaries.add(table_type(x.shape[0], phase))
-        kernels.append(fill_table(source_type, phase, table))
-        has_bias = isinstance(bias, TensorType)
+        kernels.append(fill_table(source[1], phase, table))
+        target = Target(Ref("output", 0), out)
+        if strided:
+            base = phases.base(tuple(a.place for a in phase.axes))
+            target = Target(Ref("temporary", place), phases.phase_type(), base)
         operands = Operands(
-            source, source_type, Ref("temporary", place), packed,
-            Ref("input", 2) if has_bias else None, bias if isinstance(bias, TensorType) else None,
+            *source, Ref("temporary", weights), packed,
+            None if biased is None else Ref("input", 2), biased,
         )  # fmt: skip
-        kernels.append(contract(operands, out, phase, tile, dtype, table))
-    return Lowering(tuple(kernels), tuple(temporaries.sizes))
+        kernels.append(contract(operands, target, phase, tile, dtype, table))
+    constants: tuple[Any, ...] = ()
+    if strided:
+        kernel, constants = interleave(phases, place, biased)
+        kernels.append(kernel)
+    return Lowering(tuple(kernels), tuple(temporaries.sizes), constants=constants)
+
+
+def _only_bias(out: TensorType, bias: TensorType | None) -> Lowering:
+    """Results that no tap reaches."""
+    k = KernelBuilder("only_bias")
+    other = None if bias is None else k.tensor("input", 2, bias)
+    target = k.tensor("output", 0, out)
+    n, c, d, h, w = out.shape
+    with k.parallel(n, c, d, h, work=w) as (i, j, a, b), k.vector(k.size(w)) as v:
+        value = const(0, out.dtype) if other is None else other[j]
+        k.store(target, (i, j, a, b, v), value)
+    return k.finish()
 
 
 # --- convolution ----------------------------------------------------------------------------------

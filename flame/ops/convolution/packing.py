@@ -87,7 +87,8 @@ def _turn_source(
     sizes = [k.size(s) for s in x.shape[2:4]]
     before = [_signed(k, n) for n in low[:2]]
     count = k.size(channels)
-    first, skipped = max(0, low[2]), max(0, -low[2])
+    # padding alone may fill a row, where the kernel reaches no further
+    first, skipped = min(max(0, low[2]), padded[2]), max(0, -low[2])
     columns = max(0, min(x.shape[4] - skipped, padded[2] - first))
     zero = const(0, packed.dtype)
 
