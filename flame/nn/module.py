@@ -16,16 +16,16 @@ from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, FlameError, StateError, UnsupportedError
 from flame.nn import _state
 from flame.nn._conversion import converter
-from flame.nn._hooks import Hooks
+from flame.nn._hookable import Hookable
 from flame.nn.parameter import Parameter
-from flame.tensor import RemovableHandle, Tensor
+from flame.tensor import Tensor
 
 __all__ = ["Module"]
 
 T = TypeVar("T")
 
 
-class Module:
+class Module(Hookable):
     """The base of all layers and models.
 
     A subclass calls `super().__init__()`, assigns parameters and modules as attributes, and
@@ -37,7 +37,6 @@ class Module:
     _buffers: dict[str, Tensor | None]
     _modules: dict[str, Module | None]
     _non_persistent_buffers_set: set[str]
-    _hooks: Hooks | None
 
     def __init__(self) -> None:
         self.__dict__.update(
@@ -371,55 +370,6 @@ class Module:
                 nothing is loaded then.
         """
         return _state.load(self, state_dict, strict=strict, assign=assign)
-
-    # Hooks
-
-    def _ensure_hooks(self) -> Hooks:
-        if self._hooks is None:
-            self._hooks = Hooks()
-        return self._hooks
-
-    def register_forward_pre_hook(
-        self, hook: Callable[..., Any], *, prepend: bool = False, with_kwargs: bool = False
-    ) -> RemovableHandle:
-        """Call `hook(module, args)` before forward; what it returns, if not None, replaces
-        the arguments.
-
-        With `with_kwargs` it is called as `hook(module, args, kwargs)` and returns None or
-        (args, kwargs).
-        """
-        table = self._ensure_hooks().forward_pre
-        return table.register(hook, prepend=prepend, with_kwargs=with_kwargs)
-
-    def register_forward_hook(
-        self, hook: Callable[..., Any], *, prepend: bool = False, with_kwargs: bool = False
-    ) -> RemovableHandle:
-        """Call `hook(module, args, output)` after forward; what it returns, if not None,
-        replaces the output.
-
-        With `with_kwargs` it is called as `hook(module, args, kwargs, output)`.
-        """
-        table = self._ensure_hooks().forward
-        return table.register(hook, prepend=prepend, with_kwargs=with_kwargs)
-
-    def register_full_backward_pre_hook(
-        self, hook: Callable[..., Any], prepend: bool = False
-    ) -> RemovableHandle:
-        """Call `hook(module, grad_output)` when the outputs' gradients are known; it may
-        return new ones.
-        """
-        return self._ensure_hooks().backward_pre.register(hook, prepend=prepend)
-
-    def register_full_backward_hook(
-        self, hook: Callable[..., Any], prepend: bool = False
-    ) -> RemovableHandle:
-        """Call `hook(module, grad_input, grad_output)` when the inputs' gradients are
-        known; it may return new ones.
-
-        Gradients are tuples with one entry for each positional argument or output, None
-        where it has no gradient.
-        """
-        return self._ensure_hooks().backward.register(hook, prepend=prepend)
 
     # Text
 

@@ -64,7 +64,7 @@ def test_utils(name: str) -> None:
 
 
 MODULE_METHODS = [
-    n for n in vars(nn.Module) if not n.startswith("_") and n not in ("training", "state_dict")
+    n for n in dir(nn.Module) if not n.startswith("_") and n not in ("training", "state_dict")
 ]
 
 
