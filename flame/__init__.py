@@ -23,7 +23,21 @@ from flame.core.dtypes import (
     uint8,
 )
 from flame.core.dtypes import bool_ as bool
-from flame.creation import as_tensor, from_dlpack, from_numpy, tensor
+from flame.core.dtypes import float16 as half
+from flame.core.dtypes import float32 as float
+from flame.core.dtypes import float64 as double
+from flame.core.dtypes import int16 as short
+from flame.core.dtypes import int32 as int
+from flame.core.dtypes import int64 as long
+from flame.creation import (
+    as_tensor,
+    asarray,
+    from_dlpack,
+    from_numpy,
+    frombuffer,
+    scalar_tensor,
+    tensor,
+)
 from flame.eager import Eager
 from flame.ops.activations import *
 from flame.ops.arithmetic import *
@@ -39,8 +53,10 @@ from flame.ops.conversion import *
 from flame.ops.copies import *
 from flame.ops.convolution import *
 from flame.ops.creation import *
+from flame.ops.dimensions import *
 from flame.ops.division import *
 from flame.ops.indexing import *
+from flame.ops.inspection import *
 from flame.ops.interpolation import *
 from flame.ops.pooling import *
 from flame.ops.joining import *
@@ -53,6 +69,7 @@ from flame.ops.powers import *
 from flame.ops.products import *
 from flame.ops.rearranging import *
 from flame.ops.reductions import *
+from flame.ops.retyping import *
 from flame.ops.scans import *
 from flame.ops.scattering import *
 from flame.ops.shapes import *
@@ -67,6 +84,7 @@ from flame.ops.statistics import *  # noqa: F403
 from flame.ops.attention import *  # noqa: F403
 from flame.ops.norms import *  # noqa: F403
 from flame.ops.embedding_losses import *  # noqa: F403
+from flame.tensor import Device as device
 from flame.tensor import Tensor
 from flame import linalg
 

@@ -13,6 +13,8 @@ from typing import Any, Final
 from flame.core.dtypes import DType
 from flame.core.errors import DTypeError
 from flame.ops import (
+    inspection,
+    retyping,
     embedding_losses,
     norms,
     activations,
@@ -27,6 +29,7 @@ from flame.ops import (
     convolution,
     copies,
     creation,
+    dimensions,
     division,
     dropouts,
     embedding,
@@ -58,6 +61,8 @@ from flame.ops import (
 from flame.tensor import Tensor
 
 MODULES: Final[tuple[ModuleType, ...]] = (
+    inspection,
+    retyping,
     embedding_losses,
     norms,
     dropouts,
@@ -70,6 +75,7 @@ MODULES: Final[tuple[ModuleType, ...]] = (
     activations,
     bivariate,
     bitwise,
+    dimensions,
     division,
     embedding,
     normalization,

@@ -131,8 +131,8 @@ def asarray(
 ) -> Tensor:
     """A tensor from tensors, NumPy arrays, DLPack, or sequences.
 
-    copy: True always copies, False raises ArgumentError where a copy is needed, None copies where it
-    is needed.
+    copy: True always copies, False raises ArgumentError where a copy is needed, None copies where
+    it is needed.
     """
     check_device(device)
     check_dtype(dtype)
@@ -157,8 +157,8 @@ def _address(x: Any) -> int:
 def from_dlpack(source: Any) -> Tensor:
     """A tensor over the memory of any CPU array that speaks DLPack.
 
-    Raises DTypeError where ``source`` does not, or its dtype has no counterpart, DeviceError where it
-    is not in the memory of the CPU.
+    Raises DTypeError where ``source`` does not, or its dtype has no counterpart, DeviceError where
+    it is not in the memory of the CPU.
     """
     if isinstance(source, Tensor):
         return source.detach()

@@ -37,9 +37,16 @@ _handle_ids = itertools.count()
 
 
 class Device(str):
-    """A device's name, ``cpu``; compares with plain strings."""
+    """A device's name, such as ``cpu`` or ``cuda:0``; compares with plain strings."""
 
     __slots__ = ()
+
+    def __new__(cls, type: Any, index: int | None = None) -> Self:
+        name = str(type) if index is None else f"{type}:{index}"
+        kind, _, number = name.partition(":")
+        if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+            raise DeviceError(f"{name!r} names no device; use 'cpu', 'cuda' or 'cuda:0'")
+        return super().__new__(cls, name)
 
     @property
     def type(self) -> str:
@@ -51,7 +58,8 @@ class Device(str):
         return int(number) if number else None
 
     def __repr__(self) -> str:
-        return f"device(type='{self.type}')"
+        number = "" if self.index is None else f", index={self.index}"
+        return f"device(type='{self.type}'{number})"
 
 
 class RemovableHandle:
@@ -112,10 +120,19 @@ class Tensor(Methods):
     __array_ufunc__ = None  # NumPy arrays leave mixed operators to the tensor
     __array_priority__ = 1000
 
-    def __init__(self, data: Any = None, *, dtype: DType | None = None) -> None:
+    def __init__(self, *data: Any, dtype: DType | None = None) -> None:
+        """From data (in the default dtype), or uninitialised from sizes; see `flame.tensor`."""
         from flame.creation import tensor
+        from flame.ops.creation import empty
 
-        made = tensor(() if data is None else data, dtype=dtype)
+        dtype = dtypes.get_default_dtype() if dtype is None else dtype
+        sizes = all(isinstance(d, int) and not isinstance(d, bool) for d in data)
+        if sizes and data:
+            made = empty(data, dtype=dtype)
+        elif len(data) > 1:
+            raise DTypeError(f"Tensor takes sizes, or one sequence of numbers, got {data!r}")
+        else:
+            made = tensor(data[0] if data and data[0] is not None else (), dtype=dtype)
         self.storage, self.pointer, self.type = made.storage, made.pointer, made.type
 
     @classmethod
@@ -186,8 +203,16 @@ class Tensor(Methods):
     def data_ptr(self) -> int:
         return self.pointer
 
-    def is_contiguous(self) -> bool:
-        return self.type.contiguous
+    def is_contiguous(self, memory_format: Any = None) -> bool:
+        """Whether the elements lie row by row, or as ``memory_format`` says."""
+        from flame.ops.conversion import format_order, in_order
+
+        if memory_format is None:
+            return self.type.contiguous
+        if {"channels_last": 4, "channels_last_3d": 5}.get(memory_format, self.ndim) != self.ndim:
+            return False
+        order = format_order("is_contiguous", memory_format, self.ndim)
+        return self.type.contiguous if order is None else in_order(self.type, order)
 
     def is_floating_point(self) -> bool:
         return self.type.dtype.kind == "f"
@@ -508,30 +533,43 @@ class Tensor(Methods):
         raise DeviceError("this build of FLAME has no CUDA device; use device='cpu'")
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Convert to a dtype, a device, or both; ``self`` where nothing changes (unless
-        ``copy``).
-        """
-        from flame.ops.conversion import convert
+        """Convert to a dtype, a device, or both; ``self`` where nothing changes (unless ``copy``).
 
-        dtype, copy = kwargs.pop("dtype", None), kwargs.pop("copy", False)
-        device = kwargs.pop("device", None)
-        kwargs.pop("non_blocking", None)
-        if kwargs:
-            raise ArgumentError(f"to() has no argument {next(iter(kwargs))!r}")
-        for argument in args:
-            if isinstance(argument, DType):
-                dtype = argument
-            elif isinstance(argument, Tensor):
-                dtype, device = argument.dtype, argument.device
-            elif isinstance(argument, str):
-                device = argument
-            elif not isinstance(argument, bool):
-                raise DTypeError(f"to() takes a dtype, a device or a tensor, got {argument!r}")
+        Forms: ``to(dtype)``, ``to(device, dtype)``, ``to(other)``, each with ``non_blocking``,
+        ``copy`` and ``memory_format``.
+        """
+        from flame.ops.conversion import clone, contiguous, convert
+
+        dtype, device, copy, memory_format = _conversion(args, kwargs)
         check_device(device)
-        if dtype is None or dtype is self.dtype:
-            return self.clone() if copy else self
-        result: Tensor = convert(self, dtype=dtype)
-        return result
+        check_dtype(dtype)
+        made = self if dtype is None else convert(self, dtype=dtype)
+        if copy and made is self:
+            return clone(self, memory_format=memory_format)
+        if memory_format is not None and memory_format != "preserve_format":
+            return contiguous(made, memory_format)
+        return made
+
+
+def _conversion(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, bool, Any]:
+    """(dtype, device, copy, memory_format) of a call of `Tensor.to`."""
+    dtype, device = kwargs.pop("dtype", None), kwargs.pop("device", None)
+    copy, memory_format = kwargs.pop("copy", False), kwargs.pop("memory_format", None)
+    kwargs.pop("non_blocking", None)
+    other = kwargs.pop("other", None)
+    if kwargs:
+        raise ArgumentError(f"to() has no argument {next(iter(kwargs))!r}")
+    flags = [a for a in args if isinstance(a, bool)]
+    for argument in (*args, *(() if other is None else (other,))):
+        if isinstance(argument, DType):
+            dtype = argument
+        elif isinstance(argument, Tensor):
+            dtype, device = argument.dtype, argument.device
+        elif isinstance(argument, str):
+            device = argument
+        elif not isinstance(argument, bool) and argument is not None:
+            raise DTypeError(f"to() takes a dtype, a device or a tensor, got {argument!r}")
+    return dtype, device, flags[1] if len(flags) > 1 else bool(copy), memory_format
 
 
 def _check_gradient(tensor: Tensor, value: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from flame.core import dtypes
 from flame.core.dtypes import DType
+from flame.core.errors import ArgumentError, ShapeError
 from flame.core.types import TensorType, contiguous_strides, like_strides, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
@@ -20,8 +21,16 @@ from flame.ops.op import Arg, Op, Sample, Types
 if TYPE_CHECKING:
     from flame.tensor import Tensor
 
-__all__ = ["clone"]
+__all__ = [
+    "channels_last", "channels_last_3d", "clone", "contiguous_format", "preserve_format",
+]  # fmt: skip
 METHODS = ("clone", "contiguous", "copy_")
+
+# Orders of dimensions in memory; layouts are strides, and these are their names.
+contiguous_format: Final = "contiguous_format"
+preserve_format: Final = "preserve_format"
+channels_last: Final = "channels_last"
+channels_last_3d: Final = "channels_last_3d"
 
 TILE: Final = 64  # rows and columns of a part that is transposed in the cache
 
@@ -122,17 +131,50 @@ def convert(input: Tensor, *, dtype: DType) -> Tensor:
 
 
 def clone(input: Tensor, *, memory_format: Any = None) -> Tensor:
-    """A copy in new memory, with the layout kept."""
-    result: Tensor = copy(input)
+    """A copy in new memory, with the layout kept, or that of ``memory_format``."""
+    if memory_format in (None, preserve_format):
+        order = None
+    else:
+        order = format_order("clone", memory_format, input.ndim)
+    if order is not None:
+        return _in_order(input, order)
+    result: Tensor = copy(input, contiguous=memory_format == contiguous_format)
     return result
 
 
 def contiguous(input: Tensor, memory_format: Any = None) -> Tensor:
-    """``input`` in row-major order; itself where it is so already."""
+    """``input`` in row-major order, or in that of ``memory_format``; itself where it is so."""
+    order = format_order("contiguous", memory_format, input.ndim)
+    if order is not None:
+        return input if in_order(input.type, order) else _in_order(input, order)
     if input.type.contiguous:
         return input
     result: Tensor = copy(input, contiguous=True)
     return result
+
+
+def format_order(name: str, memory_format: Any, rank: int) -> tuple[int, ...] | None:
+    """The dimensions from the outermost in memory to the innermost; None for row-major order."""
+    if memory_format in (None, contiguous_format, preserve_format):
+        return None
+    wanted = {channels_last: 4, channels_last_3d: 5}.get(memory_format)
+    if wanted is None:
+        raise ArgumentError(f"{name}: {memory_format!r} is no memory format")
+    if rank != wanted:
+        raise ShapeError(f"{name}: {memory_format} is for {wanted} dimensions, got {rank}")
+    return (0, *range(2, rank), 1)
+
+
+def in_order(type_: TensorType, order: tuple[int, ...]) -> bool:
+    """Whether the elements lie row by row when the dimensions are taken in ``order``."""
+    shape = tuple(type_.shape[d] for d in order)
+    return tensor_type(type_.dtype, shape, tuple(type_.strides[d] for d in order)).contiguous
+
+
+def _in_order(input: Tensor, order: tuple[int, ...]) -> Tensor:
+    from flame.ops.shapes import inverse, permute
+
+    return permute(copy(permute(input, order), contiguous=True), inverse(order))
 
 
 def copy_(input: Tensor, src: Any, non_blocking: bool = False) -> Tensor:
