@@ -14,7 +14,7 @@ from flame.core.errors import DTypeError, ShapeError, UnsupportedError
 from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Ref
 from flame.kernel.values import const
-from flame.ops.convolution import references
+from flame.ops.convolution import depthwise, references
 from flame.ops.convolution.blocking import Tile, tile_for
 from flame.ops.convolution.contraction import Operands, Target, contract
 from flame.ops.convolution.geometry import (
@@ -114,6 +114,9 @@ def _contraction(
     dtype = compute_dtype(x.dtype)
     groups = geometry.groups
     lanes, summed = out.shape[1] // groups, x.shape[1] // groups
+    if depthwise.fits(groups, summed, lanes):
+        direct = depthwise.forward if summed_axis == 1 else depthwise.input_gradient
+        return direct(x, weight, bias if isinstance(bias, TensorType) else None, out, geometry)
     tile = tile_for(dtype, lanes)
     kernels: list[BoundKernel] = []
     temporaries = _Temporaries()
@@ -292,7 +295,10 @@ def _lower_weight_gradient(
     if not out.numel:
         return Lowering(())
     dtype = compute_dtype(x.dtype)
-    c = forward(Geometry.of(size, stride, padding, dilation, groups), g.shape[2:])
+    geometry = Geometry.of(size, stride, padding, dilation, groups)
+    if depthwise.fits(groups, out.shape[1], out.shape[0] // groups):
+        return depthwise.weight_gradient(g, x, out, geometry)
+    c = forward(geometry, g.shape[2:])
     phase = c.phases[0]
     kernels: list[BoundKernel] = []
     temporaries = _Temporaries()
