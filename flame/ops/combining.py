@@ -14,12 +14,13 @@ from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.core.types import TensorType, tensor_type
 from flame.kernel.builder import Lowering
 from flame.ops.creation import shape_of, zeros
+from flame.ops.dimensions import atleast_2d
 from flame.ops.elementwise import common_dtype
 from flame.ops.indexing import index_select
 from flame.ops.joining import cat
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types
 from flame.ops.shapes import reshape, slice_dim, wrap_dim
-from flame.ops.slicing import atleast_2d, diagonal
+from flame.ops.slicing import diagonal
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -132,7 +133,7 @@ def nonzero_static(input: Tensor, *, size: int, fill_value: int = -1) -> Tensor:
     return from_array(made)
 
 
-# --- membership ---------------------------------------------------------------------------------------
+# --- membership -----------------------------------------------------------------------------------
 
 
 def _infer_isin(types: Types, *, invert: bool) -> TensorType:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flame.core.errors import ShapeError
 from flame.core.types import Shape
-from flame.ops import shapes, slicing
+from flame.ops import dimensions, shapes, slicing
 from flame.ops.conversion import clone
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def squeeze_copy(input: Tensor, dim: Any = None) -> Tensor:
 
 def t_copy(input: Tensor) -> Tensor:
     """`t` as a copy."""
-    return clone(slicing.t(input))
+    return clone(dimensions.t(input))
 
 
 def transpose_copy(input: Tensor, dim0: int, dim1: int) -> Tensor:
@@ -132,7 +132,7 @@ def unsafe_split(input: Tensor, split_size: Any, dim: int = 0) -> tuple[Tensor, 
     return slicing.split(input, split_size, dim)
 
 
-# --- a part replaced ----------------------------------------------------------------------------------
+# --- a part replaced ------------------------------------------------------------------------------
 
 
 def _replaced(name: str, input: Tensor, src: Tensor, part: Any) -> Tensor:

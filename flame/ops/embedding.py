@@ -13,7 +13,8 @@ from flame.kernel.builder import Lowering
 from flame.ops.conversion import convert
 from flame.ops.creation import full
 from flame.ops.elementwise import compute_dtype
-from flame.ops.indexed import failure, infer_take, lower_take, put_at, take_at
+from flame.ops.indexed import failure, infer_take, lower_take, take_at
+from flame.ops.indexed_writes import put_at
 from flame.ops.indexing import along, check_index, named
 from flame.ops.op import Arg, Op, Sample, Types
 from flame.ops.shapes import expand, unsqueeze

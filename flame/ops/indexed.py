@@ -23,11 +23,10 @@ from flame.core.types import Shape, TensorType, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
 from flame.kernel.values import Value, cast, const
-from flame.ops.elementwise import compute_dtype, nest_of, walk
+from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import BLOCK, by_stride, coalesce
 from flame.ops.op import Arg, Joint, Op, Sample, Types
 
-COLUMNS = 128  # elements of the fastest dimension that one step of a write handles
 REPORTED = 1 << 58  # indices beyond are reported as this
 
 
@@ -40,11 +39,11 @@ class OutOfRange(IndexRangeError):
 
 
 def failure(code: int, types: Types) -> OutOfRange:
-    """The error for what `_Check.report` stored."""
+    """The error for what `Check.report` stored."""
     return OutOfRange(code % 8, code // 8)
 
 
-def _check_types(name: str, x_shape: Shape, indices: Sequence[Any], axes: tuple[int, ...]) -> Shape:
+def check_types(name: str, x_shape: Shape, indices: Sequence[Any], axes: tuple[int, ...]) -> Shape:
     """The shape of the index tensors, which is that of the elements addressed."""
     shape: Shape = indices[0].shape
     for i in indices:
@@ -65,7 +64,7 @@ def _check_types(name: str, x_shape: Shape, indices: Sequence[Any], axes: tuple[
     return shape
 
 
-def _direct(x: TensorType, rank: int, axes: tuple[int, ...]) -> Shape:
+def direct_steps(x: TensorType, rank: int, axes: tuple[int, ...]) -> Shape:
     """Elements of x from one output index to the next, by the coordinates that follow it."""
     steps = [0] * rank
     for axis, source in enumerate(axes):
@@ -74,7 +73,7 @@ def _direct(x: TensorType, rank: int, axes: tuple[int, ...]) -> Shape:
     return tuple(steps)
 
 
-class _Check:
+class Check:
     """Bounds checks: the smallest and largest index seen by an iteration, reported at its end."""
 
     def __init__(
@@ -115,11 +114,11 @@ class _Check:
             )
 
 
-def _error(k: KernelBuilder) -> Operand:
+def error_slot(k: KernelBuilder) -> Operand:
     return k.tensor("error", 0, tensor_type(dtypes.int64, (2,)))
 
 
-def _indexed(axes: tuple[int, ...], count: int) -> list[int]:
+def indexed_dims(axes: tuple[int, ...], count: int) -> list[int]:
     """The dimension of x that each index tensor addresses."""
     return [axes.index(-1 - n) for n in range(count)]
 
@@ -131,7 +130,7 @@ def infer_take(types: Types, *, axes: tuple[int, ...], wrap: bool) -> TensorType
     """The elements addressed, in fresh memory."""
     x, *indices = types
     assert isinstance(x, TensorType)
-    return tensor_type(x.dtype, _check_types("take_at", x.shape, indices, axes), None, x.device)
+    return tensor_type(x.dtype, check_types("take_at", x.shape, indices, axes), None, x.device)
 
 
 def lower_take(
@@ -141,7 +140,7 @@ def lower_take(
     x, (out,) = types[0], outputs
     assert isinstance(x, TensorType)
     indices = [t for t in types[1:] if isinstance(t, TensorType)]
-    steps = [out.strides, _direct(x, out.ndim, axes), *(i.strides for i in indices)]
+    steps = [out.strides, direct_steps(x, out.ndim, axes), *(i.strides for i in indices)]
     nest = coalesce(out.shape, steps, by_stride(out.strides, out.shape))
     k = KernelBuilder("take_at")
     source = k.tensor("input", 0, tensor_type(x.dtype, nest.sizes, nest.strides[1]))
@@ -150,14 +149,14 @@ def lower_take(
         for n, i in enumerate(indices)
     ]
     target = k.tensor("output", 0, tensor_type(out.dtype, nest.sizes, nest.strides[0]))
-    error = _error(k)
-    addressed = _indexed(axes, len(indices))
+    error = error_slot(k)
+    addressed = indexed_dims(axes, len(indices))
     sizes = [k.size(x.shape[a]) for a in addressed]
     jumps = [k.stride(x.strides[a]) for a in addressed]
     varying = bool(nest.sizes) and any(s[-1] for s in nest.strides[2:])
 
     def run(outer: tuple[Value, ...], extent: Value, start: Value | None) -> None:
-        check = _Check(k, error, sizes, wrap)
+        check = Check(k, error, sizes, wrap)
 
         def offset_at(index: tuple[Value, ...]) -> tuple[Value, Value]:
             return check.offset([cast(f[index], dtypes.int64) for f in found], jumps)
@@ -201,10 +200,10 @@ def _rows(
 
 
 def _take_reference(x: Any, *indices: Any, axes: tuple[int, ...], wrap: bool) -> Any:
-    return x[_coordinates(indices, axes)]
+    return x[at_coordinates(indices, axes)]
 
 
-def _coordinates(indices: Sequence[Any], axes: tuple[int, ...]) -> Any:
+def at_coordinates(indices: Sequence[Any], axes: tuple[int, ...]) -> Any:
     grid = np.indices(np.shape(indices[0]))
     return tuple(grid[a] if a >= 0 else indices[-1 - a] for a in axes)
 
@@ -213,25 +212,26 @@ def _take_vjp(
     g: Any, x_type: TensorType, indices: Any, axes: tuple[int, ...], wrap: bool, needs: Any
 ) -> Any:
     from flame.ops.conversion import convert
+    from flame.ops.indexed_writes import put_at
 
     wide = convert(g, dtype=compute_dtype(g.dtype))  # sums of half-width floats want more bits
     spread = put_at(None, wide, *indices, axes=axes, shape=x_type.shape, combine="add", wrap=wrap)
     return (spread, *(None for _ in indices))
 
 
-def _index(*shape: int, low: int = 0, high: int = 4) -> Arg:
+def index_arg(*shape: int, low: int = 0, high: int = 4) -> Arg:
     return Arg(shape, low, high, kind="index")
 
 
 _READS = [
-    ((Arg((4, 3)), _index(5, 3)), {"axes": (-1, 1)}),
-    ((Arg((3, 4)), _index(2, 6)), {"axes": (0, -1)}),
-    ((Arg((3, 4)), _index(5, 3)), {"axes": (1, -1)}),
-    ((Arg((9,)), _index(2, 3, low=-9, high=9)), {"axes": (-1,), "wrap": True}),
-    ((Arg((4, 3, 2)), _index(2, 2), _index(2, 2, high=2)), {"axes": (-1, 1, -2)}),
-    ((Arg((4, 70)), _index(3, 70)), {"axes": (-1, 1)}),
-    ((Arg((4, 3)), _index(0, 3)), {"axes": (-1, 1)}),
-    ((Arg((1,)), _index(high=1)), {"axes": (-1,)}),
+    ((Arg((4, 3)), index_arg(5, 3)), {"axes": (-1, 1)}),
+    ((Arg((3, 4)), index_arg(2, 6)), {"axes": (0, -1)}),
+    ((Arg((3, 4)), index_arg(5, 3)), {"axes": (1, -1)}),
+    ((Arg((9,)), index_arg(2, 3, low=-9, high=9)), {"axes": (-1,), "wrap": True}),
+    ((Arg((4, 3, 2)), index_arg(2, 2), index_arg(2, 2, high=2)), {"axes": (-1, 1, -2)}),
+    ((Arg((4, 70)), index_arg(3, 70)), {"axes": (-1, 1)}),
+    ((Arg((4, 3)), index_arg(0, 3)), {"axes": (-1, 1)}),
+    ((Arg((1,)), index_arg(high=1)), {"axes": (-1,)}),
 ]  # fmt: skip
 
 take_at = Op(
@@ -244,262 +244,3 @@ take_at = Op(
     samples=[Sample(inputs, {"wrap": False, **attributes}) for inputs, attributes in _READS],
     failure=failure,
 )
-
-
-# --- writing --------------------------------------------------------------------------------------
-
-
-def _infer_put(
-    types: Types, *, axes: tuple[int, ...], shape: Shape, combine: str, wrap: bool
-) -> TensorType:
-    x, source, *indices = types
-    assert isinstance(source, TensorType)
-    wanted = _check_types("put_at", shape, indices, axes)
-    if source.shape != wanted:
-        raise ShapeError(f"put_at: values of shape {source.shape} where {wanted} are addressed")
-    if isinstance(x, TensorType):
-        if x.shape != shape or x.dtype is not source.dtype:
-            raise ShapeError(f"put_at: values {source} do not fit the tensor {x}")
-    return tensor_type(source.dtype, shape, None, source.device)
-
-
-def _start(types: Types, outputs: tuple[TensorType, ...]) -> KernelBuilder:
-    """The kernel that makes the result a copy of x, or zeros."""
-    x, (out,) = types[0], outputs
-    k = KernelBuilder("put_at_start")
-    given = isinstance(x, TensorType)
-    nest = nest_of((x,) if given else (), outputs)
-    if isinstance(x, TensorType):
-        source = k.tensor("input", 0, tensor_type(x.dtype, nest.sizes, nest.strides[0]))
-    target = k.tensor("output", 0, tensor_type(out.dtype, nest.sizes, nest.strides[-1]))
-    walk(
-        k, nest,
-        lambda index: k.store(target, index, source[index] if given else const(0, out.dtype)),
-        light=True,
-    )  # fmt: skip
-    return k
-
-
-def _combined(combine: str, old: Value, new: Value) -> Value:
-    if combine == "set":
-        return new
-    if old.dtype.kind == "b":  # or, and
-        return values.binary("max" if combine in ("add", "max") else "min", old, new)
-    wide = compute_dtype(old.dtype)
-    return cast(values.binary(combine, cast(old, wide), cast(new, wide)), old.dtype)
-
-
-def _lower_put(
-    types: Types, outputs: tuple[TensorType, ...],
-    *, axes: tuple[int, ...], shape: Shape, combine: str, wrap: bool,
-) -> Lowering:  # fmt: skip
-    source_type, (out,) = types[1], outputs
-    assert isinstance(source_type, TensorType)
-    indices = [t for t in types[2:] if isinstance(t, TensorType)]
-    if not source_type.numel:
-        return Lowering((_start(types, outputs).bind(),))
-    rank, extents = source_type.ndim, source_type.shape
-    direct = _direct(out, rank, axes)
-    steps = [source_type.strides, direct, *(i.strides for i in indices)]
-    # Different indices of these loops write different elements, so they may run side by side.
-    outer = coalesce(extents, steps, [d for d in by_stride(direct, extents) if d in axes])
-    inner = coalesce(extents, steps, [d for d in range(rank) if d not in axes])
-    sizes = (*outer.sizes, *inner.sizes)
-    strides = [(*a, *b) for a, b in zip(outer.strides, inner.strides, strict=True)]
-    k = KernelBuilder("put_at")
-    source = k.tensor("input", 1, tensor_type(source_type.dtype, sizes, strides[0]))
-    found = [
-        k.tensor("input", n + 2, tensor_type(i.dtype, sizes, strides[n + 2]))
-        for n, i in enumerate(indices)
-    ]
-    target = k.tensor("output", 0, tensor_type(out.dtype, sizes, strides[1]))
-    error = _error(k)
-    addressed = _indexed(axes, len(indices))
-    limits = [k.size(out.shape[a]) for a in addressed]
-    jumps = [k.stride(out.strides[a]) for a in addressed]
-    counts = [k.size(s) for s in inner.sizes]
-    last = len(outer.sizes) - 1
-
-    def write(index: tuple[Value, ...], known: Any, guarded: Value | None) -> None:
-        at = target.at(index) + known[0]
-        old = values.load(target.buffer, at, guarded)
-        k.store(_At(target, at), (), _combined(combine, old, source[index]), where=guarded)
-
-    def offset_at(check: _Check, index: tuple[Value, ...]) -> tuple[Value, Value]:
-        return check.offset([cast(f[index], dtypes.int64) for f in found], jumps)
-
-    if last < 0 or strides[1][last] != 1:  # no dimension to write along in vectors
-        with k.parallel(*outer.sizes, work=math.prod(inner.sizes)) as before:
-            check = _Check(k, error, limits, wrap)
-            with k.nest(counts) as after:
-                index = (*(before if outer.sizes else ()), *after)
-                known = offset_at(check, index)
-                with k.when(known[1]):
-                    write(index, known, None)
-            check.report()
-        return Lowering((_start(types, outputs).bind(), k.bind()))
-    width = outer.sizes[-1]
-    work = math.prod(inner.sizes) * min(width, COLUMNS)
-    with k.parallel(*outer.sizes[:-1], -(-width // COLUMNS), work=work) as (*rows, block):
-        check = _Check(k, error, limits, wrap)
-        start = block * COLUMNS
-        extent = values.binary("min", k.size(width) - start, const(COLUMNS))
-        with k.nest(counts) as after:
-            if any(s[last] for s in strides[2:]):
-                with k.vector(extent) as v:
-                    index = (*rows, start + v, *after)
-                    known = offset_at(check, index)
-                    write(index, known, known[1])
-            else:
-                known = offset_at(check, (*rows, const(0), *after))
-                with k.when(known[1]), k.vector(extent, 4) as v:
-                    write((*rows, start + v, *after), known, None)
-        check.report()
-    return Lowering((_start(types, outputs).bind(), k.bind()))
-
-
-class _At(Operand):
-    """The element of an operand at a computed offset."""
-
-    def __init__(self, operand: Operand, offset: Value) -> None:
-        super().__init__(operand.buffer, (), ())
-        self.offset = offset
-
-    def at(self, index: Sequence[Value]) -> Value:
-        return self.offset
-
-
-_UFUNCS = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
-
-
-def _put_reference(
-    x: Any, source: Any, *indices: Any,
-    axes: tuple[int, ...], shape: Shape, combine: str, wrap: bool,
-) -> Any:  # fmt: skip
-    out = np.zeros(shape, source.dtype) if x is None else np.array(x)
-    place = _coordinates(indices, axes)
-    if combine == "set":
-        for at in np.ndindex(source.shape):
-            out[tuple(p[at] for p in place)] = source[at]
-    else:
-        wide = out.astype(np.float64) if out.dtype.kind not in "biu" else out
-        _UFUNCS[combine].at(wide, place, source.astype(wide.dtype))
-        out = wide.astype(out.dtype)
-    return out
-
-
-def _put_vjp(
-    g: Any, source_type: TensorType, indices: Any, axes: tuple[int, ...], shape: Shape,
-    combine: str, wrap: bool, needs: Any,
-) -> Any:  # fmt: skip
-    from flame.ops.creation import zeros
-    from flame.ops.shapes import expand
-
-    to_x = to_source = None
-    if needs[0]:
-        to_x = g
-        if combine == "set":
-            nothing = expand(zeros((), dtype=g.dtype), source_type.shape)
-            to_x = put_at(g, nothing, *indices, axes=axes, shape=shape, combine="set", wrap=wrap)
-    if needs[1]:
-        to_source = take_at(g, *indices, axes=axes, wrap=wrap)
-    return (to_x, to_source, *(None for _ in indices))
-
-
-# Where "set" writes an element twice, the gradient goes to both values, as in PyTorch, while finite
-# differences see the last only. So in these samples it writes each element once.
-_WRITES = [
-    ((Arg((4, 3)), Arg((5, 3)), _index(5, 3)), {"axes": (-1, 1), "shape": (4, 3), "combine": "add"}),
-    ((Arg((3, 4)), Arg((5, 3)), _index(5, 3)), {"axes": (1, -1), "shape": (3, 4), "combine": "add"}),
-    ((None, Arg((5, 70)), _index(5, 70)), {"axes": (-1, 1), "shape": (4, 70), "combine": "add"}),
-    ((None, Arg((2, 6)), _index(2, 6, low=-4)),
-     {"axes": (0, -1), "shape": (3, 4), "combine": "add", "wrap": True}),
-    ((Arg((9,)), Arg((2, 3)), _index(2, 3, high=9)),
-     {"axes": (-1,), "shape": (9,), "combine": "add"}),
-    ((Arg((4, 3)), Arg((1, 3)), _index(1, 3)), {"axes": (-1, 1), "shape": (4, 3), "combine": "set"}),
-    ((Arg((4,)), Arg(()), _index()), {"axes": (-1,), "shape": (4,), "combine": "set"}),
-    ((Arg((4, 3)), Arg((0, 3)), _index(0, 3)), {"axes": (-1, 1), "shape": (4, 3), "combine": "set"}),
-]  # fmt: skip
-
-put_at = Op(
-    "put_at",
-    inputs=("x", "source", "*indices"),
-    infer=_infer_put,
-    lower=_lower_put,
-    vjp=Joint(_put_vjp),
-    reference=_put_reference,
-    samples=[Sample(inputs, {"wrap": False, **attributes}) for inputs, attributes in _WRITES],
-    failure=failure,
-    updates=True,
-)
-
-
-def _reduce_vjp(
-    g: Any, out: Any, x: Any, source: Any, indices: Any, axes: tuple[int, ...], shape: Shape,
-    combine: str, wrap: bool, needs: Any,
-) -> Any:  # fmt: skip
-    """Extremes share the gradient among those equal to the result; products leave each factor out."""
-
-    def read(t: Any) -> Any:
-        return take_at(t, *indices, axes=axes, wrap=wrap)
-
-    def spread(t: Any, base: Any = None) -> Any:
-        return put_at(base, t, *indices, axes=axes, shape=shape, combine="add", wrap=wrap)
-
-    nothing = tuple(None for _ in indices)
-    if combine == "mul":
-        to_x, to_source = _product_gradients(
-            g, x, source, read, spread, combine_at, indices, axes, wrap
-        )
-        return (to_x, to_source, *nothing)
-    mine = (x == out).to(g.dtype)
-    theirs = (source == read(out)).to(g.dtype)
-    share = g / spread(theirs, mine)
-    return (share * mine, read(share) * theirs, *nothing)
-
-
-def _product_gradients(
-    g: Any, x: Any, source: Any, read: Any, spread: Any, product: Any, indices: Any,
-    axes: tuple[int, ...], wrap: bool,
-) -> tuple[Any, Any]:  # fmt: skip
-    """The gradient of a factor is g times the product of the others.
-
-    The product of the factors that are not zero, over the factor, is right where none is zero. A zero
-    among the others makes it zero; that zero stands in the formula by its value, so that the second
-    derivative is right too.
-    """
-    zero_x, zero_source = (x == 0).to(g.dtype), (source == 0).to(g.dtype)
-    whole_x, whole_source = x.masked_fill(x == 0, 1), source.masked_fill(source == 0, 1)
-    rest = product(
-        whole_x, whole_source, *indices, axes=axes, shape=x.shape, combine="mul", wrap=wrap
-    )
-    count, vanishing = spread(zero_source, zero_x), spread(source * zero_source, x * zero_x)
-    none, one, two = ((count == n).to(g.dtype) for n in (0, 1, 2))
-
-    def gradient(weight: Any, value: Any, whole: Any, zero: Any, at: Any) -> Any:
-        beside = (1 - zero) * (at(none) + at(one) * at(vanishing))
-        instead = zero * (at(one) + at(two) * (at(vanishing) - value))
-        return weight / whole * (beside + instead)
-
-    weight = g * rest
-    return (
-        gradient(weight, x, whole_x, zero_x, lambda t: t),
-        gradient(read(weight), source, whole_source, zero_source, read),
-    )
-
-
-combine_at = Op(
-    "combine_at",
-    inputs=("x", "source", "*indices"),
-    infer=_infer_put,
-    lower=_lower_put,
-    vjp=Joint(_reduce_vjp),
-    reference=_put_reference,
-    samples=[
-        Sample((Arg((4, 3), 0.5, 2.0, distinct=True), Arg((5, 3), 0.6, 2.1, distinct=True), _index(5, 3)),
-               {"axes": (-1, 1), "shape": (4, 3), "combine": how, "wrap": False})
-        for how in ("mul", "max", "min")
-    ],
-    failure=failure,
-    updates=True,
-)  # fmt: skip

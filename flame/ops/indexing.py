@@ -14,7 +14,8 @@ from flame.core.errors import DTypeError, IndexRangeError, ShapeError
 from flame.core.types import Shape
 from flame.ops.conversion import convert
 from flame.ops.creation import full
-from flame.ops.indexed import OutOfRange, combine_at, put_at, take_at
+from flame.ops.indexed import OutOfRange, take_at
+from flame.ops.indexed_writes import combine_at, put_at
 from flame.ops.loops import broadcast_shapes
 from flame.ops.shapes import as_strided, expand, reshape, wrap_dim
 
@@ -91,7 +92,7 @@ def same_dtype(name: str, input: Tensor, source: Any) -> None:
         )
 
 
-# --- one index for whole slices: index_select, index_add, index_copy, index_fill --------------------
+# --- one index for whole slices: index_select, index_add, index_copy, index_fill ------------------
 
 
 def index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
@@ -204,7 +205,7 @@ def filled(name: str, input: Tensor, value: Any, shape: Shape) -> Tensor:
     return expand(full((), value, dtype=input.dtype), shape)
 
 
-# --- one index for each element: gather, scatter -----------------------------------------------------
+# --- one index for each element: gather, scatter --------------------------------------------------
 
 
 def fitting_index(name: str, input: Tensor, dim: int, index: Any) -> Tensor:
@@ -251,7 +252,7 @@ def _gathered(name: str, input: Tensor, dim: int, index: Tensor, *, wrap: bool) 
     return made if made.ndim == index.ndim else reshape(made, index.shape)
 
 
-# --- flat places --------------------------------------------------------------------------------------
+# --- flat places ----------------------------------------------------------------------------------
 
 
 def take(input: Tensor, index: Tensor) -> Tensor:

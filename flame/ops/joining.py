@@ -28,6 +28,10 @@ __all__ = [
 METHODS = ("repeat", "repeat_interleave", "tile")
 
 
+GROUP = 16  # small tensors that one kernel joins
+SMALL = 16384  # elements
+
+
 class Shifted(Operand):
     """An operand whose first element is ``offset`` further on."""
 
@@ -39,7 +43,7 @@ class Shifted(Operand):
         return super().at(index) + self.offset
 
 
-# --- place ------------------------------------------------------------------------------------------
+# --- place ----------------------------------------------------------------------------------------
 
 
 def _infer_place(types: Types, *, shape: Shape, strides: Shape) -> TensorType:
@@ -101,7 +105,7 @@ place = Op(
 )  # fmt: skip
 
 
-# --- cat --------------------------------------------------------------------------------------------
+# --- cat ------------------------------------------------------------------------------------------
 
 
 def _infer_cat(types: Types, *, dim: int, dtype: DType | None = None) -> TensorType:
@@ -124,24 +128,47 @@ def _infer_cat(types: Types, *, dim: int, dtype: DType | None = None) -> TensorT
 def _lower_cat(
     types: Types, outputs: tuple[TensorType, ...], *, dim: int, dtype: DType | None = None
 ) -> Lowering:
+    """Each kernel copies one tensor, or a group of small ones of one type, to its place."""
     (out,) = outputs
     kernels = []
-    start = 0
-    for position, x in enumerate(types):
+    start = position = 0
+    while position < len(types):
+        x = types[position]
         assert isinstance(x, TensorType)
-        k = KernelBuilder("cat")
-        nest = coalesce(x.shape, [x.strides, out.strides], by_stride(out.strides, x.shape))
-        source = k.tensor("input", position, tensor_type(x.dtype, nest.sizes, nest.strides[0]))
-        part = k.tensor("output", 0, tensor_type(out.dtype, nest.sizes, nest.strides[1]))
-        target = Shifted(part, k.size(start * out.strides[dim]))
-        wide = x.dtype if x.dtype is out.dtype else compute_dtype(out.dtype)
-        walk(
-            k, nest, lambda i, s=source, t=target, w=wide, k=k: k.store(t, i, cast(s[i], w)),
-            light=True,
-        )  # fmt: skip
-        kernels.append(k.bind())
-        start += x.shape[dim]
+        most = GROUP if x.numel <= SMALL else 1
+        stop = position + 1
+        while stop < len(types) and stop - position < most and types[stop] is x:
+            stop += 1
+        kernels.append(_copies(x, out, range(position, stop), start, dim).bind())
+        start += (stop - position) * x.shape[dim]
+        position = stop
     return Lowering(tuple(kernels))
+
+
+def _copies(
+    x: TensorType, out: TensorType, positions: range, start: int, dim: int
+) -> KernelBuilder:
+    """Inputs of type ``x`` laid into the output one after the other, from ``start`` on."""
+    k = KernelBuilder("cat")
+    nest = coalesce(x.shape, [x.strides, out.strides], by_stride(out.strides, x.shape))
+    read, written = (
+        tensor_type(t.dtype, nest.sizes, steps)
+        for t, steps in zip((x, out), nest.strides, strict=True)
+    )
+    sources = [k.tensor("input", position, read) for position in positions]
+    part = k.tensor("output", 0, written)
+    step = out.strides[dim]
+    targets = [
+        Shifted(part, k.size((start + n * x.shape[dim]) * step)) for n in range(len(sources))
+    ]
+    wide = x.dtype if x.dtype is out.dtype else compute_dtype(out.dtype)
+
+    def body(index: tuple[Value, ...]) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            k.store(target, index, cast(source[index], wide))
+
+    walk(k, nest, body, light=len(sources) == 1)
+    return k
 
 
 def _cat_vjp(g: Any, tensors_type: Any, dim: int, needs: Any) -> Any:
@@ -222,7 +249,7 @@ def stack(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
 
 def hstack(tensors: Sequence[Tensor]) -> Tensor:
     """Joined along the second dimension, or the only one of 1-d tensors."""
-    from flame.ops.slicing import atleast_1d
+    from flame.ops.dimensions import atleast_1d
 
     found = [atleast_1d(t) for t in _listed("hstack", tensors)]
     return cat(found, 0 if found[0].ndim == 1 else 1)
@@ -230,7 +257,7 @@ def hstack(tensors: Sequence[Tensor]) -> Tensor:
 
 def vstack(tensors: Sequence[Tensor]) -> Tensor:
     """Joined along the first dimension, 1-d tensors as rows."""
-    from flame.ops.slicing import atleast_2d
+    from flame.ops.dimensions import atleast_2d
 
     return cat([atleast_2d(t) for t in _listed("vstack", tensors)], 0)
 
@@ -242,7 +269,7 @@ def row_stack(tensors: Sequence[Tensor]) -> Tensor:
 
 def dstack(tensors: Sequence[Tensor]) -> Tensor:
     """Joined along the third dimension."""
-    from flame.ops.slicing import atleast_3d
+    from flame.ops.dimensions import atleast_3d
 
     return cat([atleast_3d(t) for t in _listed("dstack", tensors)], 2)
 
@@ -253,7 +280,7 @@ def column_stack(tensors: Sequence[Tensor]) -> Tensor:
     return hstack([reshape(t, (t.numel(), 1)) if t.ndim <= 1 else t for t in found])
 
 
-# --- repetition -------------------------------------------------------------------------------------
+# --- repetition -----------------------------------------------------------------------------------
 
 
 def repeat(input: Tensor, *repeats: Any) -> Tensor:

@@ -33,7 +33,7 @@ METHODS = (
 IN_PLACE = ("tril", "triu")
 
 
-# --- flip -------------------------------------------------------------------------------------------
+# --- flip -----------------------------------------------------------------------------------------
 
 
 def _same_type(types: Types, **attributes: Any) -> TensorType:
@@ -137,7 +137,7 @@ def _rolled(x: Tensor, shift: int, dim: int) -> Tensor:
     return cat([slice_dim(x, dim, at, size), slice_dim(x, dim, 0, at)], dim)
 
 
-# --- triangles --------------------------------------------------------------------------------------
+# --- triangles ------------------------------------------------------------------------------------
 
 
 def _lower_triangle(
@@ -214,7 +214,7 @@ def triu_indices(
     return _indices("triu_indices", row, col, offset, dtype)
 
 
-# --- diagonals ----------------------------------------------------------------------------------------
+# --- diagonals ------------------------------------------------------------------------------------
 
 
 def diag_embed(input: Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Tensor:
@@ -250,7 +250,7 @@ def diagflat(input: Tensor, offset: int = 0) -> Tensor:
     return diag_embed(reshape(input, (-1,)), offset)
 
 
-# --- grids ----------------------------------------------------------------------------------------------
+# --- grids ----------------------------------------------------------------------------------------
 
 
 def meshgrid(*tensors: Any, indexing: str = "ij") -> tuple[Tensor, ...]:

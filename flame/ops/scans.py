@@ -217,7 +217,7 @@ def _cumprod_gradient(g: Any, x: Any, dim: int, reverse: bool) -> Any:
 _cumprod = _op("cumprod", "mul", (_cumprod_gradient,), np.cumprod)
 
 
-# --- logcumsumexp -----------------------------------------------------------------------------------
+# --- logcumsumexp ---------------------------------------------------------------------------------
 
 
 def _lower_logcumsumexp(
@@ -258,7 +258,7 @@ _logcumsumexp = Op(
 )  # fmt: skip
 
 
-# --- running extremes ---------------------------------------------------------------------------------
+# --- running extremes -----------------------------------------------------------------------------
 
 
 def _infer_extreme(types: Types, *, dim: int, largest: bool) -> tuple[TensorType, TensorType]:
@@ -288,7 +288,7 @@ def _lower_extreme(
 
 
 def _extreme_gradient(g: Any, out: Any, x_type: TensorType, dim: int) -> Any:
-    from flame.ops.indexed import put_at
+    from flame.ops.indexed_writes import put_at
 
     axes = (*range(dim), -1, *range(dim + 1, x_type.ndim))
     return put_at(None, g[0], out[1], axes=axes, shape=x_type.shape, combine="add", wrap=False)
@@ -309,7 +309,7 @@ _extreme = Op(
 )  # fmt: skip
 
 
-# --- public -------------------------------------------------------------------------------------------
+# --- public ---------------------------------------------------------------------------------------
 
 
 def _prepared(name: str, input: Tensor, dim: int, dtype: DType | None) -> tuple[Tensor, int]:

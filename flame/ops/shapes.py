@@ -140,7 +140,7 @@ def apart(shape: Shape, strides: Shape) -> bool:
 def _summed(g: Tensor, numel: int, strides: Shape, offset: int) -> Tensor:
     """``g`` summed into ``numel`` zeros, where several of its elements may meet."""
     from flame.ops.creation import arange
-    from flame.ops.indexed import put_at
+    from flame.ops.indexed_writes import put_at
 
     where: Any = arange(offset, offset + 1)
     for axis, (size, stride) in enumerate(zip(g.shape, strides, strict=True)):

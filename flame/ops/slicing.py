@@ -1,9 +1,9 @@
-"""Views of parts of a tensor and of its dimensions in other orders; nothing here copies."""
+"""Views of parts: subscripts, diagonals, windows, splits, bits; nothing here copies."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,19 +12,13 @@ from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, IndexRangeError, ShapeError
 from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
 from flame.ops.creation import shape_of
-from flame.ops.loops import broadcast_shapes as common_shape
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Sample, Types
 from flame.ops.shapes import (
     apart,
     as_strided_backward,
-    expand,
-    permute,
     reshape,
     slice_dim,
-    transpose,
-    view,
     wrap_dim,
-    wrap_dims,
 )  # fmt: skip
 from flame.ops.views import ViewOp
 
@@ -32,21 +26,18 @@ if TYPE_CHECKING:
     from flame.tensor import Tensor
 
 __all__ = [
-    "adjoint", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_shapes", "broadcast_tensors",
-    "chunk", "diagonal", "dsplit", "flatten", "hsplit", "moveaxis", "movedim", "ravel", "select",
-    "split", "split_with_sizes", "swapaxes", "swapdims", "t", "tensor_split", "unbind", "unflatten",
-    "vsplit",
+    "chunk", "diagonal", "dsplit", "hsplit", "select", "split", "split_with_sizes", "tensor_split",
+    "unbind", "vsplit",
 ]  # fmt: skip
 METHODS = (
-    "adjoint", "chunk", "diagonal", "dsplit", "expand_as", "flatten", "hsplit", "moveaxis", "movedim",
-    "ravel", "reshape_as", "select", "split", "split_with_sizes", "swapaxes", "swapdims", "t",
-    "tensor_split", "unbind", "unflatten", "unfold", "view_as", "vsplit",
+    "chunk", "diagonal", "dsplit", "hsplit", "select", "split", "split_with_sizes", "tensor_split",
+    "unbind", "unfold", "vsplit",
 )  # fmt: skip
 
 Item = int | tuple[int, int, int] | None  # an index; (start, size, step); a new dimension
 
 
-# --- subscripts of ints, slices and None, as one view -------------------------------------------------
+# --- subscripts of ints, slices and None, as one view ---------------------------------------------
 
 
 def geometry(shape: Shape, strides: Shape, items: tuple[Item, ...]) -> tuple[Shape, Shape, int]:
@@ -131,7 +122,7 @@ def unbind(input: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
     return tuple(select(input, dim, i) for i in range(input.shape[dim]))
 
 
-# --- diagonal, unfold, bit views ----------------------------------------------------------------------
+# --- diagonal, unfold, bit views ------------------------------------------------------------------
 
 
 def _diagonal_geometry(
@@ -272,123 +263,7 @@ view_bits = ViewOp(
 )  # fmt: skip
 
 
-# --- dimensions: merged, split, reordered ---------------------------------------------------------------
-
-
-def flatten(input: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
-    """Dimensions start_dim to end_dim as one."""
-    first, last = (wrap_dim("flatten", d, input.ndim) for d in (start_dim, end_dim))
-    if first > last:
-        raise ShapeError(f"flatten: start_dim {start_dim} comes after end_dim {end_dim}")
-    if not input.ndim:
-        return reshape(input, (1,))
-    if first == last:
-        return input
-    count = 1
-    for size in input.shape[first : last + 1]:
-        count *= size
-    return reshape(input, (*input.shape[:first], count, *input.shape[last + 1 :]))
-
-
-def unflatten(input: Tensor, dim: int, sizes: Any) -> Tensor:
-    """One dimension as several, of the given sizes (one may be -1)."""
-    from flame.ops.shapes import whole_shape
-
-    dim = wrap_dim("unflatten", dim, input.ndim)
-    if not input.ndim:
-        raise IndexRangeError("unflatten: a 0-d tensor has no dimension to split")
-    wanted = shape_of(sizes)
-    if not wanted:
-        raise ShapeError("unflatten: sizes must not be empty")
-    made = whole_shape("unflatten", tensor_type(input.dtype, (input.shape[dim],)), wanted)
-    return view(input, (*input.shape[:dim], *made, *input.shape[dim + 1 :]))
-
-
-def ravel(input: Tensor) -> Tensor:
-    """All elements in one dimension; a view where possible."""
-    return reshape(input, (-1,))
-
-
-def movedim(input: Tensor, source: Any, destination: Any) -> Tensor:
-    """Dimensions ``source`` moved to the places ``destination``; the rest keep their order."""
-    before = wrap_dims("movedim", source, input.ndim)
-    after = wrap_dims("movedim", destination, input.ndim)
-    if len(before) != len(after):
-        raise ShapeError(f"movedim: {source} and {destination} must name as many dimensions")
-    if not input.ndim:
-        return permute(input, ())
-    order = dict(zip(after, before, strict=True))
-    rest = iter(d for d in range(input.ndim) if d not in before)
-    return permute(input, tuple(order[d] if d in order else next(rest) for d in range(input.ndim)))
-
-
-def moveaxis(input: Tensor, source: Any, destination: Any) -> Tensor:
-    """As `movedim`."""
-    return movedim(input, source, destination)
-
-
-def swapaxes(input: Tensor, axis0: int, axis1: int) -> Tensor:
-    """As `transpose`."""
-    return transpose(input, axis0, axis1)
-
-
-def swapdims(input: Tensor, dim0: int, dim1: int) -> Tensor:
-    """As `transpose`."""
-    return transpose(input, dim0, dim1)
-
-
-def t(input: Tensor) -> Tensor:
-    """A matrix transposed; tensors of fewer dimensions as they are."""
-    if input.ndim > 2:
-        raise ShapeError(
-            f"t: at most two dimensions, got shape {input.shape}; use .mT or transpose"
-        )
-    return transpose(input, 0, 1) if input.ndim == 2 else permute(input, tuple(range(input.ndim)))
-
-
-def adjoint(input: Tensor) -> Tensor:
-    """The last two dimensions swapped, as all numbers here are real."""
-    return _matrices(input)
-
-
-def _matrices(input: Tensor) -> Tensor:
-    if input.ndim < 2:
-        raise ShapeError(f"mT: a matrix is needed, got shape {input.shape}")
-    return transpose(input, -2, -1)
-
-
-def _reversed(input: Tensor) -> Tensor:
-    return permute(input, tuple(reversed(range(input.ndim))))
-
-
-def expand_as(input: Tensor, other: Tensor) -> Tensor:
-    """`expand` to the shape of ``other``."""
-    return expand(input, other.shape)
-
-
-def view_as(input: Tensor, other: Tensor) -> Tensor:
-    """`view` in the shape of ``other``."""
-    return view(input, other.shape)
-
-
-def reshape_as(input: Tensor, other: Tensor) -> Tensor:
-    """`reshape` to the shape of ``other``."""
-    return reshape(input, other.shape)
-
-
-def broadcast_shapes(*shapes: Any) -> Shape:
-    """The common shape of several, by the rules of broadcasting."""
-    return common_shape("broadcast_shapes", [shape_of(s) for s in shapes])
-
-
-def broadcast_tensors(*tensors: Any) -> tuple[Tensor, ...]:
-    """Views of the tensors in their common shape."""
-    given = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (list, tuple)) else tensors
-    shape = common_shape("broadcast_tensors", [x.shape for x in given])
-    return tuple(expand(x, shape) for x in given)
-
-
-# --- splits -------------------------------------------------------------------------------------------
+# --- splits ---------------------------------------------------------------------------------------
 
 
 def _split_at(name: str, input: Tensor, dim: int, sizes: Sequence[int]) -> tuple[Tensor, ...]:
@@ -494,42 +369,3 @@ def dsplit(input: Tensor, indices_or_sections: Any) -> tuple[Tensor, ...]:
     if input.ndim < 3:
         raise ShapeError(f"dsplit: three dimensions are needed, got shape {input.shape}")
     return _evenly("dsplit", input, indices_or_sections, 2)
-
-
-# --- at least so many dimensions ----------------------------------------------------------------------
-
-
-def _each(function: Any, tensors: tuple[Any, ...]) -> Any:
-    if len(tensors) == 1 and not isinstance(tensors[0], (list, tuple)):
-        return function(tensors[0])
-    given = tensors[0] if len(tensors) == 1 else tensors
-    return tuple(function(x) for x in given)
-
-
-def atleast_1d(*tensors: Any) -> Any:
-    """Tensors with at least one dimension."""
-    return _each(lambda x: x if x.ndim else reshape(x, (1,)), tensors)
-
-
-def atleast_2d(*tensors: Any) -> Any:
-    """Tensors with at least two dimensions; new ones stand in front."""
-    return _each(lambda x: x if x.ndim > 1 else reshape(x, (1,) * (2 - x.ndim) + x.shape), tensors)
-
-
-def atleast_3d(*tensors: Any) -> Any:
-    """Tensors with at least three dimensions: 1-d ones lie in the middle, 2-d ones get a last one."""
-
-    def one(x: Any) -> Any:
-        if x.ndim > 2:
-            return x
-        return reshape(x, (*x.shape, 1) if x.ndim == 2 else (1, *(x.shape or (1,)), 1))
-
-    return _each(one, tensors)
-
-
-OPERATORS: Final[dict[str, Any]] = {
-    "T": property(_reversed, doc="All dimensions in reverse order."),
-    "mT": property(_matrices, doc="The last two dimensions swapped."),
-    "mH": property(_matrices, doc="As mT, for real numbers."),
-    "H": property(t, doc="A matrix transposed."),
-}

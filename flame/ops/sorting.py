@@ -252,7 +252,7 @@ def mode(input: Tensor, dim: int = -1, keepdim: bool = False) -> ValuesIndices:
     return _one(x, dim, _mode_place(x, dim=dim), input.ndim, keepdim)
 
 
-# --- results whose size depends on the data, found on the host ----------------------------------------
+# --- results whose size depends on the data, found on the host ------------------------------------
 
 
 def unique(
@@ -321,7 +321,7 @@ def bincount(input: Tensor, weights: Tensor | None = None, minlength: int = 0) -
     return from_array(made)
 
 
-# --- searching ----------------------------------------------------------------------------------------
+# --- searching ------------------------------------------------------------------------------------
 
 
 def _found(edges: Any, x: Any, *, right: bool) -> Any:

@@ -17,7 +17,8 @@ from flame.core import dtypes
 from flame.core.errors import DTypeError, IndexRangeError, ShapeError
 from flame.core.types import Shape
 from flame.ops.conversion import convert
-from flame.ops.indexed import put_at, take_at
+from flame.ops.indexed import take_at
+from flame.ops.indexed_writes import put_at
 from flame.ops.indexing import along, named
 from flame.ops.loops import broadcast_shapes
 from flame.ops.shapes import expand, reshape, view_strides

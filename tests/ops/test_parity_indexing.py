@@ -20,7 +20,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import database
 from entries import cases, check_errors, check_first, check_second
 
-NAMES = ["__getitem__", "argsort", "argwhere", "bucketize", "count_nonzero", "gather", "index_add", "index_copy", "index_fill", "index_put", "index_reduce", "index_select", "isin", "masked_fill", "masked_scatter", "masked_select", "median", "msort", "nanmedian", "nn.functional.embedding", "nn.functional.one_hot", "nonzero", "nonzero_static", "put", "scatter", "scatter_add", "scatter_reduce", "searchsorted", "sort", "take", "take_along_dim", "unique", "unique_consecutive", "unravel_index"]
+LISTED = """
+__getitem__ argsort argwhere bucketize count_nonzero gather index_add index_copy index_fill
+index_put index_reduce index_select isin masked_fill masked_scatter masked_select median msort
+nanmedian nn.functional.embedding nn.functional.one_hot nonzero nonzero_static put scatter
+scatter_add scatter_reduce searchsorted sort take take_along_dim unique unique_consecutive
+unravel_index
+"""
+NAMES = LISTED.split()
 TIES = ["topk", "kthvalue", "mode"]  # which of equal elements is named is left open
 CASES = cases(NAMES)
 NO_GRADIENT = {"nn.functional.one_hot"}

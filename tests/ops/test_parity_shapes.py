@@ -17,7 +17,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from entries import cases, check_errors, check_first, check_second
 
-NAMES = ["H", "T", "mH", "mT", "as_strided_copy", "atleast_1d", "atleast_2d", "atleast_3d", "block_diag", "broadcast_shapes", "broadcast_tensors", "broadcast_to", "cartesian_prod", "cat", "chunk", "clone", "column_stack", "combinations", "constant_pad_nd", "contiguous", "cummax", "cummin", "cumprod", "cumsum", "cumulative_trapezoid", "diag", "diag_embed", "diagflat", "diagonal", "diagonal_copy", "diagonal_scatter", "diff", "dsplit", "dstack", "expand", "expand_as", "expand_copy", "flatten", "flip", "fliplr", "flipud", "hsplit", "hstack", "logcumsumexp", "meshgrid", "movedim", "narrow", "narrow_copy", "nn.functional.pad", "permute", "permute_copy", "ravel", "repeat", "repeat_interleave", "reshape", "reshape_as", "roll", "rot90", "select", "select_scatter", "slice_scatter", "split", "split_with_sizes", "split_with_sizes_copy", "squeeze", "squeeze_copy", "stack", "t", "t_copy", "tensor_split", "tile", "trace", "transpose", "transpose_copy", "trapezoid", "trapz", "tril", "tril_indices", "triu", "triu_indices", "unbind", "unbind_copy", "unflatten", "unfold", "unfold_copy", "unsafe_chunk", "unsafe_split", "unsqueeze", "unsqueeze_copy", "view", "view_as", "view_copy", "vsplit", "vstack"]
+LISTED = """
+H T mH mT as_strided_copy atleast_1d atleast_2d atleast_3d block_diag broadcast_shapes
+broadcast_tensors broadcast_to cartesian_prod cat chunk clone column_stack combinations
+constant_pad_nd contiguous cummax cummin cumprod cumsum cumulative_trapezoid diag diag_embed
+diagflat diagonal diagonal_copy diagonal_scatter diff dsplit dstack expand expand_as expand_copy
+flatten flip fliplr flipud hsplit hstack logcumsumexp meshgrid movedim narrow narrow_copy
+nn.functional.pad permute permute_copy ravel repeat repeat_interleave reshape reshape_as roll
+rot90 select select_scatter slice_scatter split split_with_sizes split_with_sizes_copy squeeze
+squeeze_copy stack t t_copy tensor_split tile trace transpose transpose_copy trapezoid trapz
+tril tril_indices triu triu_indices unbind unbind_copy unflatten unfold unfold_copy unsafe_chunk
+unsafe_split unsqueeze unsqueeze_copy view view_as view_copy vsplit vstack
+"""
+NAMES = LISTED.split()
 NO_GRADIENT = {"broadcast_shapes", "tril_indices", "triu_indices"}
 CASES = cases(NAMES)
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's deprecations
