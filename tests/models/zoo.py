@@ -282,9 +282,9 @@ ZOO = {
     "mlp": Entry(mlp, _mlp_batch, _cross_entropy),
     "lenet": Entry(lenet, _images(8, 1, 28, 10), _cross_entropy),
     # Small rates, as five larger steps learn these four images by heart and magnify rounding: where
-    # a ReLU's input is zero but for rounding its slope is 0 in one library and 1 in the other (about
-    # one of 2.5 million inputs each step), and Adam's first steps go by the signs of gradients. At
-    # AdamW's 1e-3, PyTorch's own float32 and float64 losses differ by 1e-3.
+    # a ReLU's input is zero but for rounding, its slope is 0 in one library and 1 in the other (one
+    # or so of 2.5 million inputs each step), and Adam's first steps go by the signs of gradients.
+    # At AdamW's 1e-3, PyTorch's own float32 and float64 losses differ by 1e-3.
     "resnet18": Entry(resnet18, _images(4, 3, 32, 10), _cross_entropy, 1e-4, 1e-5),
     "gpt": Entry(gpt, _gpt_batch, _token_cross_entropy),
     "unet": Entry(unet, _unet_batch, _squared_error),
