@@ -15,13 +15,13 @@ import numpy as np
 from flame.core.errors import DTypeError, ShapeError
 from flame.core.types import Shape, TensorType, like_strides, tensor_type
 from flame.kernel.builder import Lowering
-from flame.ops import norm_kernels
+from flame.ops import norm_columns, norm_kernels
 from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import broadcast_strides
 from flame.ops.op import Arg, Joint, Op, Sample, Types
 from flame.ops.reductions import mean as mean_of
 from flame.ops.reductions import sum_to
-from flame.ops.rows import type_of
+from flame.ops.rows import rows_of, type_of
 from flame.ops.shapes import reshape
 
 EPS: Final = 1e-5  # of the samples in tests
@@ -319,6 +319,9 @@ def _lower_batch(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
     strides: list[Shape | None] = [form.strides(type_of(types[0]))]
     strides += [None if t is None else form.scale_strides(type_of(t)) for t in types[1:3]]
     strides += [form.strides(outputs[0]), *(form.scale_strides(o) for o in outputs[1:])]
+    rows = rows_of(form.sizes, form.rows, [s for s in strides if s is not None])
+    if norm_columns.fits(rows):
+        return norm_columns.lower_columns(rows, types, outputs)
     return norm_kernels.lower_forward(
         "batch_norm", form.sizes, form.rows, types, outputs, strides, centred=True
     )

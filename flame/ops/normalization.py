@@ -28,7 +28,9 @@ from flame.ops.shapes import reshape
 if TYPE_CHECKING:
     from flame.tensor import Tensor
 
-__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
+# torch.batch_norm and torch.instance_norm take their arguments in another order than the functions
+# of torch.nn.functional, so these two stand in nn.functional alone.
+__all__ = ["group_norm", "layer_norm", "rms_norm"]
 
 
 def _check_parameter(name: str, label: str, given: Any, shape: tuple[int, ...]) -> None:

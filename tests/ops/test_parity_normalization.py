@@ -80,11 +80,13 @@ def test_group_batch_and_instance_norm(shape: tuple[int, ...], affine: bool) -> 
               lambda x, w, b: T.instance_norm(x, None, None, w, b), x, weight, bias)  # fmt: skip
 
 
-def test_batch_norm_reads_channels_last() -> None:
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (5, 9, 11, 6), (4, 8, 9, 70)])
+def test_batch_norm_reads_channels_last(shape: tuple[int, ...]) -> None:
+    channels = shape[-1]
     agree(
         lambda x, w, b: F.batch_norm(x.permute(0, 3, 1, 2), None, None, w, b, True),
         lambda x, w, b: T.batch_norm(x.permute(0, 3, 1, 2), None, None, w, b, True),
-        draw(3, 4, 5, 6), draw(6, seed=1), draw(6, seed=2),
+        draw(*shape), draw(channels, seed=1), draw(channels, seed=2),
     )  # fmt: skip
 
 
