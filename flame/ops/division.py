@@ -1,7 +1,7 @@
 """Division with rounding, and remainders.
 
-A float remainder is exact while the quotient is below 2**48 (float32) or 2**106 (float64). Integers
-over 0 raise ArgumentError: there is no number to give.
+A float remainder is exact while the quotient is below about 2**46 (float32) or 2**104 (float64);
+beyond, it may be NaN. Integers over 0 raise ArgumentError: there is no number to give.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def _float_fmod(x: Value, y: Value) -> Value:
     rest = select(compare("eq", rest, zero), values.binary("copysign", rest, x), rest)
     infinite = compare("eq", abs(y), const(math.inf, y.dtype))
     whole = compare("lt", abs(x), const(math.inf, x.dtype))
-    return select(infinite & whole, x, rest)
+    known = compare("lt", abs(rest), abs(y))  # else the quotient had more bits than were taken off
+    return select(infinite & whole, x, select(known, rest, const(math.nan, x.dtype)))
 
 
 def _fmod_scalar(x: Value, y: Value) -> Value:
@@ -96,7 +97,10 @@ def _floor_scalar(x: Value, y: Value) -> Value:
     exact = x / y
     rounded = unary("round", quotient)  # a whole number, but for the rounding of x - rest
     rounded = select(compare("eq", rounded, zero), values.binary("copysign", zero, exact), rounded)
-    return select(compare("eq", y, zero), exact, rounded)
+    # a quotient this large is a whole number, or infinite
+    whole = compare("gt", abs(exact), const(2.0 ** (24 if x.dtype.bits == 32 else 53), x.dtype))
+    whole = whole & compare("lt", abs(x), const(math.inf, x.dtype))
+    return select(compare("eq", y, zero) | whole, exact, rounded)
 
 
 def _trunc_scalar(x: Value, y: Value) -> Value:

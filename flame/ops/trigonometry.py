@@ -65,7 +65,8 @@ def _acosh_scalar(x: Value) -> Value:
     limit = const(1e18 if x.dtype.bits == 32 else 1e150, x.dtype)
     t = values.binary("min", x, limit) - 1.0
     small = unary("log1p", t + unary("sqrt", t * (t + 2.0)))
-    return select(compare("gt", x, limit), unary("log", x) + LN2, small)
+    found = select(compare("gt", x, limit), unary("log", x) + LN2, small)
+    return select(compare("lt", x, const(1, x.dtype)), const(math.nan, x.dtype), found)
 
 
 _asinh = floats("asinh", lambda g, x: g * rsqrt(x * x + 1), scalar=_asinh_scalar,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 from collections.abc import Callable, Iterator
@@ -337,3 +338,45 @@ def test_integers_over_zero_raise() -> None:
         for zero in (0, flame.tensor([1, 0])):
             with pytest.raises(FlameError, match="by zero"):
                 call(zero)
+
+
+SPECIAL = [
+    math.nan, math.inf, -math.inf, 0.0, -0.0, 3e38, -3e38, 2e-38, -2e-38, 1e-39, 1e-3, -1e-3, 88.0,
+    -88.0, 1000.0, -1000.0, 0.5, -0.5, 1.0, -1.0, 2.0, 3.0, 20.0, 20.5, -20.0,
+]  # fmt: skip
+UNARY = [
+    "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "erf", "erfc",
+    "exp", "exp2", "expm1", "floor", "frac", "isfinite", "isinf", "isnan", "log", "log10", "log1p",
+    "log2", "logit", "nan_to_num", "reciprocal", "round", "rsqrt", "sigmoid", "sign", "signbit",
+    "sin", "sinc", "sinh", "sqrt", "square", "tan", "tanh", "trunc",
+]  # fmt: skip
+PAIRED = [
+    "add", "sub", "mul", "div", "atan2", "pow", "maximum", "minimum", "fmax", "fmin", "hypot",
+    "copysign", "logaddexp", "logaddexp2", "xlogy", "eq", "lt", "isclose", "floor_divide",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_special_values(dtype: torch.dtype) -> None:
+    """NaN, infinities, signed zeros, subnormal and huge numbers."""
+    x = torch.tensor(SPECIAL, dtype=dtype)
+    for name in UNARY:
+        assert_same(getattr(flame, name)(to_flame(x)), getattr(torch, name)(x), name)
+    column, row = x[:, None].clone(), x[None].clone()
+    for name in PAIRED:
+        made = getattr(flame, name)(to_flame(column), to_flame(row))
+        assert_same(made, getattr(torch, name)(column, row), name)
+    smooth = [n for n in NEURAL if n not in ("prelu", "threshold", "gelu")]
+    for name in smooth:
+        theirs = getattr(torch.nn.functional, name)(x)
+        assert_same(getattr(activations, name)(to_flame(x)), theirs, name)
+
+
+def test_remainder_of_a_huge_quotient_is_exact_or_nan() -> None:
+    x = np.array([1e12, 123456789.0, 3e38, -7.5e9, 1e30], np.float32)
+    y = np.array([0.7, 3.0, 1e-30, 0.1, 3.0], np.float32)
+    made = flame.fmod(flame.from_numpy(x.copy()), flame.from_numpy(y.copy())).numpy()
+    known = np.abs(x.astype(np.float64) / y) < 2**46
+    exact = np.fmod(x, y)
+    np.testing.assert_array_equal(made[known], exact[known])
+    assert np.all(np.isnan(made) | (made == exact))
