@@ -76,9 +76,10 @@ def _areas(y: Tensor, x: Tensor | None, dx: Any, dim: int) -> Tensor:
     size = y.shape[dim]
     right = slice_dim(y, dim, min(1, size), size)
     left = slice_dim(y, dim, 0, max(size - 1, 0))
-    heights = right + left
+    heights: Tensor = right + left
     if x is None:
-        return heights * dx / 2
+        scaled: Tensor = heights * dx / 2
+        return scaled
     if x.ndim == 1:
         if x.shape[0] != size:
             raise ShapeError(f"trapezoid: {x.shape[0]} points for dimension {dim} of {y.shape}")
@@ -147,7 +148,7 @@ def _members(x: Any, tests: Any, *, invert: bool) -> Any:
         a.astype(np.float32) if a.dtype.kind == "V" else a
         for a in (np.asarray(x), np.asarray(tests))
     ]
-    return np.isin(*wide, invert=invert)
+    return np.isin(wide[0], wide[1], invert=invert)
 
 
 def _lower_isin(types: Types, outputs: tuple[TensorType, ...], *, invert: bool) -> Lowering:
@@ -158,10 +159,16 @@ def _lower_isin(types: Types, outputs: tuple[TensorType, ...], *, invert: bool) 
 
 
 _isin = Op(
-    "isin", inputs=("x", "tests"), infer=_infer_isin, lower=_lower_isin, vjp=NOT_DIFFERENTIABLE,
+    "isin",
+    inputs=("x", "tests"),
+    infer=_infer_isin,
+    lower=_lower_isin,
+    vjp=NOT_DIFFERENTIABLE,
     reference=_members,
-    samples=[Sample((Arg((3, 4), 0, 9, kind="index"), Arg((5,), 0, 9, kind="index")), {"invert": False})],
-)  # fmt: skip
+    samples=[
+        Sample((Arg((3, 4), 0, 9, kind="index"), Arg((5,), 0, 9, kind="index")), {"invert": False})
+    ],
+)
 
 
 def isin(

@@ -157,7 +157,8 @@ def atleast_2d(*tensors: Any) -> Any:
 
 
 def atleast_3d(*tensors: Any) -> Any:
-    """Tensors with at least three dimensions: 1-d ones lie in the middle, 2-d ones get a last one."""
+    """Tensors with at least three dimensions: 1-d ones lie in the middle, 2-d ones get a last
+    one."""
 
     def one(x: Any) -> Any:
         if x.ndim > 2:

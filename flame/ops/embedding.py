@@ -78,8 +78,8 @@ def embedding(
 ) -> Tensor:  # fmt: skip
     """Rows of ``weight`` (rows, width): indices (...) -> (..., width).
 
-    padding_idx: a row that gets no gradient. max_norm: rows that are used and longer (in the norm of
-    order norm_type) are shortened to it first, in place. scale_grad_by_freq: a row's gradient is
+    padding_idx: a row that gets no gradient. max_norm: rows that are used and longer (in the norm
+    of order norm_type) are shortened to it first, in place. scale_grad_by_freq: a row's gradient is
     divided by how often the index names it. Gradients are always dense; ``sparse`` changes nothing.
     """
     check_index("embedding", input)

@@ -1,17 +1,17 @@
 """The two ops behind all indexing by tensors: take_at reads, put_at writes.
 
-An element's address in ``x`` is the sum over x's dimensions of a coordinate times a stride. ``axes``
-says where each coordinate comes from: a number d >= 0 is the loop over output dimension d, and -1 - n is
-the element of index tensor n at the same place. So gather, index_select, embedding, advanced indexing
-and their gradients are all calls of these two.
+An element's address in ``x`` is the sum over x's dimensions of a coordinate times a stride.
+``axes`` says where each coordinate comes from: a number d >= 0 is the loop over output dimension
+d, and -1 - n is the element of index tensor n at the same place. So gather, index_select,
+embedding, advanced indexing and their gradients are all calls of these two.
 
-Invariants: no index is used before it was checked; writes that can collide run one after the other in
-row-major order of the indices, so the result is the same on every run and with any number of threads.
+Invariants: no index is used before it was checked; writes that can collide run one after the other
+in row-major order of the indices, so the result is the same on every run and with any number of
+threads.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,7 +45,7 @@ def failure(code: int, types: Types) -> OutOfRange:
 
 def check_types(name: str, x_shape: Shape, indices: Sequence[Any], axes: tuple[int, ...]) -> Shape:
     """The shape of the index tensors, which is that of the elements addressed."""
-    shape: Shape = indices[0].shape
+    shape: Shape = tuple(indices[0].shape)
     for i in indices:
         if not isinstance(i, TensorType) or i.dtype not in (dtypes.int64, dtypes.int32):
             found = i.dtype.name if isinstance(i, TensorType) else i
@@ -55,7 +55,7 @@ def check_types(name: str, x_shape: Shape, indices: Sequence[Any], axes: tuple[i
     if len(axes) != len(x_shape):
         raise ShapeError(f"{name}: {len(axes)} coordinates for a tensor of shape {x_shape}")
     for axis, source in enumerate(axes):
-        if source < 0 and x_shape[axis] == 0 and math.prod(shape):
+        if source < 0 and x_shape[axis] == 0 and 0 not in shape:
             raise OutOfRange(-1 - source, 0)
         if source >= 0 and shape[source] > x_shape[axis]:
             raise ShapeError(
@@ -223,7 +223,7 @@ def index_arg(*shape: int, low: int = 0, high: int = 4) -> Arg:
     return Arg(shape, low, high, kind="index")
 
 
-_READS = [
+_READS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
     ((Arg((4, 3)), index_arg(5, 3)), {"axes": (-1, 1)}),
     ((Arg((3, 4)), index_arg(2, 6)), {"axes": (0, -1)}),
     ((Arg((3, 4)), index_arg(5, 3)), {"axes": (1, -1)}),

@@ -44,9 +44,8 @@ def _infer_put(
     wanted = check_types("put_at", shape, indices, axes)
     if source.shape != wanted:
         raise ShapeError(f"put_at: values of shape {source.shape} where {wanted} are addressed")
-    if isinstance(x, TensorType):
-        if x.shape != shape or x.dtype is not source.dtype:
-            raise ShapeError(f"put_at: values {source} do not fit the tensor {x}")
+    if isinstance(x, TensorType) and (x.shape != shape or x.dtype is not source.dtype):
+        raise ShapeError(f"put_at: values {source} do not fit the tensor {x}")
     return tensor_type(source.dtype, shape, None, source.device)
 
 
@@ -195,18 +194,34 @@ def _put_vjp(
 
 # Where "set" writes an element twice, the gradient goes to both values, as in PyTorch, while finite
 # differences see the last only. So in these samples it writes each element once.
-_WRITES = [
-    ((Arg((4, 3)), Arg((5, 3)), index_arg(5, 3)), {"axes": (-1, 1), "shape": (4, 3), "combine": "add"}),
-    ((Arg((3, 4)), Arg((5, 3)), index_arg(5, 3)), {"axes": (1, -1), "shape": (3, 4), "combine": "add"}),
+_WRITES: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+    (
+        (Arg((4, 3)), Arg((5, 3)), index_arg(5, 3)),
+        {"axes": (-1, 1), "shape": (4, 3), "combine": "add"},
+    ),
+    (
+        (Arg((3, 4)), Arg((5, 3)), index_arg(5, 3)),
+        {"axes": (1, -1), "shape": (3, 4), "combine": "add"},
+    ),
     ((None, Arg((5, 70)), index_arg(5, 70)), {"axes": (-1, 1), "shape": (4, 70), "combine": "add"}),
-    ((None, Arg((2, 6)), index_arg(2, 6, low=-4)),
-     {"axes": (0, -1), "shape": (3, 4), "combine": "add", "wrap": True}),
-    ((Arg((9,)), Arg((2, 3)), index_arg(2, 3, high=9)),
-     {"axes": (-1,), "shape": (9,), "combine": "add"}),
-    ((Arg((4, 3)), Arg((1, 3)), index_arg(1, 3)), {"axes": (-1, 1), "shape": (4, 3), "combine": "set"}),
+    (
+        (None, Arg((2, 6)), index_arg(2, 6, low=-4)),
+        {"axes": (0, -1), "shape": (3, 4), "combine": "add", "wrap": True},
+    ),
+    (
+        (Arg((9,)), Arg((2, 3)), index_arg(2, 3, high=9)),
+        {"axes": (-1,), "shape": (9,), "combine": "add"},
+    ),
+    (
+        (Arg((4, 3)), Arg((1, 3)), index_arg(1, 3)),
+        {"axes": (-1, 1), "shape": (4, 3), "combine": "set"},
+    ),
     ((Arg((4,)), Arg(()), index_arg()), {"axes": (-1,), "shape": (4,), "combine": "set"}),
-    ((Arg((4, 3)), Arg((0, 3)), index_arg(0, 3)), {"axes": (-1, 1), "shape": (4, 3), "combine": "set"}),
-]  # fmt: skip
+    (
+        (Arg((4, 3)), Arg((0, 3)), index_arg(0, 3)),
+        {"axes": (-1, 1), "shape": (4, 3), "combine": "set"},
+    ),
+]
 
 put_at = Op(
     "put_at",
@@ -225,7 +240,8 @@ def _reduce_vjp(
     g: Any, out: Any, x: Any, source: Any, indices: Any, axes: tuple[int, ...], shape: Shape,
     combine: str, wrap: bool, needs: Any,
 ) -> Any:  # fmt: skip
-    """Extremes share the gradient among those equal to the result; products leave each factor out."""
+    """Extremes share the gradient among those equal to the result; products leave each factor
+    out."""
 
     def read(t: Any) -> Any:
         return take_at(t, *indices, axes=axes, wrap=wrap)
@@ -251,9 +267,9 @@ def _product_gradients(
 ) -> tuple[Any, Any]:  # fmt: skip
     """The gradient of a factor is g times the product of the others.
 
-    The product of the factors that are not zero, over the factor, is right where none is zero. A zero
-    among the others makes it zero; that zero stands in the formula by its value, so that the second
-    derivative is right too.
+    The product of the factors that are not zero, over the factor, is right where none is zero. A
+    zero among the others makes it zero; that zero stands in the formula by its value, so that the
+    second derivative is right too.
     """
     zero_x, zero_source = (x == 0).to(g.dtype), (source == 0).to(g.dtype)
     whole_x, whole_source = x.masked_fill(x == 0, 1), source.masked_fill(source == 0, 1)
@@ -283,10 +299,16 @@ combine_at = Op(
     vjp=Joint(_reduce_vjp),
     reference=_put_reference,
     samples=[
-        Sample((Arg((4, 3), 0.5, 2.0, distinct=True), Arg((5, 3), 0.6, 2.1, distinct=True), index_arg(5, 3)),
-               {"axes": (-1, 1), "shape": (4, 3), "combine": how, "wrap": False})
+        Sample(
+            (
+                Arg((4, 3), 0.5, 2.0, distinct=True),
+                Arg((5, 3), 0.6, 2.1, distinct=True),
+                index_arg(5, 3),
+            ),
+            {"axes": (-1, 1), "shape": (4, 3), "combine": how, "wrap": False},
+        )
         for how in ("mul", "max", "min")
     ],
     failure=failure,
     updates=True,
-)  # fmt: skip
+)

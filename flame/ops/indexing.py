@@ -1,7 +1,8 @@
-"""Reading and writing along a dimension by index tensors: gather, scatter, index_select and their kin.
+"""Reading and writing along a dimension by index tensors: gather, scatter, index_select and their
+kin.
 
-All are calls of take_at and put_at (`flame.ops.indexed`) with index tensors expanded, without a copy,
-to the shape of the elements addressed.
+All are calls of take_at and put_at (`flame.ops.indexed`) with index tensors expanded, without a
+copy, to the shape of the elements addressed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from flame.tensor import Tensor
 
 __all__ = [
-    "gather", "index_add", "index_copy", "index_fill", "index_select", "put", "take", "take_along_dim",
+    "gather", "index_add", "index_copy", "index_fill", "index_select", "put", "take",
+    "take_along_dim",
 ]  # fmt: skip
 METHODS = (*__all__, "index_add_", "index_copy_")
 IN_PLACE = ("index_fill", "put")
@@ -33,13 +35,15 @@ def named(
     name: str, dims: Sequence[int], sizes: Any, call: Callable[..., Any], /,
     *args: Any, **attributes: Any,
 ) -> Any:  # fmt: skip
-    """Call an op of `flame.ops.indexed`; a bad index becomes an error that names op, dimension and size."""
+    """Call an op of `flame.ops.indexed`; a bad index becomes an error that names op, dimension and
+    size."""
     try:
         return call(*args, **attributes)
     except OutOfRange as error:
         dim = dims[error.operand]
         raise IndexRangeError(
-            f"{name}: index {error.index} is out of range for dimension {dim}, which has size {sizes[dim]}"
+            f"{name}: index {error.index} is out of range for dimension {dim}, which has size "
+            f"{sizes[dim]}"
         ) from None
 
 
@@ -88,7 +92,8 @@ def same_dtype(name: str, input: Tensor, source: Any) -> None:
         raise DTypeError(f"{name}: the values must be a tensor, got {type(source).__name__}")
     if source.dtype is not input.dtype:
         raise DTypeError(
-            f"{name}: values of {source.dtype.name} for a {input.dtype.name} tensor; convert them first"
+            f"{name}: values of {source.dtype.name} for a {input.dtype.name} tensor; convert "
+            f"them first"
         )
 
 
@@ -117,7 +122,8 @@ def _into_slices(
     shape = (*x.shape[:dim], index.shape[0], *x.shape[dim + 1 :])
     if source.shape != shape:
         raise ShapeError(
-            f"{name}: values of shape {source.shape} for {index.shape[0]} slices of dimension {dim} of "
+            f"{name}: values of shape {source.shape} for {index.shape[0]} slices of dimension "
+            f"{dim} of "
             f"{input.shape}; {shape} is needed"
         )
     same_dtype(name, input, source)
@@ -208,7 +214,7 @@ def filled(name: str, input: Tensor, value: Any, shape: Shape) -> Tensor:
 # --- one index for each element: gather, scatter --------------------------------------------------
 
 
-def fitting_index(name: str, input: Tensor, dim: int, index: Any) -> Tensor:
+def fitting_index(name: str, input: Tensor, dim: int, index: Any) -> Any:
     """The index, checked against the tensor; one without elements may be of any integer dtype."""
     from flame.tensor import Tensor
 
@@ -219,7 +225,8 @@ def fitting_index(name: str, input: Tensor, dim: int, index: Any) -> Tensor:
         return index
     if index.ndim != input.ndim and max(index.ndim, 1) != max(input.ndim, 1):
         raise ShapeError(
-            f"{name}: the index has {index.ndim} dimensions, the tensor {input.ndim}; they must be equal"
+            f"{name}: the index has {index.ndim} dimensions, the tensor {input.ndim}; they "
+            f"must be equal"
         )
     if not input.ndim:
         return index

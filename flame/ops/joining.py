@@ -1,4 +1,5 @@
-"""Tensors laid into larger ones: place (the inverse of a strided view), cat, stack and their kin."""
+"""Tensors laid into larger ones: place (the inverse of a strided view), cat, stack and their
+kin."""
 
 from __future__ import annotations
 

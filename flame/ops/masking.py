@@ -13,7 +13,7 @@ from flame.core.errors import DTypeError, ShapeError
 from flame.core.types import TensorType
 from flame.kernel import values
 from flame.kernel.values import Value
-from flame.ops.elementwise import elementwise
+from flame.ops.elementwise import Elementwise, elementwise
 from flame.ops.loops import broadcast_shapes
 from flame.ops.op import Arg, Sample, Types
 from flame.ops.shapes import expand, reshape
@@ -46,18 +46,21 @@ def _where_rule(name: str, types: Types) -> tuple[Sequence[DType], Sequence[DTyp
 
 
 # x where a mask holds (or does not), else 0: what the gradients of masked_fill are
-_kept = elementwise(
+_kept: Elementwise = elementwise(
     "keep_where", lambda x, mask: values.select(mask, x, 0), inputs=("x", "mask"), rule=_where_rule,
     vjp=(lambda g, mask: _kept(g, mask), None),
     reference=lambda x, mask: np.where(mask, x, np.zeros((), x.dtype)),
     samples=[Sample((Arg((5, 7)), Arg((7,), kind="bool")))],
 )  # fmt: skip
-_dropped = elementwise(
-    "keep_unless", lambda x, mask: values.select(mask, 0, x), inputs=("x", "mask"), rule=_where_rule,
+_dropped: Elementwise = elementwise(
+    "keep_unless",
+    lambda x, mask: values.select(mask, 0, x),
+    inputs=("x", "mask"),
+    rule=_where_rule,
     vjp=(lambda g, mask: _dropped(g, mask), None),
     reference=lambda x, mask: np.where(mask, np.zeros((), x.dtype), x),
     samples=[Sample((Arg((5, 7)), Arg((7,), kind="bool")))],
-)  # fmt: skip
+)
 
 _masked_fill = elementwise(
     "masked_fill", _choose, inputs=("x", "mask", "value"), rule=_rule,

@@ -130,10 +130,10 @@ def _amounts(name: str, shape: Shape, given: Any) -> tuple[Shape, Shape]:
 def pad(input: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> Tensor:
     """Borders around the last dimensions.
 
-    pad: (front, behind) of the last dimension, then of the one before it, and so on; negative amounts
-    crop. mode: "constant" (with ``value``), or for one to three last dimensions of a tensor with one or
-    two more "reflect" (mirrored, the edge not repeated), "replicate" (the edge), "circular" (the other
-    end).
+    pad: (front, behind) of the last dimension, then of the one before it, and so on; negative
+    amounts crop. mode: "constant" (with ``value``), or for one to three last dimensions of a
+    tensor with one or two more "reflect" (mirrored, the edge not repeated), "replicate" (the
+    edge), "circular" (the other end).
     """
     if mode == "constant":
         return constant_pad_nd(input, pad, value)
@@ -147,7 +147,8 @@ def pad(input: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> T
     count = len(shape_of(pad)) // 2
     if not 1 <= count <= 3 or input.ndim not in (count + 1, count + 2):
         raise UnsupportedError(
-            f"pad: mode {mode!r} takes 2 amounts for 2 or 3 dimensions, 4 for 3 or 4, 6 for 4 or 5; got "
+            f"pad: mode {mode!r} takes 2 amounts for 2 or 3 dimensions, 4 for 3 or 4, 6 for 4 "
+            f"or 5; got "
             f"{tuple(shape_of(pad))} for shape {input.shape}"
         )
     if 0 in input.shape[1:]:
@@ -167,7 +168,8 @@ def _border(x: Tensor, mode: str, dim: int, front: int, behind: int) -> Tensor:
     most = {"reflect": size - 1, "circular": size, "replicate": front + behind + size}[mode]
     if front > most or behind > most:
         raise ShapeError(
-            f"pad: borders of {front} and {behind} in mode {mode!r} need more than the {size} entries "
+            f"pad: borders of {front} and {behind} in mode {mode!r} need more than the {size} "
+            f"entries "
             f"of dimension {dim}"
         )
     if size + front + behind <= 0:

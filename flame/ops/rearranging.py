@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from flame.tensor import Tensor
 
 __all__ = [
-    "cartesian_prod", "diag", "diag_embed", "diagflat", "flip", "fliplr", "flipud", "meshgrid", "roll",
-    "rot90", "tril", "tril_indices", "triu", "triu_indices",
+    "cartesian_prod", "diag", "diag_embed", "diagflat", "flip", "fliplr", "flipud", "meshgrid",
+    "roll", "rot90", "tril", "tril_indices", "triu", "triu_indices",
 ]  # fmt: skip
 METHODS = (
     "diag", "diag_embed", "diagflat", "flip", "fliplr", "flipud", "roll", "rot90", "tril", "triu",
@@ -60,7 +60,7 @@ def _lower_flip(
     return k.finish()
 
 
-_flip = Op(
+_flip: Op = Op(
     "flip", inputs=("x",), infer=_same_type, lower=_lower_flip,
     vjp=(lambda g, dims: _flip(g, dims=dims),),
     reference=lambda x, *, dims: np.flip(x, dims),
@@ -94,7 +94,8 @@ def flipud(input: Tensor) -> Tensor:
 
 
 def rot90(input: Tensor, k: int = 1, dims: Any = (0, 1)) -> Tensor:
-    """Turned ``k`` times by 90 degrees in the plane of two dimensions, from the first to the second."""
+    """Turned ``k`` times by 90 degrees in the plane of two dimensions, from the first to the
+    second."""
     if input.ndim < 2 or len(dims) != 2:
         raise ShapeError(
             f"rot90: two dimensions of a tensor of at least two are needed, got {dims}"
@@ -167,7 +168,7 @@ def _infer_triangle(types: Types, **attributes: Any) -> TensorType:
     return tensor_type(x.dtype, x.shape, None, x.device)
 
 
-_triangle = Op(
+_triangle: Op = Op(
     "triangle", inputs=("x",), infer=_infer_triangle, lower=_lower_triangle,
     vjp=(lambda g, diagonal, upper: _triangle(g, diagonal=diagonal, upper=upper),),
     reference=lambda x, *, diagonal, upper: (np.triu if upper else np.tril)(x, diagonal),
@@ -218,7 +219,8 @@ def triu_indices(
 
 
 def diag_embed(input: Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1) -> Tensor:
-    """Matrices with the last dimension on a diagonal, zeros elsewhere; they lie in dim1 and dim2."""
+    """Matrices with the last dimension on a diagonal, zeros elsewhere; they lie in dim1 and
+    dim2."""
     if not input.ndim:
         raise ShapeError("diag_embed: at least one dimension is needed")
     rank = input.ndim + 1
@@ -270,7 +272,8 @@ def meshgrid(*tensors: Any, indexing: str = "ij") -> tuple[Tensor, ...]:
             raise ShapeError(f"meshgrid takes 0-d and 1-d tensors, got shape {x.shape}")
         if x.dtype is not given[0].dtype:
             raise DTypeError(
-                f"meshgrid: all tensors must have one dtype, got {given[0].dtype.name} and {x.dtype.name}"
+                f"meshgrid: all tensors must have one dtype, got {given[0].dtype.name} and "
+                f"{x.dtype.name}"
             )
     swap = indexing == "xy" and len(given) > 1
     order = [given[1], given[0], *given[2:]] if swap else list(given)

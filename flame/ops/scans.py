@@ -137,7 +137,7 @@ def _op(name: str, combine: str, vjp: Vjp, function: Any) -> Op:
     )  # fmt: skip
 
 
-_cumsum = _op(
+_cumsum: Op = _op(
     "cumsum", "add",
     (lambda g, dim, reverse: _cumsum(g, dim=dim, reverse=not reverse),),
     np.cumsum,
@@ -184,7 +184,7 @@ def _recurrence_reference(x: Any, factor: Any, *, dim: int, reverse: bool) -> An
     return np.moveaxis(out, 0, dim)
 
 
-recurrence = Op(
+recurrence: Op = Op(
     # y[i] = x[i] + factor[i] * y[i - 1] along dim (i + 1 where reversed), starting from 0
     "recurrence", inputs=("x", "factor"), infer=_infer_recurrence, lower=_lower_recurrence,
     vjp=(

@@ -57,7 +57,8 @@ def _source(name: str, source: Tensor, index: Tensor) -> Tensor:
         return reshape(narrow(reshape(source, (-1,)), 0, 0, 0), index.shape)
     if source.ndim != index.ndim:
         raise ShapeError(
-            f"{name}: the values have {source.ndim} dimensions, the index {index.ndim}; they must be "
+            f"{name}: the values have {source.ndim} dimensions, the index {index.ndim}; they "
+            f"must be "
             "equal"
         )
     for d, size in enumerate(index.shape):
@@ -83,9 +84,9 @@ def scatter(
 ) -> Tensor:  # fmt: skip
     """``src`` (a tensor, or a number for all) written to the places that ``index`` names.
 
-    index: the place in ``dim`` of each element of src, as in `gather`. reduce: None to replace, "add"
-    or "multiply" to combine. Where an element is written twice, the last value in row-major order of
-    the index stays.
+    index: the place in ``dim`` of each element of src, as in `gather`. reduce: None to replace,
+    "add" or "multiply" to combine. Where an element is written twice, the last value in row-major
+    order of the index stays.
     """
     given = value if src is None else src
     return _scattered("scatter", input, dim, index, given, _way("scatter", reduce))
@@ -138,7 +139,8 @@ def index_reduce(
     *,
     include_self: bool = True,
 ) -> Tensor:
-    """Slices of ``source`` combined into the slices ``index`` (1-d) of ``dim``; see `scatter_reduce`."""
+    """Slices of ``source`` combined into the slices ``index`` (1-d) of ``dim``; see
+    `scatter_reduce`."""
     combine = _combination("index_reduce", reduce, ("prod", "mean", "amax", "amin"))
     dim = wrap_dim("index_reduce", dim, input.ndim)
     check_index("index_reduce", index)

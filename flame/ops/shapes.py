@@ -107,9 +107,11 @@ as_strided = ViewOp(
         ),
     ),
     reference=_as_strided_reference,
-    samples=[Sample((Arg((4, 6), contiguous=True),), {"shape": (3, 2), "strides": (6, 2), "offset": 1}),
-             Sample((Arg((10,), contiguous=True),), {"shape": (4, 3), "strides": (2, 1), "offset": 0})],
-)  # fmt: skip
+    samples=[
+        Sample((Arg((4, 6), contiguous=True),), {"shape": (3, 2), "strides": (6, 2), "offset": 1}),
+        Sample((Arg((10,), contiguous=True),), {"shape": (4, 3), "strides": (2, 1), "offset": 0}),
+    ],
+)
 
 
 def as_strided_backward(
@@ -128,7 +130,8 @@ def as_strided_backward(
 
 
 def apart(shape: Shape, strides: Shape) -> bool:
-    """Whether no two elements of such a view share memory, by each stride clearing those below it."""
+    """Whether no two elements of such a view share memory, by each stride clearing those below
+    it."""
     reach = 0
     for stride, size in sorted((t, s) for s, t in zip(shape, strides, strict=True) if s != 1):
         if stride <= reach:
@@ -223,7 +226,7 @@ def inverse(dims: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted(range(len(dims)), key=lambda i: dims[i]))
 
 
-_permute_op = ViewOp(
+_permute_op: ViewOp = ViewOp(
     "permute", _permute,
     vjp=(lambda g, dims: _permute_op(g, dims=inverse(dims)),),
     reference=lambda x, *, dims: np.transpose(x, dims),
@@ -297,12 +300,17 @@ def _view(types: Types, *, shape: Shape) -> tuple[TensorType, int]:
 
 
 _view_op = ViewOp(
-    "view", _view,
+    "view",
+    _view,
     vjp=(lambda g, x_type: reshape(g, x_type.shape),),
     reference=lambda x, *, shape: np.reshape(x, shape),
-    samples=[Sample((Arg((2, 6), contiguous=True),), {"shape": (3, 4)}), Sample((Arg((1,)),), {"shape": ()}),
-             Sample((Arg((2, 0)),), {"shape": (0, 5)}), Sample((Arg(()),), {"shape": (1, 1)})],
-)  # fmt: skip
+    samples=[
+        Sample((Arg((2, 6), contiguous=True),), {"shape": (3, 4)}),
+        Sample((Arg((1,)),), {"shape": ()}),
+        Sample((Arg((2, 0)),), {"shape": (0, 5)}),
+        Sample((Arg(()),), {"shape": (1, 1)}),
+    ],
+)
 
 
 def whole_shape(name: str, x: TensorType, shape: Shape) -> Shape:
@@ -392,8 +400,9 @@ def narrow(input: Tensor, dim: int, start: int, length: int) -> Tensor:
     """``length`` entries of a dimension from ``start``, as a view."""
     if not input.ndim:
         raise ShapeError("narrow: a 0-d tensor has no dimension to narrow")
-    if getattr(start, "dtype", None) is not None and start.dtype.kind not in "iu":
-        raise DTypeError(f"narrow: start must be an integer, got a {start.dtype.name} tensor")
+    kind: DType | None = getattr(start, "dtype", None)
+    if kind is not None and kind.kind not in "iu":
+        raise DTypeError(f"narrow: start must be an integer, got a {kind.name} tensor")
     dim, start = wrap_dim("narrow", dim, input.ndim), start.__index__()
     size = input.shape[dim]
     start = start + size if start < 0 else start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +110,8 @@ def _wrapped(name: str, index: Any, dim: int, shape: Shape) -> int:
     found: int = index.__index__()
     if not -shape[dim] <= found < shape[dim]:
         raise IndexRangeError(
-            f"{name}: index {found} is out of range for dimension {dim}, which has size {shape[dim]}"
+            f"{name}: index {found} is out of range for dimension {dim}, which has size "
+            f"{shape[dim]}"
         )
     return found + shape[dim] if found < 0 else found
 
@@ -219,12 +221,14 @@ _unfold_op = ViewOp(
 
 
 def unfold(input: Tensor, dimension: int, size: int, step: int) -> Tensor:
-    """Windows of ``size`` entries of a dimension, ``step`` apart, in a new last dimension: a view."""
+    """Windows of ``size`` entries of a dimension, ``step`` apart, in a new last dimension: a
+    view."""
     dim = wrap_dim("unfold", dimension, input.ndim)
     length = input.shape[dim] if input.ndim else 1
     if size < 0 or size > length or step <= 0:
         raise ArgumentError(
-            f"unfold: windows of {size} in steps of {step} do not fit dimension {dim} of size {length}"
+            f"unfold: windows of {size} in steps of {step} do not fit dimension {dim} of size "
+            f"{length}"
         )
     if not input.ndim:
         return reshape(input, (1,)) if size else slice_dim(reshape(input, (1,)), 0, 0, 0)
@@ -257,10 +261,15 @@ def _bits_reference(x: Any, *, dtype: DType) -> Any:
 
 
 view_bits = ViewOp(
-    "view_bits", _bits, vjp=NOT_DIFFERENTIABLE, reference=_bits_reference,
-    samples=[Sample((Arg((3, 4), 0, 9, kind="index", contiguous=True),), {"dtype": dtypes.int32}),
-             Sample((Arg((3, 4), 0, 9, kind="index", contiguous=True),), {"dtype": dtypes.float64})],
-)  # fmt: skip
+    "view_bits",
+    _bits,
+    vjp=NOT_DIFFERENTIABLE,
+    reference=_bits_reference,
+    samples=[
+        Sample((Arg((3, 4), 0, 9, kind="index", contiguous=True),), {"dtype": dtypes.int32}),
+        Sample((Arg((3, 4), 0, 9, kind="index", contiguous=True),), {"dtype": dtypes.float64}),
+    ],
+)
 
 
 # --- splits ---------------------------------------------------------------------------------------
@@ -269,7 +278,8 @@ view_bits = ViewOp(
 def _split_at(name: str, input: Tensor, dim: int, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     if any(s < 0 for s in sizes) or sum(sizes) != input.shape[dim]:
         raise ShapeError(
-            f"{name}: sizes {tuple(sizes)} must add up to {input.shape[dim]}, the size of dimension {dim}"
+            f"{name}: sizes {tuple(sizes)} must add up to {input.shape[dim]}, the size of "
+            f"dimension {dim}"
         )
     found, start = [], 0
     for size in sizes:
@@ -336,7 +346,7 @@ def tensor_split(input: Tensor, indices_or_sections: Any, dim: int = 0) -> tuple
     else:
         ends = [0, *shape_of(given), length]
     found = []
-    for start, stop in zip(ends[:-1], ends[1:], strict=True):
+    for start, stop in itertools.pairwise(ends):
         first, last, _ = slice(start, stop).indices(length)
         found.append(slice_dim(input, dim, first, max(first, last)))
     return tuple(found)

@@ -7,7 +7,7 @@ gradients are gather's. NaN counts as larger than all numbers, as in PyTorch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -41,7 +41,7 @@ def _sortable(x: Any) -> Any:
 def _order(x: Any, dim: int, *, descending: bool, stable: bool) -> Any:
     """The sorting permutation along ``dim``."""
     x = _sortable(np.asarray(x))
-    kind = "stable" if stable else None
+    kind: Literal["stable"] | None = "stable" if stable else None
     if not descending:
         return np.argsort(x, dim, kind)
     # turned round, sorted, turned round again: equal elements keep their order
@@ -100,12 +100,22 @@ def _infer_topk(types: Types, *, k: int, dim: int, largest: bool, ordered: bool)
 
 
 _topk = Op(
-    "topk", inputs=("x",), infer=_infer_topk, lower=_filling(_selected), vjp=NOT_DIFFERENTIABLE,
+    "topk",
+    inputs=("x",),
+    infer=_infer_topk,
+    lower=_filling(_selected),
+    vjp=NOT_DIFFERENTIABLE,
     reference=_selected,
-    samples=[Sample((Arg(shape, distinct=True),), {"k": k, "dim": dim, "largest": up, "ordered": True})
-             for shape, k, dim, up in (((70,), 3, 0, True), ((4, 90), 2, 1, False), ((5, 4), 5, 0, True),
-                                       ((3, 2), 0, 1, True))],
-)  # fmt: skip
+    samples=[
+        Sample((Arg(shape, distinct=True),), {"k": k, "dim": dim, "largest": up, "ordered": True})
+        for shape, k, dim, up in (
+            ((70,), 3, 0, True),
+            ((4, 90), 2, 1, False),
+            ((5, 4), 5, 0, True),
+            ((3, 2), 0, 1, True),
+        )
+    ],
+)
 
 
 def _lines(name: str, input: Tensor, dim: int) -> tuple[Tensor, int]:
@@ -144,7 +154,8 @@ def msort(input: Tensor) -> Tensor:
 def topk(
     input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
 ) -> ValuesIndices:
-    """(values, indices) of the k largest (or smallest) elements of ``dim``, in order if ``sorted``."""
+    """(values, indices) of the k largest (or smallest) elements of ``dim``, in order if
+    ``sorted``."""
     x, dim = _lines("topk", input, dim)
     if not 0 <= k <= x.shape[dim]:
         raise IndexRangeError(f"topk: k = {k} is out of range for dimension {dim} of {input.shape}")
@@ -237,11 +248,17 @@ def _commonest(x: Any, dim: int) -> Any:
 
 
 _mode_place = Op(
-    "mode_place", inputs=("x",), infer=_one_line, lower=_filling(_commonest), vjp=NOT_DIFFERENTIABLE,
+    "mode_place",
+    inputs=("x",),
+    infer=_one_line,
+    lower=_filling(_commonest),
+    vjp=NOT_DIFFERENTIABLE,
     reference=_commonest,
-    samples=[Sample((Arg((4, 9), -3, 3, kind="index"),), {"dim": 1}),
-             Sample((Arg((5,), -3, 3, kind="index"),), {"dim": 0})],
-)  # fmt: skip
+    samples=[
+        Sample((Arg((4, 9), -3, 3, kind="index"),), {"dim": 1}),
+        Sample((Arg((5,), -3, 3, kind="index"),), {"dim": 0}),
+    ],
+)
 
 
 def mode(input: Tensor, dim: int = -1, keepdim: bool = False) -> ValuesIndices:
@@ -259,8 +276,8 @@ def unique(
     input: Tensor, sorted: bool = True, return_inverse: bool = False, return_counts: bool = False,
     dim: int | None = None,
 ) -> Any:  # fmt: skip
-    """The distinct values in order (slices along ``dim``, if given), and on demand for each element the
-    place of its value, and how often each occurs."""
+    """The distinct values in order (slices along ``dim``, if given), and on demand for each
+    element the place of its value, and how often each occurs."""
     from flame.tensor import from_array
 
     if dim is not None:
@@ -279,7 +296,8 @@ def unique(
 def unique_consecutive(
     input: Tensor, return_inverse: bool = False, return_counts: bool = False, dim: int | None = None
 ) -> Any:
-    """The first of each run of equal values (equal slices along ``dim``), in the order they stand."""
+    """The first of each run of equal values (equal slices along ``dim``), in the order they
+    stand."""
     from flame.tensor import from_array
 
     array = input.detach().numpy()
@@ -341,7 +359,8 @@ def _infer_search(types: Types, *, right: bool) -> TensorType:
     assert isinstance(x, TensorType)
     if edges.ndim != 1 and edges.shape[:-1] != x.shape[:-1]:
         raise ShapeError(
-            f"searchsorted: sequences of shape {edges.shape} and values of shape {x.shape} must agree "
+            f"searchsorted: sequences of shape {edges.shape} and values of shape {x.shape} "
+            f"must agree "
             "in all dimensions but the last"
         )
     return tensor_type(dtypes.int64, x.shape, None, x.device)
@@ -359,7 +378,8 @@ def searchsorted(
     sorted_sequence: Tensor, input: Any, *, out_int32: bool = False, right: bool = False,
     side: str | None = None, sorter: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Where each value would be inserted into a sorted sequence (its last dimension) to keep its order."""
+    """Where each value would be inserted into a sorted sequence (its last dimension) to keep its
+    order."""
     from flame.tensor import Tensor
 
     if side not in (None, "left", "right") or (side == "left" and right):

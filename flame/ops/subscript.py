@@ -1,7 +1,8 @@
-"""``x[...]`` and ``x[...] = v``: ints, slices, None, Ellipsis, integer arrays, masks, in any mixture.
+"""``x[...]`` and ``x[...] = v``: ints, slices, None, Ellipsis, integer arrays, masks, in any
+mixture.
 
-The basic subscripts become one view. What index tensors remain then address dimensions of that view;
-where they stand side by side the result has their common shape in their place, else in front.
+The basic subscripts become one view. What index tensors remain then address dimensions of that
+view; where they stand side by side the result has their common shape in their place, else in front.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ WHOLE: Final = slice(None)
 
 
 class _Subscript:
-    """A subscript taken apart: ``items`` of the view, and index tensors for some of its dimensions."""
+    """A subscript taken apart: ``items`` of the view, and index tensors for some of its
+    dimensions."""
 
     __slots__ = ("indices", "items", "plain")
 
@@ -100,7 +102,8 @@ def _entry(e: Any) -> Any:
     if hasattr(e, "__index__"):
         return e.__index__()
     raise DTypeError(
-        f"a subscript takes integers, slices, None, ..., and tensors or lists of integers or bools; "
+        f"a subscript takes integers, slices, None, ..., and tensors or lists of integers or "
+        f"bools; "
         f"got {type(e).__name__}"
     )
 
@@ -340,7 +343,8 @@ def _index_put(
 ) -> Tensor:
     if values.dtype is not input.dtype:
         raise DTypeError(
-            f"index_put: values of {values.dtype.name} for a {input.dtype.name} tensor; convert them"
+            f"index_put: values of {values.dtype.name} for a {input.dtype.name} tensor; "
+            f"convert them"
         )
     subscript = _Subscript(input.shape, tuple(WHOLE if i is None else _array(i) for i in indices))
     if not subscript.plain or not subscript.indices:

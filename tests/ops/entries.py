@@ -88,6 +88,6 @@ def check_errors(entry: Any, function: Callable[..., Any] | None = None) -> None
             operands, options, _ = database._prepared(sample)
         except (database.Unconvertible, AttributeError):
             continue
+        label = f"{database.full_name(entry)}({database.describe(sample)})"
         with pytest.raises(FlameError):
-            function(*operands, **options)
-            pytest.fail(f"{database.full_name(entry)}({database.describe(sample)}) was accepted")
+            pytest.fail(f"{label} was accepted: {function(*operands, **options)}")

@@ -65,8 +65,20 @@ def test_transposing_copies(shape: tuple[int, ...], dtype: str) -> None:
 
 def test_views_share_memory() -> None:
     x = flame.zeros(4, 6)
-    for view in (x.T, x[1], x[1:3, ::2], x.view(2, 12), x.diagonal(), x.unfold(1, 3, 1), x.select(1, 2),
-                 *x.split(2), *x.chunk(3, 1), *x.unbind(), x.flatten(), x.movedim(0, 1)):  # fmt: skip
+    for view in (
+        x.T,
+        x[1],
+        x[1:3, ::2],
+        x.view(2, 12),
+        x.diagonal(),
+        x.unfold(1, 3, 1),
+        x.select(1, 2),
+        *x.split(2),
+        *x.chunk(3, 1),
+        *x.unbind(),
+        x.flatten(),
+        x.movedim(0, 1),
+    ):
         assert view.storage is x.storage
     x.diagonal().copy_(flame.ones(4))
     assert x.sum().item() == 4
