@@ -1,5 +1,6 @@
 """FLAME: tensors, automatic differentiation and compiled kernels for training neural networks."""
 
+from flame import linalg
 from flame.api import attach
 from flame.autograd.mode import (
     enable_grad,
@@ -41,32 +42,36 @@ from flame.creation import (
 from flame.eager import Eager
 from flame.ops.activations import *
 from flame.ops.arithmetic import *
+from flame.ops.attention import *
 from flame.ops.bitwise import *
 from flame.ops.bivariate import *
-from flame.ops.comparison import *
 from flame.ops.combining import *
+from flame.ops.comparison import *
 from flame.ops.contractions import *
-from flame.ops.random import *  # noqa: F403
-from flame.ops.trigonometry import *  # noqa: F403
-from flame.ops.dropouts import *  # noqa: F403
 from flame.ops.conversion import *
-from flame.ops.copies import *
 from flame.ops.convolution import *
+from flame.ops.copies import *
 from flame.ops.creation import *
 from flame.ops.dimensions import *
 from flame.ops.division import *
+from flame.ops.dropouts import *
+from flame.ops.embedding_losses import *
+from flame.ops.extrema import *
 from flame.ops.indexing import *
 from flame.ops.inspection import *
 from flame.ops.interpolation import *
-from flame.ops.pooling import *
 from flame.ops.joining import *
+from flame.ops.losses import *
 from flame.ops.masking import *
 from flame.ops.mathematics import *
 from flame.ops.normalization import *
+from flame.ops.norms import *
 from flame.ops.op import set_interpreter
 from flame.ops.padding import *
+from flame.ops.pooling import *
 from flame.ops.powers import *
 from flame.ops.products import *
+from flame.ops.random import *
 from flame.ops.rearranging import *
 from flame.ops.reductions import *
 from flame.ops.retyping import *
@@ -76,20 +81,26 @@ from flame.ops.shapes import *
 from flame.ops.slicing import *
 from flame.ops.softmax import *
 from flame.ops.sorting import *
+from flame.ops.statistics import *
 from flame.ops.subscript import *
-from flame.ops.losses import *  # noqa: F403
+from flame.ops.trigonometry import *
 from flame.runtime.cpu import get_num_threads, set_num_threads
-from flame.ops.extrema import *  # noqa: F403
-from flame.ops.statistics import *  # noqa: F403
-from flame.ops.attention import *  # noqa: F403
-from flame.ops.norms import *  # noqa: F403
-from flame.ops.embedding_losses import *  # noqa: F403
 from flame.tensor import Device as device
 from flame.tensor import Tensor
-from flame import linalg
 
 __version__ = "0.1.0"
 
 attach()
 set_interpreter(Eager())
 del attach, set_interpreter, Eager
+
+_PACKAGES = ("autograd", "checkpoint", "data", "nn", "optim", "testing")
+
+
+def __getattr__(name: str) -> object:
+    """``flame.nn`` and its like are imported at their first use, as they take time."""
+    if name in _PACKAGES:
+        import importlib
+
+        return importlib.import_module(f"flame.{name}")
+    raise AttributeError(f"module 'flame' has no attribute {name!r}")
