@@ -1,15 +1,18 @@
 """Sparse linear maps along one dimension: what average pooling and interpolation do.
 
-A Band says how each of ``outputs`` results is a weighted sum of a few neighbouring ones of ``inputs``
-elements. The transpose of a band is a band again, so such a map and its gradient are one operation.
+A Band says how each of ``outputs`` results is a weighted sum of a few neighbouring ones of
+``inputs`` elements. The transpose of a band is a band again, so such a map and its gradient are
+one operation.
 
 Sources. Positions and weights follow PyTorch's documented conventions for `interpolate`; the cubic
-weights are Keys, "Cubic convolution interpolation for digital image processing" (1981), with a = -0.75.
+weights are Keys, "Cubic convolution interpolation for digital image processing" (1981), with a =
+-0.75.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,9 +26,9 @@ CUBIC = -0.75
 class Band:
     """A map of ``inputs`` elements to ``outputs`` results.
 
-    kind: how the weights come about, see the functions below. parameters: numbers for that function.
-    wide: whether positions are computed in float64. turned: the transpose instead, which maps
-    ``outputs`` elements to ``inputs`` results.
+    kind: how the weights come about, see the functions below. parameters: numbers for that
+    function. wide: whether positions are computed in float64. turned: the transpose instead, which
+    maps ``outputs`` elements to ``inputs`` results.
     """
 
     kind: str
@@ -63,7 +66,9 @@ def identity(size: int) -> Band:
 
 @functools.lru_cache(maxsize=1024)
 def table(band: Band) -> tuple[Array, Array]:
-    """(first element of each result, weights (results, taps)); weight 0 means that nothing is read."""
+    """(first element of each result, weights (results, taps)); weight 0 means that nothing is
+    read.
+    """
     entries = _KINDS[band.kind]
     float_type = np.float64 if band.wide else np.float32
     index, weight = entries(band.inputs, band.outputs, float_type, *band.parameters)
@@ -162,7 +167,13 @@ def _cubic(inputs: int, outputs: int, kind: Any, ratio: float, align: float) -> 
 
 
 def _blocks(
-    inputs: int, outputs: int, kind: Any, kernel: float, stride: float, padding: float, dilation: float
+    inputs: int,
+    outputs: int,
+    kind: Any,
+    kernel: float,
+    stride: float,
+    padding: float,
+    dilation: float,
 ) -> tuple[Array, Array]:
     """Result j * kernel + t is element j * stride - padding + t * dilation, 0 outside."""
     j, tap = np.divmod(np.arange(outputs), int(kernel))
@@ -171,7 +182,7 @@ def _blocks(
     return np.where(inside, index, 0)[:, None], inside.astype(np.float64)[:, None]
 
 
-_KINDS = {
+_KINDS: dict[str, Callable[..., tuple[Array, Array]]] = {
     "blocks": _blocks,
     "identity": _identity,
     "mean": _mean,

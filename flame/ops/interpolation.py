@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from flame.core.handle import is_tensor
 from flame.core.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 from flame.core.types import Shape
 from flame.ops.bands import Band, identity
@@ -41,11 +42,17 @@ def interpolate(
     rank = input.ndim - 2
     sizes, scales = _sizes(input, size, scale_factor, recompute=bool(recompute_scale_factor))
     if input.dtype.kind != "f" and not mode.startswith("nearest"):
-        raise DTypeError(f"interpolate: mode {mode!r} needs floating numbers, got {input.dtype.name}")
+        raise DTypeError(
+            f"interpolate: mode {mode!r} needs floating numbers, got {input.dtype.name}"
+        )
     if mode == "area":
         from flame.ops import pooling
 
-        pool = (pooling.adaptive_avg_pool1d, pooling.adaptive_avg_pool2d, pooling.adaptive_avg_pool3d)
+        pool = (
+            pooling.adaptive_avg_pool1d,
+            pooling.adaptive_avg_pool2d,
+            pooling.adaptive_avg_pool3d,
+        )
         return pool[rank - 1](input, sizes)
     wide = input.dtype.itemsize == 8
     axes = tuple(
@@ -57,9 +64,7 @@ def interpolate(
 
 
 def _check_mode(input: Any, mode: str, align_corners: bool | None, *, antialias: bool) -> None:
-    from flame.tensor import Tensor
-
-    if not isinstance(input, Tensor):
+    if not is_tensor(input):
         raise DTypeError(f"interpolate takes a tensor, got {type(input).__name__}")
     if mode not in _RANKS:
         raise ArgumentError(f"interpolate: mode must be one of {tuple(_RANKS)}, got {mode!r}")
@@ -71,7 +76,9 @@ def _check_mode(input: Any, mode: str, align_corners: bool | None, *, antialias:
     if align_corners is not None and not mode.endswith(("linear", "cubic")):
         raise ArgumentError(f"interpolate: align_corners has no meaning for mode {mode!r}")
     if antialias:
-        raise UnsupportedError("interpolate: antialias=True is not there; use mode='area' to shrink")
+        raise UnsupportedError(
+            "interpolate: antialias=True is not there; use mode='area' to shrink"
+        )
     if 0 in input.shape[1:]:
         raise ShapeError(f"interpolate: {input.shape} has no elements to take positions from")
 
@@ -148,7 +155,8 @@ def pixel_shuffle(input: Tensor, upscale_factor: int) -> Tensor:
     r = _factor("pixel_shuffle", upscale_factor)
     if input.ndim < 3 or input.shape[-3] % (r * r):
         raise ShapeError(
-            f"pixel_shuffle: {input.shape} needs three dimensions, its channels divisible by {r * r}"
+            f"pixel_shuffle: {input.shape} needs three dimensions, its channels divisible by "
+            f"{r * r}"
         )
     *batch, c, h, w = input.shape
     lead = len(batch)
@@ -162,7 +170,8 @@ def pixel_unshuffle(input: Tensor, downscale_factor: int) -> Tensor:
     r = _factor("pixel_unshuffle", downscale_factor)
     if input.ndim < 3 or input.shape[-1] % r or input.shape[-2] % r:
         raise ShapeError(
-            f"pixel_unshuffle: {input.shape} needs three dimensions, height and width divisible by {r}"
+            f"pixel_unshuffle: {input.shape} needs three dimensions, height and width divisible "
+            f"by {r}"
         )
     *batch, c, h, w = input.shape
     lead = len(batch)
@@ -188,7 +197,8 @@ def _blocks(
     )
     if any(c < 1 for c in counts):
         raise ShapeError(
-            f"{name}: blocks of {kernel} with dilation {spread} and padding {pads} do not fit into {size}"
+            f"{name}: blocks of {kernel} with dilation {spread} and padding {pads} do not fit "
+            f"into {size}"
         )
     bands = tuple(
         Band("blocks", n, k * c, (k, s, p, d))
@@ -200,7 +210,9 @@ def _blocks(
 def unfold(
     input: Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
 ) -> Tensor:
-    """The sliding blocks of (N, C, H, W) as columns: (N, C * KH * KW, blocks); a batch is optional."""
+    """The sliding blocks of (N, C, H, W) as columns: (N, C * KH * KW, blocks); a batch is
+    optional.
+    """
     if input.ndim not in (3, 4) or 0 in input.shape[-3:]:
         raise ShapeError(f"unfold takes (N, C, H, W) or (C, H, W), got {input.shape}")
     x = input if input.ndim == 4 else unsqueeze(input, 0)

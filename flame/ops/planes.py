@@ -1,7 +1,7 @@
 """Windows that take their largest element, and moving elements of planes by index.
 
-A plane is all positions of one channel of one image, flattened; an index counts in it. Taking by index and
-adding by index are each other's gradients.
+A plane is all positions of one channel of one image, flattened; an index counts in it. Taking by
+index and adding by index are each other's gradients.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def _lower_take(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
     k = KernelBuilder("take_positions")
     source, places = k.tensor("input", 0, x), k.tensor("input", 1, index)
     target = k.tensor("output", 0, out)
-    with k.parallel(*out.shape[:2], work=4 * out.shape[2]) as (n, c):
-        with k.vector(k.size(out.shape[2])) as i:
-            place = cast(places[n, c, i], dtypes.int64)
-            k.store(target, (n, c, i), source[n, c, place])
+    planes, count = out.shape[:2], out.shape[2]
+    with k.parallel(*planes, work=4 * count) as (n, c), k.vector(k.size(count)) as i:
+        place = cast(places[n, c, i], dtypes.int64)
+        k.store(target, (n, c, i), source[n, c, place])
     return k.finish()
 
 
-take_positions = Op(
+take_positions: Op = Op(
     "take_positions", inputs=("x", "index"), infer=_infer_take, lower=_lower_take,
     vjp=(lambda g, index, x_type: add_positions(g, index, size=x_type.shape[2]), None),
     reference=lambda x, index: np.take_along_axis(x, index, 2),
@@ -96,7 +96,7 @@ def _add_reference(y: Any, index: Any, *, size: int) -> Any:
     return out
 
 
-add_positions = Op(
+add_positions: Op = Op(
     "add_positions", inputs=("y", "index"), infer=_infer_add, lower=_lower_add,
     vjp=(lambda g, index: take_positions(g, index), None),
     reference=_add_reference,
@@ -174,7 +174,9 @@ def _infer_max(types: Types, *, axes: tuple[Windows, ...]) -> tuple[TensorType, 
     (x,) = types
     assert isinstance(x, TensorType)
     if x.ndim != len(axes) + 2 or x.shape[2:] != tuple(a.inputs for a in axes):
-        raise ShapeError(f"max_pool: {x.shape} does not fit windows over {[a.inputs for a in axes]}")
+        raise ShapeError(
+            f"max_pool: {x.shape} does not fit windows over {[a.inputs for a in axes]}"
+        )
     if x.numel and x.numel // (x.shape[0] * x.shape[1]) >= 1 << 31:
         raise UnsupportedError(f"max_pool over more than 2**31 positions of a channel: {x.shape}")
     shape = (*x.shape[:2], *(a.outputs for a in axes))
@@ -242,9 +244,9 @@ def _max_reference(x: Any, *, axes: tuple[Windows, ...]) -> Any:
         block = x[(slice(None), slice(None), *chosen)]
         block = block.reshape(*x.shape[:2], math.prod(block.shape[2:]))
         found = np.argmax(block, 2)
-        best[(slice(None), slice(None), *place)] = np.take_along_axis(
-            block, found[..., None], 2
-        )[..., 0]
+        best[(slice(None), slice(None), *place)] = np.take_along_axis(block, found[..., None], 2)[
+            ..., 0
+        ]
         index[(slice(None), slice(None), *place)] = flat[chosen].reshape(-1)[found]
     return best, index
 

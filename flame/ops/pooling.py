@@ -1,7 +1,7 @@
 """Pooling over windows: the largest element, the mean, the p-norm; adaptive windows; unpooling.
 
-Inputs are (N, C, ...) or, without a batch, (C, ...). Means are maps of `flame.ops.bands`, one dimension after
-the other in one kernel; maxima are `flame.ops.planes`.
+Inputs are (N, C, ...) or, without a batch, (C, ...). Means are maps of `flame.ops.bands`, one
+dimension after the other in one kernel; maxima are `flame.ops.planes`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flame.ops.op import constant
+from flame.core.handle import is_tensor
 from flame.core import dtypes
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.core.types import Shape
@@ -25,7 +27,14 @@ from flame.ops.shapes import reshape, squeeze, unsqueeze
 if TYPE_CHECKING:
     from flame.tensor import Tensor
 
-__all__ = ["adaptive_avg_pool1d", "adaptive_max_pool1d", "avg_pool1d", "max_pool1d", "max_pool2d", "max_pool3d"]
+__all__ = [
+    "adaptive_avg_pool1d",
+    "adaptive_max_pool1d",
+    "avg_pool1d",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+]
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -33,9 +42,7 @@ __all__ = ["adaptive_avg_pool1d", "adaptive_max_pool1d", "avg_pool1d", "max_pool
 
 def _batched(name: str, input: Tensor, rank: int) -> tuple[Tensor, bool]:
     """(N, C, ...) and whether it was so. Raises ShapeError for other ranks and empty dimensions."""
-    from flame.tensor import Tensor
-
-    if not isinstance(input, Tensor):
+    if not is_tensor(input):
         raise DTypeError(f"{name} takes a tensor, got {type(input).__name__}")
     if input.ndim not in (rank + 1, rank + 2) or 0 in input.shape[-rank - 1 :]:
         raise ShapeError(
@@ -60,7 +67,8 @@ def _windows(
         reach = d * (k - 1) + 1
         if 2 * p > reach:
             raise ArgumentError(
-                f"{name}: padding {pads} is more than half of the kernel {kernel} with dilation {spread}"
+                f"{name}: padding {pads} is more than half of the kernel {kernel} with dilation "
+                f"{spread}"
             )
         room = n + 2 * p - reach
         size = (room + (s - 1 if ceil_mode else 0)) // s + 1
@@ -89,9 +97,7 @@ def _output_sizes(name: str, output_size: Any, input: Tensor, rank: int) -> Shap
 # --- maxima ---------------------------------------------------------------------------------------
 
 
-def _largest(
-    input: Tensor, batched: bool, axes: tuple[Windows, ...], return_indices: bool
-) -> Any:
+def _largest(input: Tensor, batched: bool, axes: tuple[Windows, ...], return_indices: bool) -> Any:
     if input.dtype.kind == "b":
         raise DTypeError("max pooling is not defined for bool tensors; convert them")
     values, index = max_pool(input, axes=axes)
@@ -107,8 +113,7 @@ def _max_pool(
     x, batched = _batched(name, input, rank)
     found = _windows(name, x, rank, kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
     axes = tuple(
-        Windows(n, o, k, s, p, d)
-        for n, k, s, p, d, o in zip(x.shape[2:], *found, strict=True)
+        Windows(n, o, k, s, p, d) for n, k, s, p, d, o in zip(x.shape[2:], *found, strict=True)
     )
     return _largest(x, batched, axes, return_indices)
 
@@ -130,8 +135,9 @@ def max_pool2d(
 ) -> Any:  # fmt: skip
     """The largest element of each window over H, W of (N, C, H, W); NaN wins.
 
-    ``stride`` is the kernel by default; padding never wins. With ``return_indices`` also the positions
-    in the flattened H * W, int64. Raises ShapeError and ArgumentError where windows do not fit.
+    ``stride`` is the kernel by default; padding never wins. With ``return_indices`` also the
+    positions in the flattened H * W, int64. Raises ShapeError and ArgumentError where windows do
+    not fit.
     """
     return _max_pool(
         "max_pool2d", 2, input, kernel_size, stride, padding, dilation,
@@ -213,7 +219,6 @@ def _avg_pool(
 
 def _whole_means(x: Tensor, sums: list[Band], means: list[Band], divisor: int | None) -> Tensor:
     """Means of integers, rounded towards zero."""
-    from flame.creation import from_numpy
     from flame.ops.arithmetic import div
 
     total: Tensor = resample(x, axes=tuple(sums))
@@ -224,7 +229,7 @@ def _whole_means(x: Tensor, sums: list[Band], means: list[Band], divisor: int | 
         weights = table(band)[1].max(1)  # 1 / elements counted; 0 for a window of padding alone
         here = np.rint(1.0 / np.where(weights > 0, weights, 1.0)).astype(np.int64)
         counts = counts * here.reshape([-1 if i == axis else 1 for i in range(len(means))])
-    return div(total, convert(from_numpy(counts), dtype=x.dtype), rounding_mode="trunc")
+    return div(total, convert(constant(counts), dtype=x.dtype), rounding_mode="trunc")
 
 
 def avg_pool1d(
@@ -244,8 +249,8 @@ def avg_pool2d(
 ) -> Tensor:  # fmt: skip
     """The mean of each window over H, W of (N, C, H, W).
 
-    ``count_include_pad``: zeros of the padding count. ``divisor_override``: divides the sums instead of
-    the counts. Raises ShapeError and ArgumentError where windows do not fit.
+    ``count_include_pad``: zeros of the padding count. ``divisor_override``: divides the sums
+    instead of the counts. Raises ShapeError and ArgumentError where windows do not fit.
     """
     return _avg_pool(
         "avg_pool2d", 2, input, kernel_size, stride, padding, ceil_mode=ceil_mode,
@@ -339,8 +344,8 @@ def lp_pool3d(
 
 
 def _max_unpool(
-    name: str, rank: int, input: Tensor, indices: Tensor, kernel_size: Any, stride: Any, padding: Any,
-    output_size: Any,
+    name: str, rank: int, input: Tensor, indices: Tensor, kernel_size: Any, stride: Any, padding:
+    Any, output_size: Any,
 ) -> Tensor:  # fmt: skip
     from flame.ops.creation import zeros
     from flame.ops.scattering import scatter
@@ -355,8 +360,7 @@ def _max_unpool(
     steps = per_dimension(name, "stride", stride, rank, 1) if given else kernel
     pads = per_dimension(name, "padding", padding, rank, 0)
     usual = tuple(
-        (n - 1) * s - 2 * p + k
-        for n, s, p, k in zip(x.shape[2:], steps, pads, kernel, strict=True)
+        (n - 1) * s - 2 * p + k for n, s, p, k in zip(x.shape[2:], steps, pads, kernel, strict=True)
     )
     sizes = usual if output_size is None else tuple(output_size)[-rank:]
     if len(sizes) != rank or any(
@@ -384,7 +388,9 @@ def max_unpool2d(
     input: Tensor, indices: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0,
     output_size: Any = None,
 ) -> Tensor:  # fmt: skip
-    """Zeros with ``input`` at the positions that `max_pool2d` gave. Raises IndexRangeError for bad ones."""
+    """Zeros with ``input`` at the positions that `max_pool2d` gave. Raises IndexRangeError for bad
+    ones.
+    """
     return _max_unpool("max_unpool2d", 2, input, indices, kernel_size, stride, padding, output_size)
 
 

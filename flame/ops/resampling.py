@@ -1,4 +1,6 @@
-"""The op that applies a band (see `flame.ops.bands`) along each spatial dimension of (N, C, ...)."""
+"""The op that applies a band (see `flame.ops.bands`) along each spatial dimension of (N, C,
+...).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def _infer(types: Types, *, axes: tuple[Band, ...]) -> TensorType:
             f"resample: {x.shape} does not fit maps of {tuple(b.source for b in axes)} elements"
         )
     if x.dtype.kind != "f" and not all(b.whole for b in axes):
-        raise DTypeError(f"this resampling needs floating numbers, got {x.dtype.name}; convert them")
+        raise DTypeError(
+            f"this resampling needs floating numbers, got {x.dtype.name}; convert them"
+        )
     return result_type(x, (*x.shape[:2], *(b.target for b in axes)))
 
 
@@ -66,9 +70,7 @@ def _product(factors: list[Value | None]) -> Value | None:
     return found
 
 
-def _lower(
-    types: Types, outputs: tuple[TensorType, ...], *, axes: tuple[Band, ...]
-) -> Lowering:
+def _lower(types: Types, outputs: tuple[TensorType, ...], *, axes: tuple[Band, ...]) -> Lowering:
     (x,), (out,) = types, outputs
     assert isinstance(x, TensorType)
     missing = SPATIAL - len(axes)
@@ -140,7 +142,7 @@ def _samples() -> list[Sample]:
     return [Sample((Arg(shape),), {"axes": axes}) for shape, axes in cases]
 
 
-resample = Op(
+resample: Op = Op(
     "resample", inputs=("x",), infer=_infer, lower=_lower,
     vjp=(lambda g, axes: resample(g, axes=tuple(b.transpose() for b in axes)),),
     reference=_reference, samples=_samples(), tolerance=2.0,

@@ -1,7 +1,7 @@
 """Convolutions and their gradients in one, two and three dimensions.
 
-`functions` checks what users give; `operation` declares the three ops; `geometry` is their arithmetic;
-`packing`, `contraction` and `weight_gradient` are their kernels.
+`functions` checks what users give; `operation` declares the three ops; `geometry` is their
+arithmetic; `packing`, `contraction` and `weight_gradient` are their kernels.
 """
 
 from flame.ops.convolution.functions import (

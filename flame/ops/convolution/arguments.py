@@ -41,8 +41,8 @@ def check_operands(
             f"{name} takes an input (N, C, ...) or (C, ...) and a weight with {rank} spatial "
             f"dimensions, got {input.shape} and {weight.shape}"
         )
-    if not isinstance(groups, int) or groups < 1:
-        raise ArgumentError(f"{name}: groups must be a positive integer, got {groups!r}")
+    if groups < 1:
+        raise ArgumentError(f"{name}: groups must be a positive integer, got {groups}")
     if weight.shape[0] % groups:
         raise ShapeError(
             f"{name}: {groups} groups do not divide the {weight.shape[0]} channels of the weight "

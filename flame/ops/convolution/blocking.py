@@ -1,6 +1,7 @@
 """How convolutions are cut to registers and caches.
 
-Invariant: results do not depend on the number of threads: blocks depend on shapes and the vector width.
+Invariant: results do not depend on the number of threads: blocks depend on shapes and the vector
+width.
 """
 
 from __future__ import annotations

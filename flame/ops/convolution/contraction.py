@@ -1,10 +1,10 @@
 """The kernel of a convolution and of its input gradient: sums over taps in register tiles.
 
-A tile holds a few positions times a few vectors of channels. For each tap and each channel summed over, the
-tile's vectors of weights are loaded once and multiplied with one value of each position; the positions
-may lie anywhere, as each has the offset of its first source element in a table. Weights are walked in
-chunks that stay in the first-level cache while all tiles of a block pass, and a block's sums lie in a
-worker's scratch memory between chunks.
+A tile holds a few positions times a few vectors of channels. For each tap and each channel summed
+over, the tile's vectors of weights are loaded once and multiplied with one value of each position;
+the positions may lie anywhere, as each has the offset of its first source element in a table.
+Weights are walked in chunks that stay in the first-level cache while all tiles of a block pass,
+and a block's sums lie in a worker's scratch memory between chunks.
 """
 
 from __future__ import annotations
@@ -162,7 +162,9 @@ class _Contraction:
                 with k.loop(tiles) as tile:
                     self._tile(start, tile, group + offset + begin, base, length)
 
-    def _tile(self, start: Value, tile: Value, offset: Value, weights: Value, length: Value) -> None:
+    def _tile(
+        self, start: Value, tile: Value, offset: Value, weights: Value, length: Value
+    ) -> None:
         """One register tile over one chunk of weights."""
         k, count, lanes = self.k, self.tile.positions, self.tile.lanes
         q = tile * count

@@ -1,6 +1,7 @@
 """Convolutions with few channels in a group, as depthwise ones: vectors along the width.
 
-A register tile of channels would be nearly empty there, so each result is summed straight from memory.
+A register tile of channels would be nearly empty there, so each result is summed straight from
+memory.
 """
 
 from __future__ import annotations
@@ -150,7 +151,9 @@ def _reader(
 
 
 def weight_gradient(y: TensorType, x: TensorType, out: TensorType, g: Geometry) -> Lowering:
-    """w[o, c, t] = sum over n, j of y * x: one iteration for each weight, vectors along the width."""
+    """w[o, c, t] = sum over n, j of y * x: one iteration for each weight, vectors along the
+    width.
+    """
     k = KernelBuilder("depthwise_weight_gradient")
     columns, source = k.tensor("input", 0, y), k.tensor("input", 1, x)
     target = k.tensor("output", 0, out)
@@ -161,12 +164,12 @@ def weight_gradient(y: TensorType, x: TensorType, out: TensorType, g: Geometry) 
     with k.parallel(*out.shape, work=n * math.prod(extent)) as (o, channel, *taps):
         first = values.binary("udiv", o, k.size(own)) * summed
         total = k.register(const(0, dtype))
-        with k.nest([k.size(n), k.size(extent[0]), k.size(extent[1])]) as (image, od, oh):
-            with k.vector(k.size(extent[2]), 2) as ow:
-                places, inside = _places(reads, (od, oh, ow), taps)
-                index = (image, first + channel, *places)
-                value = cast(source.load(*index, where=inside), dtype)
-                other = cast(columns.load(image, o, od, oh, ow), dtype)
-                k.accumulate(total, "add", value * other)
+        rows = [k.size(n), k.size(extent[0]), k.size(extent[1])]
+        with k.nest(rows) as (image, od, oh), k.vector(k.size(extent[2]), 2) as ow:
+            places, inside = _places(reads, (od, oh, ow), taps)
+            index = (image, first + channel, *places)
+            value = cast(source.load(*index, where=inside), dtype)
+            other = cast(columns.load(image, o, od, oh, ow), dtype)
+            k.accumulate(total, "add", value * other)
         k.store(target, (o, channel, *taps), read(total))
     return k.finish()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from flame.core.handle import is_tensor
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.core.types import Shape
 from flame.ops.convolution import operation
 from flame.ops.convolution.arguments import (
-    check_operands, padding_of, per_dimension, window_sizes,
+    check_operands,
+    padding_of,
+    per_dimension,
+    window_sizes,
 )  # fmt: skip
 from flame.ops.shapes import squeeze, unsqueeze
 
@@ -17,10 +21,8 @@ if TYPE_CHECKING:
 
 
 def _tensors(name: str, *operands: Any) -> None:
-    from flame.tensor import Tensor
-
     for operand in operands:
-        if not isinstance(operand, Tensor):
+        if not is_tensor(operand):
             raise DTypeError(f"{name} takes tensors, got {type(operand).__name__}")
 
 
@@ -49,8 +51,8 @@ def conv1d(
 ) -> Tensor:  # fmt: skip
     """Convolution (cross-correlation) of (N, C, L) or (C, L) with (O, C / groups, K).
 
-    ``padding``: zeros on both sides, as numbers, 'same' or 'valid'. Raises ShapeError where channels,
-    groups or sizes do not fit.
+    ``padding``: zeros on both sides, as numbers, 'same' or 'valid'. Raises ShapeError where
+    channels, groups or sizes do not fit.
     """
     return _convolve("conv1d", 1, input, weight, bias, stride, padding, dilation, groups)
 
@@ -67,7 +69,9 @@ def conv3d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
     dilation: Any = 1, groups: int = 1,
 ) -> Tensor:  # fmt: skip
-    """Convolution of (N, C, D, H, W) or (C, D, H, W) with (O, C / groups, KD, KH, KW); see `conv1d`."""
+    """Convolution of (N, C, D, H, W) or (C, D, H, W) with (O, C / groups, KD, KH, KW); see
+    `conv1d`.
+    """
     return _convolve("conv3d", 3, input, weight, bias, stride, padding, dilation, groups)
 
 
@@ -121,7 +125,16 @@ def conv_transpose1d(
     L' = (L - 1) * stride - 2 * padding + dilation * (K - 1) + output_padding + 1.
     """
     return _convolve_transposed(
-        "conv_transpose1d", 1, input, weight, bias, stride, padding, output_padding, groups, dilation
+        "conv_transpose1d",
+        1,
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        output_padding,
+        groups,
+        dilation,
     )
 
 
@@ -131,7 +144,16 @@ def conv_transpose2d(
 ) -> Tensor:  # fmt: skip
     """The transpose of `conv2d`, with a weight (C, O / groups, KH, KW); see `conv_transpose1d`."""
     return _convolve_transposed(
-        "conv_transpose2d", 2, input, weight, bias, stride, padding, output_padding, groups, dilation
+        "conv_transpose2d",
+        2,
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        output_padding,
+        groups,
+        dilation,
     )
 
 
@@ -139,7 +161,18 @@ def conv_transpose3d(
     input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
     output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
 ) -> Tensor:  # fmt: skip
-    """The transpose of `conv3d`, with a weight (C, O / groups, KD, KH, KW); see `conv_transpose1d`."""
+    """The transpose of `conv3d`, with a weight (C, O / groups, KD, KH, KW); see
+    `conv_transpose1d`.
+    """
     return _convolve_transposed(
-        "conv_transpose3d", 3, input, weight, bias, stride, padding, output_padding, groups, dilation
+        "conv_transpose3d",
+        3,
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        output_padding,
+        groups,
+        dilation,
     )

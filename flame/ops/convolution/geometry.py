@@ -2,11 +2,13 @@
 
 Invariant: a convolution and its input gradient are both sums over taps
 
-    out[place + j * spread] = sum over t of  source[start + j * step + t * dilation] * weight[first + t * stride]
+    out[place + j * spread] = sum over t of  source[start + j * step + t * dilation] * weight[first
+    + t * stride]
 
-of a source padded with zeros; `Axis` holds these numbers. The input gradient of a strided convolution is
-several such sums, one for each remainder of the position by the stride (`gradient_phases`). Every
-kernel works on three spatial dimensions; missing ones have size 1 and come first.
+of a source padded with zeros; `Axis` holds these numbers. The input gradient of a strided
+convolution is several such sums, one for each remainder of the position by the stride
+(`gradient_phases`). Every kernel works on three spatial dimensions; missing ones have size 1 and
+come first.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ SPATIAL = 3
 
 @dataclass(frozen=True)
 class Geometry:
-    """What the user gave for each spatial dimension; ``padding`` stands before the first element."""
+    """What the user gave for each spatial dimension; ``padding`` stands before the first
+    element.
+    """
 
     kernel: Shape
     stride: Shape
@@ -88,7 +92,9 @@ class Contraction:
     padded: Shape
 
 
-def output_size(size: int, kernel: int, stride: int, padding: tuple[int, int], dilation: int) -> int:
+def output_size(
+    size: int, kernel: int, stride: int, padding: tuple[int, int], dilation: int
+) -> int:
     """Positions of a window over a dimension that is padded on both sides."""
     return (size + sum(padding) - dilation * (kernel - 1) - 1) // stride + 1
 
@@ -105,12 +111,13 @@ def forward(g: Geometry, extent: Shape) -> Contraction:
 def gradient_phases(g: Geometry, size: Shape) -> Contraction:
     """The input gradient, of spatial sizes ``size``, as sums over the output's gradient.
 
-    Along a dimension every phase has as many results, the last ones perhaps beyond ``size``. Phases that
-    see no taps are left out; their results are 0.
+    Along a dimension every phase has as many results, the last ones perhaps beyond ``size``.
+    Phases that see no taps are left out; their results are 0.
     """
-    axes: list[list[Axis]] = []
-    for i in range(SPATIAL):
-        axes.append(_axis_phases(g.kernel[i], g.stride[i], g.padding[i], g.dilation[i], size[i]))
+    axes = [
+        _axis_phases(g.kernel[i], g.stride[i], g.padding[i], g.dilation[i], size[i])
+        for i in range(SPATIAL)
+    ]
     low = tuple(max((-a.start for a in each), default=0) for each in axes)
     moved = [
         [replace(a, start=a.start + shift) for a in each]

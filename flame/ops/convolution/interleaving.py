@@ -1,6 +1,7 @@
 """Puts the phases of a strided input gradient together.
 
-Each phase stands on its own in memory; a result is taken from the phase that its position belongs to.
+Each phase stands on its own in memory; a result is taken from the phase that its position belongs
+to.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The three operations of convolution: itself, its input gradient, its weight gradient.
 
-Invariant: convolution is linear in each operand, so each of the three is the derivative of the others,
-and derivatives of any order are convolutions again. Spatial sizes of the result stand in ``size``; what a
-window reads outside its source is 0.
+Invariant: convolution is linear in each operand, so each of the three is the derivative of the
+others, and derivatives of any order are convolutions again. Spatial sizes of the result stand in
+``size``; what a window reads outside its source is 0.
 """
 
 from __future__ import annotations
@@ -18,14 +18,27 @@ from flame.ops.convolution import depthwise, references
 from flame.ops.convolution.blocking import Tile, tile_for
 from flame.ops.convolution.contraction import Operands, Target, contract
 from flame.ops.convolution.geometry import (
-    Contraction, Geometry, forward, gradient_phases, spatial_view,
+    Contraction,
+    Geometry,
+    forward,
+    gradient_phases,
+    spatial_view,
 )  # fmt: skip
 from flame.ops.convolution.interleaving import Phases, interleave
 from flame.ops.convolution.packing import (
-    fill_table, pack_source, pack_weight, packed_source_type, packed_weight_type, table_type,
+    fill_table,
+    pack_source,
+    pack_weight,
+    packed_source_type,
+    packed_weight_type,
+    table_type,
 )  # fmt: skip
 from flame.ops.convolution.weight_gradient import (
-    add_partials, layout_for, pack_gradient, packed_gradient_type, sum_products,
+    add_partials,
+    layout_for,
+    pack_gradient,
+    packed_gradient_type,
+    sum_products,
 )  # fmt: skip
 from flame.ops.elementwise import compute_dtype
 from flame.ops.op import Op, Types
@@ -186,9 +199,7 @@ def _lower(
     assert isinstance(weight, TensorType)
     geometry = Geometry.of(weight.shape[2:], stride, padding, dilation, groups)
     extent = spatial_view(outputs[0]).shape[2:]
-    return _contraction(
-        types, outputs[0], forward(geometry, extent), geometry, summed_axis=1
-    )
+    return _contraction(types, outputs[0], forward(geometry, extent), geometry, summed_axis=1)
 
 
 def _bias_gradient(g: Tensor) -> Tensor:
@@ -313,7 +324,9 @@ def _lower_weight_gradient(
     partial_type = layout.partial_type(dtype, groups, columns.shape[1], tile.lanes)
     partial = temporaries.add(partial_type), partial_type
     kernels.append(
-        sum_products(source, (Ref("temporary", place), columns), partial, table, phase, tile, layout)
+        sum_products(
+            source, (Ref("temporary", place), columns), partial, table, phase, tile, layout
+        )
     )
     kernels.append(add_partials(partial, out, phase, layout))
     return Lowering(tuple(kernels), tuple(temporaries.sizes))

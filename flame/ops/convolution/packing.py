@@ -1,8 +1,8 @@
 """Operands in the order in which the inner loops read them.
 
 A packed source is (N, groups, D, H, W, channels of a group), padded with zeros. Packed weights are
-(groups, blocks, taps, channels summed over, lanes): the lanes are channels that the sums lie over, side by
-side, and zero beyond the last one.
+(groups, blocks, taps, channels summed over, lanes): the lanes are channels that the sums lie over,
+side by side, and zero beyond the last one.
 """
 
 from __future__ import annotations
@@ -198,7 +198,9 @@ def _turn_weight(
     sizes = [k.size(s) for s in weight.shape[3:]]
     together = min(summed, max(1, COLUMNS // count)) if summed_axis == 1 else 1
     rows = k.scratch(packed.dtype, (max(COLUMNS, count), width))
-    with k.parallel(groups, blocks, -(-summed // together), work=together * count * width // 4) as at:
+    with k.parallel(
+        groups, blocks, -(-summed // together), work=together * count * width // 4
+    ) as at:
         g, block, part = at
         begin = part * k.size(together)
         height = values.binary("min", own - block * width, const(width))
@@ -258,7 +260,7 @@ def fill_table(source: TensorType, phase: Phase, temporary: int) -> BoundKernel:
         row = ((n * d_count + d) * h_count + h) * w_count
         with k.vector(w_count, 1) as w:
             k.store(table, (row + w,), base + w * (steps[2] * strides[3]))
-        with k.when(row + w_count >= k.size(images) * d_count * h_count * w_count):
-            with k.loop(SPARE) as i:
-                k.store(table, (row + w_count + i,), base)
+        last = row + w_count >= k.size(images) * d_count * h_count * w_count
+        with k.when(last), k.loop(SPARE) as i:
+            k.store(table, (row + w_count + i,), base)
     return k.bind()

@@ -37,11 +37,17 @@ def _reads(
     return np.ix_(*places), np.ix_(*reads)
 
 
+def _flat(a: Any) -> Any:
+    return a.reshape(*a.shape[:2], math.prod(a.shape[2:]))
+
+
 def convolution(
     x: Any, weight: Any, bias: Any = None, *, stride: Shape, padding: Shape, dilation: Shape,
     groups: int, size: Shape,
 ) -> Any:  # fmt: skip
-    """y[n, o, j] = bias[o] + sum over c, t of x[n, c, j * stride - padding + t * dilation] weight[o, c, t]."""
+    """y[n, o, j] = bias[o] + sum over c, t of x[n, c, j * stride - padding + t * dilation]
+    weight[o, c, t].
+    """
     dtype = x.dtype
     x, weight, bias = _wide(x, weight, bias)
     out = np.zeros((x.shape[0], weight.shape[0], *size), x.dtype)
@@ -92,12 +98,9 @@ def weight_gradient(
         for g in range(groups):
             block = x[:, g * summed : (g + 1) * summed][(slice(None), slice(None), *reads)]
             other = y[:, g * own : (g + 1) * own][(slice(None), slice(None), *places)]
-            block, other = (
-                a.reshape(*a.shape[:2], math.prod(a.shape[2:])) for a in (block, other)
-            )
-            out[(slice(g * own, (g + 1) * own), slice(None), *taps)] = np.einsum(
-                "noj,ncj->oc", other, block
-            )
+            block, other = (_flat(a) for a in (block, other))
+            index: Any = (slice(g * own, (g + 1) * own), slice(None), *taps)
+            out[index] = np.einsum("noj,ncj->oc", other, block)
     return out.astype(dtype)
 
 
@@ -148,9 +151,7 @@ def input_gradient_samples() -> list[Sample]:
         attributes, size = _attributes(case)
         y = (case[0][0], case[1][0], *size)
         bias = Arg((case[0][1],)) if i % 2 else None
-        found.append(
-            Sample((Arg(y), Arg(case[1]), bias), {**attributes, "size": case[0][2:]})
-        )
+        found.append(Sample((Arg(y), Arg(case[1]), bias), {**attributes, "size": case[0][2:]}))
     return found
 
 

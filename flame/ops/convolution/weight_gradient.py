@@ -1,9 +1,9 @@
 """The kernels of a convolution's weight gradient.
 
-For each tap it is a product over positions: a few neighbouring source elements (channels, and taps along
-the last dimension, of one position) times a few vectors of the output gradient's channels. Such a tile of
-sums stays in registers over a chunk of positions, then in a worker's scratch memory. Ranges of positions
-that different iterations sum are added up in a fixed order at the end.
+For each tap it is a product over positions: a few neighbouring source elements (channels, and taps
+along the last dimension, of one position) times a few vectors of the output gradient's channels.
+Such a tile of sums stays in registers over a chunk of positions, then in a worker's scratch
+memory. Ranges of positions that different iterations sum are added up in a fixed order at the end.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from flame.core.dtypes import DType
 from flame.core.types import TensorType, tensor_type
 from flame.kernel import values
-from flame.kernel.builder import BoundKernel, KernelBuilder, Operand, Ref
+from flame.kernel.builder import BoundKernel, KernelBuilder, Ref
 from flame.kernel.program import Matrix
 from flame.kernel.values import Value, cast, const, read
 from flame.ops.convolution.blocking import Tile, vector_bytes
@@ -125,8 +125,8 @@ def _turn_gradient(g: TensorType, position: int, packed: TensorType, temporary: 
 
 
 def sum_products(
-    source: tuple[Ref, TensorType], gradient: tuple[Ref, TensorType], partial: tuple[int, TensorType],
-    table: int, phase: Phase, tile: Tile, layout: Layout,
+    source: tuple[Ref, TensorType], gradient: tuple[Ref, TensorType], partial: tuple[int,
+    TensorType], table: int, phase: Phase, tile: Tile, layout: Layout,
 ) -> BoundKernel:  # fmt: skip
     """partial[split, group, block, tap, run, lanes]: sums over the split's positions."""
     k = KernelBuilder("weight_gradient")
@@ -173,9 +173,9 @@ def sum_products(
                     for i, total in enumerate(totals):
                         k.store(sums, (t * rows + i, v), read(total))
         tap = (td * k.size(layout.taps[1]) + th) * k.size(layout.taps[2]) + tw
-        with k.loop(count) as t, k.loop(rows) as i, k.vector(lanes, tile.vectors) as v:
-            place = values.binary("min", (begin + t) * rows, last) + i
-            k.store(out, (split, group, block, tap, place, v), sums[t * rows + i, v])
+        with k.loop(count) as t, k.loop(rows) as row, k.vector(lanes, tile.vectors) as v:
+            place = values.binary("min", (begin + t) * rows, last) + row
+            k.store(out, (split, group, block, tap, place, v), sums[t * rows + row, v])
     return k.bind()
 
 
