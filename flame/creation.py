@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from flame.core import dtypes
+from flame.core.device import check_device
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, FlameError, ShapeError
-from flame.tensor import Tensor, check_device, check_dtype, from_array
+from flame.tensor import Tensor, check_dtype, from_array
 
 
 def tensor(

@@ -23,7 +23,7 @@ from flame.kernel.values import Value
 from flame.ops.op import Interpreter, Op
 from flame.runtime import cpu
 from flame.runtime.storage import Storage
-from flame.tensor import Tensor
+from flame.tensor import Tensor, from_array
 
 MAX_PLANS = 20_000  # signatures kept; beyond, all are dropped and found again by need
 
@@ -50,8 +50,10 @@ class Eager(Interpreter):
                     tracked = True
             elif x.__class__ is Value:
                 return op.inline(inputs, attributes)
-            else:
+            elif x.__class__ in _PLAIN:
                 signature.append(x.__class__)
+            else:
+                return self.apply(op, tuple([_as_operand(op, y) for y in inputs]), attributes, out)
         if attributes:
             signature.append(tuple(attributes.items()))
         if out is not None:
@@ -59,7 +61,6 @@ class Eager(Interpreter):
         key = tuple(signature)
         plan = self.plans.get(key)
         if plan is None:
-            inputs = tuple([_as_operand(op, x) for x in inputs])
             plan = self._prepare(key, op, inputs, attributes, out)
         if plan.copies:
             inputs = tuple(
@@ -74,6 +75,16 @@ class Eager(Interpreter):
         if tracked and mode.enabled and op.differentiable:
             record(plan, inputs, attributes, outputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def constant(self, data: Any, **options: Any) -> Tensor:
+        from flame.creation import tensor
+
+        plain = isinstance(data, np.ndarray) and not options
+        return from_array(data) if plain else tensor(data, **options)
+
+    def empty(self, type_: TensorType) -> Tensor:
+        storage = Storage.allocate(type_.span * type_.dtype.itemsize)
+        return Tensor.wrap(storage, storage.pointer, type_)
 
     def _prepare(
         self,
@@ -131,18 +142,27 @@ class Eager(Interpreter):
         elif mode.enabled:
             for target in out:
                 if target.requires_grad:
-                    target.rebase(None, 0, ())
+                    edge = edge_of(target)
+                    target.rebase(
+                        None if target.base is not None else _Replaced(edge, target), 0, ()
+                    )
         return out[0] if len(out) == 1 else out
 
 
+_PLAIN = frozenset({float, int, bool, type(None)})
+
+
 def _as_operand(op: Op, x: Any) -> Any:
-    """What is no tensor must be a plain number; NumPy's numbers become Python's."""
-    if isinstance(x, (Tensor, bool, int, float)) or x is None:
-        if isinstance(x, int) and not isinstance(x, bool) and not -(1 << 63) <= x < 1 << 63:
-            raise DTypeError(f"{op.name}: the number {x} does not fit int64")
+    """What is no tensor as a plain number: those of NumPy and of other subclasses too."""
+    if isinstance(x, Tensor) or x.__class__ in _PLAIN:
         return x
+    if isinstance(x, np.ndarray):
+        return from_array(x)
     if isinstance(x, np.generic):
-        return x.item()
+        x = float(x) if x.dtype.kind in "fV" else x.item()
+    for kind in (bool, int, float):
+        if isinstance(x, kind):
+            return kind(x)
     raise DTypeError(
         f"{op.name} takes tensors and numbers, got {type(x).__name__}; convert it by flame.tensor"
     )
@@ -189,20 +209,26 @@ def run(plan: Plan, inputs: tuple[Any, ...], out: tuple[Any, ...] | None = None)
     else:
         outputs = list(out)
     step = plan.direct
-    if step is not None:
-        cpu.launch(
-            step.address,
-            step.extent,
-            step.grain,
-            *[x.pointer if isinstance(x, Tensor) else x for x in inputs],
-            *[t.pointer for t in outputs],
-            *step.sizes,
-        )
-    elif plan.steps:
-        _run_steps(plan, inputs, outputs)
-    elif plan.host is not None:
-        arrays = [x._array() if isinstance(x, Tensor) else x for x in inputs]
-        plan.host(arrays, [t._array() for t in outputs])
+    try:
+        if step is not None:
+            cpu.launch(
+                step.address,
+                step.extent,
+                step.grain,
+                *[x.pointer if isinstance(x, Tensor) else x for x in inputs],
+                *[t.pointer for t in outputs],
+                *step.sizes,
+            )
+        elif plan.steps:
+            _run_steps(plan, inputs, outputs)
+        elif plan.host is not None:
+            arrays = [x._array() if isinstance(x, Tensor) else x for x in inputs]
+            plan.host(arrays, [t._array() for t in outputs])
+    except OverflowError as error:
+        numbers = [x for x in inputs if isinstance(x, int)]
+        if all(-(1 << 63) <= x < 1 << 63 for x in numbers):
+            raise
+        raise DTypeError(f"{plan.op.name}: a number of {numbers} does not fit int64") from error
     return outputs
 
 
@@ -290,6 +316,22 @@ def record(
             made.node = node
             made.output_index = position
             made.tracked = True
+
+
+class _Replaced(Node):
+    """All values were replaced by ones without history: no gradient goes on."""
+
+    __slots__ = ()
+
+    name = "replaced"
+
+    def __init__(self, edge: Edge, target: Tensor) -> None:
+        super().__init__([edge], (target.type,))
+
+    def apply(
+        self, grads: Any, differentiable: bool, wanted: Sequence[bool] | None = None
+    ) -> list[Any]:
+        return [None]
 
 
 class SliceNode(Node):

@@ -16,6 +16,7 @@ import numpy as np
 from flame.autograd import engine
 from flame.autograd.mode import mode, no_grad, set_grad_enabled
 from flame.core import dtypes
+from flame.core.device import Device, check_device
 from flame.core.dtypes import DType
 from flame.core.errors import (
     ArgumentError,
@@ -25,41 +26,19 @@ from flame.core.errors import (
     ShapeError,
     StateError,
 )
+from flame.core.handle import Handle
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.runtime.storage import Storage
 
 if TYPE_CHECKING:
     from flame.methods import Methods  # a stub: what `flame.api` attaches at import
 else:
-    Methods = object
+
+    class Methods:
+        """At run time the methods are attached to Tensor itself."""
+
 
 _handle_ids = itertools.count()
-
-
-class Device(str):
-    """A device's name, such as ``cpu`` or ``cuda:0``; compares with plain strings."""
-
-    __slots__ = ()
-
-    def __new__(cls, type: Any, index: int | None = None) -> Self:
-        name = str(type) if index is None else f"{type}:{index}"
-        kind, _, number = name.partition(":")
-        if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
-            raise DeviceError(f"{name!r} names no device; use 'cpu', 'cuda' or 'cuda:0'")
-        return super().__new__(cls, name)
-
-    @property
-    def type(self) -> str:
-        return self.partition(":")[0]
-
-    @property
-    def index(self) -> int | None:  # type: ignore[override]  # not a search in the name
-        number = self.partition(":")[2]
-        return int(number) if number else None
-
-    def __repr__(self) -> str:
-        number = "" if self.index is None else f", index={self.index}"
-        return f"device(type='{self.type}'{number})"
 
 
 class RemovableHandle:
@@ -96,7 +75,7 @@ class _Keeper:
             tensor.grad = gradient if held is None else held + gradient
 
 
-class Tensor(Methods):
+class Tensor(Handle, Methods):
     """A multi-dimensional array on a device, with automatic differentiation.
 
     Make one by `flame.tensor`, `flame.from_numpy`, `flame.zeros` and the like. Methods are
@@ -619,14 +598,6 @@ def from_array(array: np.ndarray[Any, Any], dtype: DType | None = None) -> Tenso
         return Tensor.wrap(storage, storage.pointer, tensor_type(found, array.shape))
     storage = Storage.borrow(array.ctypes.data, type_.span * size, array)
     return Tensor.wrap(storage, storage.pointer, type_)
-
-
-def check_device(device: Any) -> str:
-    """The name of a device that exists. Raises DeviceError for others."""
-    name = "cpu" if device is None else str(device)
-    if name not in ("cpu", "cpu:0"):
-        raise DeviceError(f"device {name!r} is not available in this build; use device='cpu'")
-    return "cpu"
 
 
 def check_dtype(dtype: Any) -> None:

@@ -144,6 +144,6 @@ def get_default_dtype() -> DType:
 def set_default_dtype(dtype: DType) -> None:
     """Set what `get_default_dtype` returns. ``dtype`` must be floating."""
     global _default_float
-    if not isinstance(dtype, DType) or not dtype.is_floating_point:
+    if dtype not in FLOATING:
         raise DTypeError(f"the default dtype must be a floating DType, got {dtype!r}")
     _default_float = dtype

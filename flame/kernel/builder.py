@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from flame.core import dtypes
 from flame.core.dtypes import DType
+from flame.core.errors import CompileError
 from flame.core.types import TensorType
 from flame.kernel import values
 from flame.kernel.program import (
@@ -69,7 +70,7 @@ class Operand:
     def at(self, index: Sequence[Value]) -> Value:
         """The offset of an element."""
         if len(index) != len(self.strides):
-            raise values.CompileError(
+            raise CompileError(
                 f"{self.buffer.name} has {len(self.strides)} dimensions, indexed with {len(index)}"
             )
         offset = const(0)
@@ -276,7 +277,7 @@ class KernelBuilder:
     def bind(self) -> BoundKernel:
         """The finished kernel with its sizes."""
         if self._parallel is None or self._blocks != [[]]:
-            raise values.CompileError(f"kernel {self.name} needs one outermost parallel loop")
+            raise CompileError(f"kernel {self.name} needs one outermost parallel loop")
         kernel = Kernel(
             self.name,
             tuple(self._operands),

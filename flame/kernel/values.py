@@ -411,12 +411,14 @@ def compare(op: str, a: Value, b: Value) -> Value:
 
 def select(condition: Value, a: Any, b: Any) -> Value:
     """``a`` where ``condition`` else ``b``."""
-    a, b = promoted(a, b)
+    first, second = promoted(a, b)
     if condition.dtype is not dtypes.bool_:
         condition = compare("ne", *promoted(condition, 0))
     if condition.op == "const":
-        return a if number_of(condition) else b
-    return a if a is b else _make("select", a.dtype, (condition, a, b))
+        return first if number_of(condition) else second
+    if first is second:
+        return first
+    return _make("select", first.dtype, (condition, first, second))
 
 
 def fma(a: Value, b: Value, c: Value) -> Value:

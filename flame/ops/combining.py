@@ -11,6 +11,7 @@ import numpy as np
 
 from flame.core import dtypes
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
+from flame.core.handle import is_tensor
 from flame.core.types import TensorType, tensor_type
 from flame.kernel.builder import Lowering
 from flame.ops.creation import shape_of, zeros
@@ -18,7 +19,7 @@ from flame.ops.dimensions import atleast_2d
 from flame.ops.elementwise import common_dtype
 from flame.ops.indexing import index_select
 from flame.ops.joining import cat
-from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types
+from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types, constant
 from flame.ops.shapes import reshape, slice_dim, wrap_dim
 from flame.ops.slicing import diagonal
 
@@ -49,8 +50,6 @@ def block_diag(*tensors: Any) -> Tensor:
 
 def combinations(input: Tensor, r: int = 2, with_replacement: bool = False) -> Tensor:
     """All choices of ``r`` elements of a 1-d tensor, one a row, in the order of itertools."""
-    from flame.tensor import from_array
-
     if input.ndim != 1:
         raise ShapeError(f"combinations takes a 1-d tensor, got shape {input.shape}")
     if r < 0:
@@ -59,7 +58,7 @@ def combinations(input: Tensor, r: int = 2, with_replacement: bool = False) -> T
         return zeros(0, dtype=input.dtype)
     choose = itertools.combinations_with_replacement if with_replacement else itertools.combinations
     places = np.array(list(choose(range(input.shape[0]), r)), np.int64).reshape(-1, r)
-    picked = index_select(input, 0, from_array(places.reshape(-1)))
+    picked = index_select(input, 0, constant(places.reshape(-1)))
     return reshape(picked, places.shape)
 
 
@@ -126,12 +125,10 @@ def unravel_index(indices: Tensor, shape: Any) -> tuple[Tensor, ...]:
 
 def nonzero_static(input: Tensor, *, size: int, fill_value: int = -1) -> Tensor:
     """The first ``size`` rows of `nonzero`, filled up with ``fill_value``."""
-    from flame.tensor import from_array
-
     found = np.argwhere(input.detach().numpy())[:size]
     made = np.full((size, input.ndim), fill_value, np.int64)
     made[: len(found)] = found
-    return from_array(made)
+    return constant(made)
 
 
 # --- membership -----------------------------------------------------------------------------------
@@ -175,11 +172,8 @@ def isin(
     elements: Any, test_elements: Any, *, assume_unique: bool = False, invert: bool = False
 ) -> Tensor:
     """Whether each element is among ``test_elements``."""
-    from flame.creation import tensor
-    from flame.tensor import Tensor
-
     x, tests = (
-        e.detach() if isinstance(e, Tensor) else tensor(e) for e in (elements, test_elements)
+        e.detach() if is_tensor(e) else constant(e) for e in (elements, test_elements)
     )
     result: Tensor = _isin(x, tests, invert=bool(invert))
     return result

@@ -10,6 +10,7 @@ import numpy as np
 from flame.core import dtypes
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, ShapeError
+from flame.core.handle import is_tensor
 from flame.core.types import TensorType, contiguous_strides, like_strides, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
@@ -180,9 +181,7 @@ def _in_order(input: Tensor, order: tuple[int, ...]) -> Tensor:
 def copy_(input: Tensor, src: Any, non_blocking: bool = False) -> Tensor:
     """Write ``src`` (a tensor or number, broadcast and converted) into ``input``, in place."""
     from flame.ops.shapes import expand
-    from flame.tensor import Tensor
-
-    if not isinstance(src, Tensor):
+    if not is_tensor(src):
         from flame.ops.creation import full
 
         src = full((), src, dtype=input.dtype)

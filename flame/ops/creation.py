@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flame.core import dtypes
+from flame.core.device import check_device
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, ShapeError
+from flame.core.handle import is_tensor
 from flame.core.types import Shape, TensorType, like_strides, tensor_type
 from flame.kernel.builder import KernelBuilder, Lowering
 from flame.kernel.values import Value, cast, select
 from flame.ops.elementwise import compute_dtype, nest_of, walk
-from flame.ops.op import NOT_DIFFERENTIABLE, Op, Sample, Types
+from flame.ops.op import NOT_DIFFERENTIABLE, Op, Sample, Types, empty_of
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -133,8 +135,6 @@ def full(
     requires_grad: bool = False,
 ) -> Tensor:
     """A tensor of shape ``size`` filled with a number; its dtype defaults to the number's."""
-    from flame.tensor import check_device
-
     if dtype is None:
         dtype = dtypes.of_scalar(type(fill_value), dtypes.get_default_dtype())
     shape, device = shape_of(size), check_device(device)
@@ -161,15 +161,11 @@ def empty(
     *size: Any, dtype: DType | None = None, device: Any = None, requires_grad: bool = False
 ) -> Tensor:
     """A tensor whose values are not set."""
-    from flame.runtime.storage import Storage
-    from flame.tensor import Tensor, check_device
-
     shape = shape_of(*size)
     if any(s < 0 for s in shape):
         raise ShapeError(f"empty: sizes must not be negative, got {shape}")
     type_ = tensor_type(dtype or dtypes.get_default_dtype(), shape, None, check_device(device))
-    storage = Storage.allocate(type_.numel * type_.dtype.itemsize)
-    return _finish(Tensor.wrap(storage, storage.pointer, type_), requires_grad)
+    return _finish(empty_of(type_), requires_grad)
 
 
 def full_like(
@@ -207,9 +203,7 @@ def empty_like(
 
 def fill_(input: Tensor, value: Any) -> Tensor:
     """Set every element to a number (or to a 0-d tensor's value), in place."""
-    from flame.tensor import Tensor
-
-    if isinstance(value, Tensor):
+    if is_tensor(value):
         return input.copy_(value)
     type_ = input.type
     _full.into((input,), value, shape=type_.shape, dtype=type_.dtype)
@@ -231,8 +225,6 @@ def arange(
     requires_grad: bool = False,
 ) -> Tensor:
     """start, start + step, ... below ``end`` (exclusive), a 1-d tensor; int64 for integers."""
-    from flame.tensor import check_device
-
     if end is None:
         start, end = 0, start
     start, end, step = (_number("arange", v) for v in (start, end, step))
@@ -304,8 +296,6 @@ def linspace(
     requires_grad: bool = False,
 ) -> Tensor:
     """``steps`` numbers from start to end, both included; exact at both ends."""
-    from flame.tensor import check_device
-
     if steps < 0:
         raise ArgumentError(f"linspace: steps must not be negative, got {steps}")
     dtype = dtype or dtypes.get_default_dtype()

@@ -306,7 +306,7 @@ def default_samples(
     count: int, domain: tuple[float, float], avoid: tuple[float, ...], rule: Rule
 ) -> list[Sample]:
     """Shapes with broadcasting, ranks 0 to 3, and sizes 0 and 1."""
-    kind = {integral: "int", to_bool: "any"}.get(rule, "float")
+    kind = "int" if rule is integral else "any" if rule is to_bool else "float"
 
     def arg(shape: tuple[int, ...]) -> Arg:
         return Arg(shape, *domain, kind=kind, avoid=avoid)

@@ -102,19 +102,18 @@ def embedding(
 
 
 def _shorten(weight: Tensor, index: Tensor, limit: float, order: float) -> None:
-    from flame.autograd.mode import no_grad
     from flame.ops.indexing import index_copy_, index_select
     from flame.ops.sorting import unique
 
-    with no_grad():
-        used = unique(index.reshape(-1))
-        rows = index_select(weight, 0, used)
-        if order == float("inf"):
-            length = abs(rows).amax(1, keepdim=True)
-        else:
-            length = (abs(rows) ** order).sum(1, keepdim=True) ** (1.0 / order)
-        factor = (limit / (length + 1e-7)).masked_fill(length <= limit, 1.0)
-        index_copy_(weight, 0, used, rows * factor)
+    weight = weight.detach()  # the rows shrink in place, outside of the tape
+    used = unique(index.reshape(-1))
+    rows = index_select(weight, 0, used)
+    if order == float("inf"):
+        length = abs(rows).amax(1, keepdim=True)
+    else:
+        length = (abs(rows) ** order).sum(1, keepdim=True) ** (1.0 / order)
+    factor = (limit / (length + 1e-7)).masked_fill(length <= limit, 1.0)
+    index_copy_(weight, 0, used, rows * factor)
 
 
 def one_hot(input: Tensor, num_classes: int = -1) -> Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 from flame.core import dtypes
 from flame.core.dtypes import DType
 from flame.core.errors import DTypeError, ShapeError
+from flame.core.handle import is_tensor
 from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering
@@ -267,11 +268,9 @@ def argmin(input: Tensor, dim: int | None = None, keepdim: bool = False) -> Tens
 def _extreme(
     name: str, whole: Op, along: Op, pair: Any, input: Tensor, dim: Any, keepdim: bool, other: Any
 ) -> Any:
-    from flame.tensor import Tensor
-
-    if not isinstance(input, Tensor):
+    if not is_tensor(input):
         raise DTypeError(f"{name} takes a tensor, got {type(input).__name__}")
-    if isinstance(dim, Tensor):
+    if is_tensor(dim):
         dim, other = None, dim
     if other is not None:
         return pair(input, other)

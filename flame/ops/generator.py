@@ -11,7 +11,9 @@ import struct
 import threading
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from flame.core.device import Device, check_device
 from flame.core.errors import ArgumentError, DTypeError, StateError
+from flame.ops.op import constant
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -27,8 +29,6 @@ class Generator:
     """A source of random numbers, see `flame.ops.philox`. ``device``: where it draws."""
 
     def __init__(self, device: Any = "cpu") -> None:
-        from flame.tensor import Device, check_device
-
         self.device = Device(check_device(device))
         self._seed, self._offset = 0, 0
         self._lock = threading.Lock()
@@ -60,11 +60,9 @@ class Generator:
         """The state as a uint8 tensor of 16 elements, for `set_state`."""
         import numpy as np
 
-        from flame.tensor import from_array
-
         with self._lock:
             packed = _STATE.pack(self._seed, self._offset)
-        return from_array(np.frombuffer(packed, np.uint8).copy())
+        return constant(np.frombuffer(packed, np.uint8).copy())
 
     def set_state(self, new_state: Tensor) -> Self:
         """Go on from a state of `get_state`. Raises StateError for another tensor."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flame.core import dtypes
 from flame.core.errors import DTypeError, IndexRangeError, ShapeError
+from flame.core.handle import is_tensor
 from flame.core.types import Shape
 from flame.ops.conversion import convert
 from flame.ops.creation import full
@@ -68,10 +69,8 @@ def with_dim(input: Tensor) -> Tensor:
 
 def check_index(name: str, index: Any) -> None:
     """Raises DTypeError unless ``index`` is a tensor of int64 or int32."""
-    from flame.tensor import Tensor
-
-    if not isinstance(index, Tensor) or index.dtype not in (dtypes.int64, dtypes.int32):
-        found = index.dtype.name if isinstance(index, Tensor) else type(index).__name__
+    if not is_tensor(index) or index.dtype not in (dtypes.int64, dtypes.int32):
+        found = index.dtype.name if is_tensor(index) else type(index).__name__
         raise DTypeError(f"{name}: the index must be an int64 or int32 tensor, got {found}")
 
 
@@ -86,9 +85,7 @@ def _vector(name: str, index: Any) -> Tensor:
 
 def same_dtype(name: str, input: Tensor, source: Any) -> None:
     """Raises DTypeError unless ``source`` is a tensor of ``input``'s dtype."""
-    from flame.tensor import Tensor
-
-    if not isinstance(source, Tensor):
+    if not is_tensor(source):
         raise DTypeError(f"{name}: the values must be a tensor, got {type(source).__name__}")
     if source.dtype is not input.dtype:
         raise DTypeError(
@@ -182,9 +179,7 @@ def index_copy_(input: Tensor, dim: int, index: Tensor, source: Tensor) -> Tenso
 def index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
     """``value`` (a number or 0-d tensor) in place of the slices ``index`` of ``dim``."""
     from flame.ops.masking import masked_fill
-    from flame.tensor import Tensor
-
-    if isinstance(value, Tensor) and value.ndim:
+    if is_tensor(value) and value.ndim:
         raise ShapeError(f"index_fill: the value must be a number or 0-d, got {value.shape}")
     dim, where = wrap_dim("index_fill", dim, input.ndim), _vector("index_fill", index)
     size = input.shape[dim] if input.ndim else 1
@@ -200,9 +195,7 @@ def index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
 
 def filled(name: str, input: Tensor, value: Any, shape: Shape) -> Tensor:
     """A number or 0-d tensor as an expanded tensor of ``input``'s dtype."""
-    from flame.tensor import Tensor
-
-    if isinstance(value, Tensor):
+    if is_tensor(value):
         if value.ndim:
             raise ShapeError(
                 f"{name}: the value must be a number or a 0-d tensor, got {value.shape}"
@@ -216,9 +209,7 @@ def filled(name: str, input: Tensor, value: Any, shape: Shape) -> Tensor:
 
 def fitting_index(name: str, input: Tensor, dim: int, index: Any) -> Any:
     """The index, checked against the tensor; one without elements may be of any integer dtype."""
-    from flame.tensor import Tensor
-
-    if isinstance(index, Tensor) and not index.numel() and index.dtype.kind in "iu":
+    if is_tensor(index) and not index.numel() and index.dtype.kind in "iu":
         index = convert(index, dtype=dtypes.int64)
     check_index(name, index)
     if not index.numel():

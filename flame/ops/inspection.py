@@ -10,6 +10,7 @@ import numpy as np
 from flame.core import dtypes
 from flame.core.dtypes import DType, promote_types
 from flame.core.errors import DTypeError
+from flame.core.handle import is_tensor
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -21,13 +22,6 @@ __all__ = [
 METHODS = ("is_nonzero",)
 
 _ORDER = {"b": 0, "u": 1, "i": 1, "f": 2}
-
-
-def is_tensor(obj: Any) -> bool:
-    """Whether ``obj`` is a FLAME tensor."""
-    from flame.tensor import Tensor
-
-    return isinstance(obj, Tensor)
 
 
 def is_floating_point(input: Tensor) -> bool:
@@ -69,8 +63,7 @@ def result_type(tensor1: Any, tensor2: Any) -> DType:
 
 def can_cast(from_: DType, to: DType) -> bool:
     """Whether a result of dtype ``from_`` may be stored in a tensor of dtype ``to`` in place."""
-    signed_to_unsigned = from_.kind == "i" and to.kind == "u"
-    return _ORDER[from_.kind] <= _ORDER[to.kind] and not signed_to_unsigned
+    return _ORDER[from_.kind] <= _ORDER[to.kind]
 
 
 class iinfo:

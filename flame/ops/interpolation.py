@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from flame.core.handle import is_tensor
 from flame.core.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
+from flame.core.handle import is_tensor
 from flame.core.types import Shape
 from flame.ops.bands import Band, identity
 from flame.ops.convolution.arguments import per_dimension

@@ -10,13 +10,14 @@ import numpy as np
 
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
+from flame.core.handle import is_tensor
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
 from flame.kernel.values import Value, cast, const
 from flame.ops.conversion import contiguous
 from flame.ops.elementwise import common_dtype, compute_dtype, walk
 from flame.ops.loops import by_stride, coalesce
-from flame.ops.op import Arg, Joint, Op, Sample, Types
+from flame.ops.op import Arg, Joint, Op, Sample, Types, constant
 from flame.ops.shapes import as_strided, expand, reshape, slice_dim, unsqueeze, wrap_dim
 
 if TYPE_CHECKING:
@@ -192,15 +193,13 @@ _cat = Op(
 
 
 def _listed(name: str, tensors: Any) -> list[Tensor]:
-    from flame.tensor import Tensor
-
-    if isinstance(tensors, Tensor) or not hasattr(tensors, "__iter__"):
+    if is_tensor(tensors) or not hasattr(tensors, "__iter__"):
         raise DTypeError(f"{name} takes a list or tuple of tensors, got {type(tensors).__name__}")
     found = list(tensors)
     if not found:
         raise ArgumentError(f"{name} needs at least one tensor, got an empty list")
     for t in found:
-        if not isinstance(t, Tensor):
+        if not is_tensor(t):
             raise DTypeError(f"{name} takes tensors, got {type(t).__name__} in the list")
     return found
 
@@ -320,12 +319,9 @@ def repeat_interleave(
     repeats: a number, or one for each entry as a tensor. With a tensor of counts alone: the indices
     0, 1, ... each as often as it says.
     """
-    from flame.creation import tensor
     from flame.ops.indexing import index_select
-    from flame.tensor import Tensor, from_array
-
     if repeats is None:
-        return from_array(np.repeat(np.arange(input.numel()), _counts(input)))
+        return constant(np.repeat(np.arange(input.numel()), _counts(input)))
     if dim is None:
         input, dim = reshape(input, (-1,)), 0
     dim = wrap_dim("repeat_interleave", dim, input.ndim)
@@ -333,14 +329,14 @@ def repeat_interleave(
         input = reshape(input, (1,))
     size = input.shape[dim]
     if isinstance(repeats, (list, tuple)):
-        repeats = tensor(repeats)
-    if isinstance(repeats, Tensor) and repeats.numel() != 1:
+        repeats = constant(repeats)
+    if is_tensor(repeats) and repeats.numel() != 1:
         counts = _counts(repeats)
         if counts.shape != (size,):
             raise ShapeError(
                 f"repeat_interleave: {counts.size} counts for dimension {dim} of size {size}"
             )
-        return index_select(input, dim, from_array(np.repeat(np.arange(size), counts)))
+        return index_select(input, dim, constant(np.repeat(np.arange(size), counts)))
     count = int(repeats)
     if count < 0:
         raise ArgumentError(f"repeat_interleave: repeats must not be negative, got {count}")

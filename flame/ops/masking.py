@@ -10,12 +10,13 @@ import numpy as np
 from flame.core import dtypes
 from flame.core.dtypes import DType
 from flame.core.errors import DTypeError, ShapeError
+from flame.core.handle import is_tensor
 from flame.core.types import TensorType
 from flame.kernel import values
 from flame.kernel.values import Value
 from flame.ops.elementwise import Elementwise, elementwise
 from flame.ops.loops import broadcast_shapes
-from flame.ops.op import Arg, Sample, Types
+from flame.ops.op import Arg, Sample, Types, constant
 from flame.ops.shapes import expand, reshape
 
 if TYPE_CHECKING:
@@ -73,15 +74,13 @@ _masked_fill = elementwise(
 
 
 def _check(name: str, input: Tensor, mask: Any, value: Any) -> Any:
-    from flame.tensor import Tensor
-
-    if not isinstance(mask, Tensor) or mask.dtype is not dtypes.bool_:
-        found = mask.dtype.name if isinstance(mask, Tensor) else type(mask).__name__
+    if not is_tensor(mask) or mask.dtype is not dtypes.bool_:
+        found = mask.dtype.name if is_tensor(mask) else type(mask).__name__
         raise DTypeError(f"{name}: the mask must be a bool tensor, got {found}")
-    if isinstance(value, Tensor) and value.ndim:
+    if is_tensor(value) and value.ndim:
         raise ShapeError(f"{name}: the value must be a number or a 0-d tensor, got {value.shape}")
     kind = (
-        value.dtype.kind if isinstance(value, Tensor) else "f" if isinstance(value, float) else "i"
+        value.dtype.kind if is_tensor(value) else "f" if isinstance(value, float) else "i"
     )
     if kind == "f" and input.dtype.kind != "f":
         raise DTypeError(f"{name}: a floating value for a {input.dtype.name} tensor; convert one")
@@ -96,9 +95,7 @@ def masked_fill(input: Tensor, mask: Tensor, value: Any) -> Tensor:
 
 def masked_fill_(input: Tensor, mask: Tensor, value: Any) -> Tensor:
     """`masked_fill` in place."""
-    from flame.tensor import Tensor
-
-    if not isinstance(value, (Tensor, float, int, bool)):
+    if not (is_tensor(value) or isinstance(value, (float, int, bool))):
         value = value.item()
     _masked_fill.into((input,), input, mask, value)
     return input
@@ -142,13 +139,11 @@ def nonzero(input: Tensor, *, as_tuple: bool = False) -> Any:
 
     How many there are depends on the data, so they are found on the host.
     """
-    from flame.tensor import from_array
-
     array = input.detach().numpy()
     if as_tuple:
         found = np.nonzero(np.atleast_1d(array))
-        return tuple(from_array(np.ascontiguousarray(f)) for f in found)
-    return from_array(np.ascontiguousarray(np.argwhere(array)))
+        return tuple(constant(np.ascontiguousarray(f)) for f in found)
+    return constant(np.ascontiguousarray(np.argwhere(array)))
 
 
 def argwhere(input: Tensor) -> Tensor:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from flame.core.errors import FlameError, StateError
 from flame.core.types import TensorType
 from flame.kernel.builder import Lowering
+
+if TYPE_CHECKING:
+    from flame.tensor import Tensor
 
 InputType = TensorType | type | None  # of a tensor, a Python number, or an operand left out
 Types = tuple[InputType, ...]
@@ -174,6 +177,14 @@ class Interpreter:
     ) -> Any:
         raise StateError(f"op {op.name} was called before `import flame` was complete")
 
+    def constant(self, data: Any, **options: Any) -> Any:
+        """A tensor of numbers that an op's wrapper brings along."""
+        raise StateError("a constant was made before `import flame` was complete")
+
+    def empty(self, type_: TensorType) -> Any:
+        """A tensor whose values are not set."""
+        raise StateError("a tensor was made before `import flame` was complete")
+
 
 OPS: Final[dict[str, Op]] = {}
 _interpreter = Interpreter()
@@ -183,6 +194,17 @@ def _register(op: Op) -> None:
     if op.name in OPS:
         raise StateError(f"two ops are named {op.name}")
     OPS[op.name] = op
+
+
+def constant(data: Any, **options: Any) -> Tensor:
+    """A tensor with the numbers of an array (not copied), a sequence, or a single number."""
+    made: Tensor = _interpreter.constant(data, **options)
+    return made
+
+
+def empty_of(type_: TensorType) -> Any:
+    """A tensor of this type whose values are not set."""
+    return _interpreter.empty(type_)
 
 
 def set_interpreter(interpreter: Interpreter) -> Interpreter:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flame.ops.op import constant
-from flame.core.handle import is_tensor
 from flame.core import dtypes
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
+from flame.core.handle import is_tensor
 from flame.core.types import Shape
 from flame.ops.bands import Band, table
 from flame.ops.conversion import convert
 from flame.ops.convolution.arguments import per_dimension
+from flame.ops.op import constant
 from flame.ops.planes import Windows, max_pool
 from flame.ops.reductions import mean
 from flame.ops.resampling import resample

@@ -13,6 +13,7 @@ import numpy as np
 
 from flame.core import dtypes
 from flame.core.errors import DTypeError, ShapeError
+from flame.core.handle import is_tensor
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
@@ -21,7 +22,7 @@ from flame.kernel.values import Value, cast, const
 from flame.ops.arithmetic import add, mul
 from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import broadcast_shapes, broadcast_strides
-from flame.ops.op import Arg, Op, Sample, Types
+from flame.ops.op import Arg, Op, Sample, Types, constant
 from flame.ops.reductions import sum, sum_to
 from flame.ops.shapes import expand, reshape, transpose, unsqueeze
 from flame.runtime.cpu import get_num_threads
@@ -146,9 +147,9 @@ def _lower_library(a: TensorType, b: TensorType, out: TensorType) -> Lowering:
         moved = 0 if tall else 1
         matrices[moved] = _advance(k, matrices[moved], (a, b)[moved], begin, rows=tall)
         matrices[2] = _advance(k, matrices[2], out, begin, rows=tall)
-        k.gemm(
-            length if tall else k.size(m), k.size(n) if tall else length, k.size(inner), *matrices
-        )
+        rows, columns = (length, k.size(n)) if tall else (k.size(m), length)
+        left, right, result = matrices
+        k.gemm(rows, columns, k.size(inner), left, right, result)
     return k.finish()
 
 
@@ -449,7 +450,8 @@ def _lower_linear(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
         moved = 0 if tall else 1
         matrices[moved] = _advance(k, matrices[moved], (x, turned)[moved], begin, rows=tall)
         matrices[2] = _advance(k, matrices[2], out, begin, rows=tall)
-        k.gemm(rows, columns, k.size(inner), *matrices, beta=const(1))
+        left, right, result = matrices
+        k.gemm(rows, columns, k.size(inner), left, right, result, beta=const(1))
     return k.finish()
 
 
@@ -526,12 +528,6 @@ def tensordot(a: Tensor, b: Tensor, dims: Any = 2) -> Tensor:
     return reshape(matmul(left, right), (*left_shape, *right_shape))
 
 
-OPERATORS: Final[dict[str, Any]] = {
-    "__matmul__": matmul,
-    "__rmatmul__": lambda self, other: matmul(other, self),
-}
-
-
 def _without_repeats(
     a: Tensor, b: Tensor, first: Sequence[int], second: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
@@ -545,7 +541,13 @@ def _without_repeats(
     )
 
 
+def _product(a: Any, b: Any) -> Tensor:
+    """``a @ b`` where one of them may be a NumPy array."""
+    a, b = (x if is_tensor(x) else constant(x) for x in (a, b))
+    return matmul(a, b)
+
+
 OPERATORS: Final = {
-    "__matmul__": lambda self, other: matmul(self, other),
-    "__rmatmul__": lambda self, other: matmul(other, self),
+    "__matmul__": lambda self, other: _product(self, other),
+    "__rmatmul__": lambda self, other: _product(other, self),
 }

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, Final
 
 from flame.core import dtypes
+from flame.core.device import check_device
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError
 from flame.core.types import Shape, like_strides
@@ -47,8 +48,6 @@ def _create(
     op: draws.Draw, numbers: tuple[Any, ...], shape: Shape, dtype: DType | None, device: Any,
     generator: Generator | None, requires_grad: bool, **attributes: Any,
 ) -> Tensor:  # fmt: skip
-    from flame.tensor import check_device
-
     dtype = dtype or dtypes.get_default_dtype()
     made: Tensor = op(
         *numbers, *_place(generator, shape), shape=shape, dtype=dtype, device=check_device(device),

@@ -16,7 +16,7 @@ from flame.kernel.values import const
 from flame.ops.elementwise import walk
 from flame.ops.joining import Shifted, cat, place
 from flame.ops.loops import broadcast_shapes, by_stride, coalesce
-from flame.ops.op import Arg, Op, Sample, Types
+from flame.ops.op import Arg, Op, Sample, Types, constant
 from flame.ops.shapes import expand, permute, reshape, slice_dim, transpose, wrap_dim, wrap_dims
 from flame.ops.slicing import diagonal as diagonal_view
 
@@ -192,12 +192,10 @@ def triu(input: Tensor, diagonal: int = 0) -> Tensor:
 
 
 def _indices(name: str, row: int, col: int, offset: int, dtype: DType | None) -> Tensor:
-    from flame.tensor import from_array
-
     if row < 0 or col < 0:
         raise ShapeError(f"{name}: sizes must not be negative, got {row} and {col}")
     find = np.tril_indices if name == "tril_indices" else np.triu_indices
-    made = from_array(np.stack(find(row, offset, col)).astype(np.int64))
+    made = constant(np.stack(find(row, offset, col)).astype(np.int64))
     return made if dtype is None else made.to(dtype)
 
 

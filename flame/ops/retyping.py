@@ -10,6 +10,7 @@ from flame.core.dtypes import DType
 from flame.core.errors import ShapeError
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.ops.creation import empty, fill_, full, ones, shape_of, zeros
+from flame.ops.op import constant
 from flame.ops.shapes import inverse
 
 if TYPE_CHECKING:
@@ -53,9 +54,7 @@ def new_tensor(
     requires_grad: bool = False,
 ) -> Tensor:
     """A tensor with a copy of ``data``, of this tensor's dtype unless another is given."""
-    from flame.creation import tensor
-
-    return tensor(data, dtype=dtype or self.dtype, device=device, requires_grad=requires_grad)
+    return constant(data, dtype=dtype or self.dtype, device=device, requires_grad=requires_grad)
 
 
 def new_full(

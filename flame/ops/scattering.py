@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flame.core.errors import ArgumentError, ShapeError
+from flame.core.handle import is_tensor
 from flame.kernel.program import identity
 from flame.ops.creation import full
 from flame.ops.indexing import (
@@ -35,12 +36,10 @@ def _scattered(
     *, in_place: bool = False,
 ) -> Tensor:  # fmt: skip
     """``src`` combined into ``input`` (or a copy) at index's places; the core of all scatters."""
-    from flame.tensor import Tensor
-
     dim = wrap_dim(name, dim, input.ndim)
     index = fitting_index(name, input, dim, index)
     x, place = with_dim(input), with_dim(index)
-    if isinstance(src, Tensor):
+    if is_tensor(src):
         same_dtype(name, input, src)
         source = _source(name, with_dim(src), place)
     else:

@@ -11,6 +11,7 @@ import numpy as np
 from flame.core import dtypes
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, IndexRangeError, ShapeError
+from flame.core.handle import is_tensor
 from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
 from flame.ops.creation import shape_of
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Sample, Types
@@ -326,11 +327,9 @@ def chunk(input: Tensor, chunks: int, dim: int = 0) -> tuple[Tensor, ...]:
 
 def tensor_split(input: Tensor, indices_or_sections: Any, dim: int = 0) -> tuple[Tensor, ...]:
     """Views of parts as equal as can be (for a number), or between the given indices."""
-    from flame.tensor import Tensor
-
     dim = _splittable("tensor_split", input, dim)
     length, given = input.shape[dim], indices_or_sections
-    if isinstance(given, Tensor):
+    if is_tensor(given):
         if given.ndim > 1 or given.dtype.kind not in "iu":
             raise DTypeError(
                 "tensor_split: a tensor of sections must be integer, of 0 or 1 dimensions"

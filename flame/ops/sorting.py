@@ -13,10 +13,11 @@ import numpy as np
 
 from flame.core import dtypes
 from flame.core.errors import ArgumentError, DTypeError, IndexRangeError, ShapeError
+from flame.core.handle import is_tensor
 from flame.core.types import TensorType, tensor_type
 from flame.kernel.builder import Lowering
 from flame.ops.indexing import gather
-from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types
+from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types, constant
 from flame.ops.results import ValuesIndices
 from flame.ops.shapes import reshape, squeeze, wrap_dim
 
@@ -278,8 +279,6 @@ def unique(
 ) -> Any:  # fmt: skip
     """The distinct values in order (slices along ``dim``, if given), and on demand for each
     element the place of its value, and how often each occurs."""
-    from flame.tensor import from_array
-
     if dim is not None:
         dim = wrap_dim("unique", dim, input.ndim)
     array = input.detach().numpy()
@@ -287,9 +286,9 @@ def unique(
         array, return_inverse=True, return_counts=True, axis=dim, equal_nan=False
     )
     inverse = inverse.reshape(array.shape if dim is None else -1)
-    found = [from_array(np.ascontiguousarray(values))]
-    found += [from_array(np.asarray(inverse, np.int64))] if return_inverse else []
-    found += [from_array(np.asarray(counts, np.int64))] if return_counts else []
+    found = [constant(np.ascontiguousarray(values))]
+    found += [constant(np.asarray(inverse, np.int64))] if return_inverse else []
+    found += [constant(np.asarray(counts, np.int64))] if return_counts else []
     return found[0] if len(found) == 1 else tuple(found)
 
 
@@ -298,8 +297,6 @@ def unique_consecutive(
 ) -> Any:
     """The first of each run of equal values (equal slices along ``dim``), in the order they
     stand."""
-    from flame.tensor import from_array
-
     array = input.detach().numpy()
     lines = array.reshape(-1) if dim is None else np.moveaxis(array, dim, 0)
     if not len(lines):
@@ -313,16 +310,14 @@ def unique_consecutive(
     values = lines[starts] if dim is None else np.moveaxis(lines[starts], 0, dim)
     counts = np.diff(np.append(starts, len(lines)))
     inverse = inverse.reshape(array.shape if dim is None else -1)
-    found = [from_array(np.ascontiguousarray(values))]
-    found += [from_array(np.asarray(inverse, np.int64))] if return_inverse else []
-    found += [from_array(np.asarray(counts, np.int64))] if return_counts else []
+    found = [constant(np.ascontiguousarray(values))]
+    found += [constant(np.asarray(inverse, np.int64))] if return_inverse else []
+    found += [constant(np.asarray(counts, np.int64))] if return_counts else []
     return found[0] if len(found) == 1 else tuple(found)
 
 
 def bincount(input: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
     """How often each number from 0 on occurs, or the sum of its weights."""
-    from flame.tensor import from_array
-
     if input.ndim != 1 or input.dtype.kind not in "iu":
         raise DTypeError(
             f"bincount takes a 1-d integer tensor, got {input.dtype.name} of {input.shape}"
@@ -336,7 +331,7 @@ def bincount(input: Tensor, weights: Tensor | None = None, minlength: int = 0) -
     made = np.bincount(array.astype(np.int64), given, minlength)
     if given is not None and given.dtype == np.float32:
         made = made.astype(np.float32)
-    return from_array(made)
+    return constant(made)
 
 
 # --- searching ------------------------------------------------------------------------------------
@@ -380,8 +375,6 @@ def searchsorted(
 ) -> Tensor:  # fmt: skip
     """Where each value would be inserted into a sorted sequence (its last dimension) to keep its
     order."""
-    from flame.tensor import Tensor
-
     if side not in (None, "left", "right") or (side == "left" and right):
         raise ArgumentError(f"searchsorted: side is {side!r} and right is {right}; they disagree")
     if sorter is not None:
@@ -392,12 +385,10 @@ def searchsorted(
         sorted_sequence = gather(sorted_sequence, -1, sorter)
     if not sorted_sequence.ndim:
         raise ShapeError("searchsorted: the sequence needs at least one dimension")
-    if not isinstance(input, Tensor):
+    if not is_tensor(input):
         if sorted_sequence.ndim != 1:
             raise ShapeError("searchsorted: a number can be searched for in a 1-d sequence only")
-        from flame.creation import tensor
-
-        input = tensor(input)
+        input = constant(input)
     found: Tensor = _search(
         sorted_sequence.detach(), input.detach(), right=right or side == "right"
     )

@@ -16,12 +16,14 @@ import numpy as np
 
 from flame.core import dtypes
 from flame.core.errors import DTypeError, IndexRangeError, ShapeError
+from flame.core.handle import is_tensor
 from flame.core.types import Shape
 from flame.ops.conversion import convert
 from flame.ops.indexed import take_at
 from flame.ops.indexed_writes import put_at
 from flame.ops.indexing import along, named
 from flame.ops.loops import broadcast_shapes
+from flame.ops.op import constant
 from flame.ops.shapes import expand, reshape, view_strides
 from flame.ops.slicing import Item, part
 
@@ -76,22 +78,19 @@ class _Subscript:
 
 def _entry(e: Any) -> Any:
     """One part of a subscript as int, slice, None, Ellipsis or tensor."""
-    from flame.creation import tensor
-    from flame.tensor import Tensor
-
     if e is None or e is Ellipsis or isinstance(e, slice):
         return e
     if isinstance(e, (bool, np.bool_)):
-        return tensor(bool(e))
+        return constant(bool(e))
     if isinstance(e, int):
         return e
     if isinstance(e, np.integer):
         return int(e)
     if isinstance(e, (list, range, np.ndarray)):
-        e = tensor(list(e) if isinstance(e, range) else e)
+        e = constant(list(e) if isinstance(e, range) else e)
         if not e.numel() and e.dtype.kind == "f":
             e = convert(e, dtype=dtypes.int64)
-    if isinstance(e, Tensor):
+    if is_tensor(e):
         if e.dtype.kind not in "ib":
             raise DTypeError(
                 f"a subscript tensor must be int64, int32 or bool, got {e.dtype.name}; convert it"
@@ -159,8 +158,6 @@ def _slice(entry: slice, size: int) -> tuple[int, int, int]:
 
 def _indices(entry: Any, shape: Shape, dim: int) -> Sequence[Any]:
     """A mask as the coordinates of its true elements; an integer tensor as it is."""
-    from flame.tensor import from_array
-
     if entry.dtype is not dtypes.bool_:
         return [entry]
     wanted = shape[dim : dim + entry.ndim]
@@ -170,8 +167,8 @@ def _indices(entry: Any, shape: Shape, dim: int) -> Sequence[Any]:
             f"{dim + entry.ndim - 1} of a tensor of shape {shape}"
         )
     if not entry.ndim:
-        return [from_array(np.zeros(1 if entry.item() else 0, np.int64))]
-    return [from_array(found) for found in np.nonzero(entry.numpy())]
+        return [constant(np.zeros(1 if entry.item() else 0, np.int64))]
+    return [constant(found) for found in np.nonzero(entry.numpy())]
 
 
 def _viewed(x: Tensor, subscript: _Subscript) -> Tensor:
@@ -207,9 +204,7 @@ def _arranged(
 
 def _flat(x: Tensor, mask: Any) -> Any:
     """(x, mask) with the dimensions of a mask merged into one, where that is a view; else None."""
-    from flame.tensor import Tensor
-
-    if not isinstance(mask, Tensor) or mask.dtype is not dtypes.bool_ or mask.ndim < 2:
+    if not is_tensor(mask) or mask.dtype is not dtypes.bool_ or mask.ndim < 2:
         return None
     shape = (mask.numel(), *x.shape[mask.ndim :])
     if mask.shape != x.shape[: mask.ndim] or view_strides(x.type, shape) is None:
@@ -257,9 +252,7 @@ def put(x: Tensor, index: Any, value: Any) -> None:
 
 def _lone_mask(x: Tensor, index: Any) -> Any:
     """The mask of ``x[mask]``, shaped to broadcast with x; None for other subscripts."""
-    from flame.tensor import Tensor
-
-    if not isinstance(index, Tensor) or index.dtype is not dtypes.bool_ or not index.ndim:
+    if not is_tensor(index) or index.dtype is not dtypes.bool_ or not index.ndim:
         return None
     if index.shape != x.shape[: index.ndim]:
         return None
@@ -267,21 +260,16 @@ def _lone_mask(x: Tensor, index: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    from flame.tensor import Tensor
-
-    return not isinstance(value, Tensor) or value.ndim == 0
+    return not is_tensor(value) or value.ndim == 0
 
 
 def _as_value(x: Tensor, value: Any) -> Tensor:
-    from flame.creation import tensor
     from flame.ops.creation import full
-    from flame.tensor import Tensor
-
-    if isinstance(value, Tensor):
+    if is_tensor(value):
         return value
     if isinstance(value, (bool, int, float, np.generic)):
         return full((), value.item() if isinstance(value, np.generic) else value, dtype=x.dtype)
-    made: Tensor = tensor(value)
+    made: Tensor = constant(value)
     return made
 
 

@@ -117,8 +117,8 @@ def lay_out(array: np.ndarray[Any, Any], layout: str) -> Tensor:
         return Tensor.wrap(base.storage, base.pointer, tensor_type(dtype, array.shape, strides))
     if layout == "permuted" and rank > 1:
         order = list(reversed(range(rank)))
-        base = np.ascontiguousarray(array.transpose(order))
-        return from_array(base.transpose(order))
+        turned = np.ascontiguousarray(array.transpose(order))
+        return from_array(turned.transpose(order))
     if layout == "sliced" and rank:
         wide = np.zeros((*array.shape[:-1], 2 * array.shape[-1] + 1), array.dtype)
         view = wide[..., 1::2] if array.shape[-1] else wide[..., :0]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from flame.core.handle import is_tensor
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
+from flame.core.handle import is_tensor
 from flame.core.types import Shape
 from flame.ops.convolution import operation
 from flame.ops.convolution.arguments import (
