@@ -97,7 +97,10 @@ def scatter_(
 ) -> Tensor:  # fmt: skip
     """`scatter` in place."""
     given, way = value if src is None else src, _way("scatter_", reduce)
-    return _scattered("scatter_", input, dim, index, given, way, in_place=way in ("set", "add"))
+    if way == "mul":  # its gradient needs the values from before
+        made: Tensor = input.copy_(_scattered("scatter_", input, dim, index, given, way))
+        return made
+    return _scattered("scatter_", input, dim, index, given, way, in_place=True)
 
 
 def scatter_add(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:

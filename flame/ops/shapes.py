@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -257,6 +258,7 @@ def transpose(input: Tensor, dim0: int, dim1: int) -> Tensor:
 # --- reshape --------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=4096)
 def view_strides(x: TensorType, shape: Shape) -> Shape | None:
     """Strides of ``x`` seen with ``shape`` (of equal size), or None where it needs a copy."""
     if x.numel == 0:
@@ -313,6 +315,7 @@ _view_op = ViewOp(
 )
 
 
+@functools.lru_cache(maxsize=4096)
 def whole_shape(name: str, x: TensorType, shape: Shape) -> Shape:
     """``shape`` with its one -1 replaced. Raises ShapeError where the sizes do not match."""
     unknown = shape.count(-1)
@@ -384,6 +387,8 @@ _slice_op = ViewOp(
 def _unslice(g: Any, shape: Shape, dim: int, start: int, stop: int, step: int) -> Any:
     from flame.ops.joining import place
 
+    if g.shape == shape:
+        return g
     strides = list(contiguous_strides(shape))
     offset = start * strides[dim]
     strides[dim] *= step
@@ -416,11 +421,14 @@ def narrow(input: Tensor, dim: int, start: int, length: int) -> Tensor:
 def squeeze(input: Tensor, dim: Any = None) -> Tensor:
     """Without dimensions of size 1 (all, or the given ones)."""
     dims = wrap_dims("squeeze", dim, input.ndim) if input.ndim else ()
-    kept = [s for d, s in enumerate(input.shape) if s != 1 or d not in dims]
-    return reshape(input, tuple(kept))
+    kept = tuple(s for d, s in enumerate(input.shape) if s != 1 or d not in dims)
+    result: Tensor = _view_op(input, shape=kept)
+    return result
 
 
 def unsqueeze(input: Tensor, dim: int) -> Tensor:
     """With a new dimension of size 1 at ``dim``."""
     dim = wrap_dim("unsqueeze", dim, input.ndim + 1)
-    return reshape(input, (*input.shape[:dim], 1, *input.shape[dim:]))
+    shape = input.type.shape
+    result: Tensor = _view_op(input, shape=(*shape[:dim], 1, *shape[dim:]))
+    return result

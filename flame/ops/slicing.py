@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,8 @@ def _part(types: Types, *, items: tuple[Item, ...]) -> tuple[TensorType, int]:
 def _place_part(g: Any, shape: Shape, items: tuple[Item, ...]) -> Any:
     from flame.ops.joining import place
 
+    if g.numel() == math.prod(shape):  # all of it, with other dimensions
+        return reshape(g, shape)
     _, strides, offset = geometry(shape, contiguous_strides(shape), items)
     return place(g, offset, shape=shape, strides=strides)
 

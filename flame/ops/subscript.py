@@ -130,10 +130,33 @@ def _spelled_out(shape: Shape, entries: list[Any]) -> list[Any]:
     return [*entries[:at], *[WHOLE] * missing, *entries[at + 1 :]]
 
 
-@functools.cache
-def _whole(shape: Shape) -> tuple[tuple[int, int, int], ...]:
-    """The items that take all of each dimension."""
-    return tuple((0, size, 1) for size in shape)
+_PLAIN: Final = frozenset((int, type(None)))
+
+
+def _key(index: Any) -> Any:
+    """A subscript of ints, slices, None and Ellipsis as a hashable tuple; None for others."""
+    given = index if index.__class__ is tuple else (index,)
+    found = []
+    for e in given:
+        kind = e.__class__
+        if kind is slice:
+            bounds = (e.start, e.stop, e.step)
+            for bound in bounds:
+                if bound.__class__ not in _PLAIN:
+                    return None
+            found.append(bounds)
+        elif kind is int or e is None or e is Ellipsis:
+            found.append(e)
+        else:
+            return None
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=8192)
+def _basic(shape: Shape, key: Any) -> tuple[Item, ...]:
+    """The items of a basic subscript; a loop over a tensor meets the same ones again and again."""
+    index = tuple(slice(*e) if isinstance(e, tuple) else e for e in key)
+    return tuple(_Subscript(shape, index).items)
 
 
 def _place(index: int, dim: int, shape: Shape) -> int:
@@ -214,10 +237,10 @@ def _flat(x: Tensor, mask: Any) -> Any:
 
 def get(x: Tensor, index: Any) -> Tensor:
     """``x[index]``: a view for ints, slices, None and Ellipsis, else a copy."""
-    if index.__class__ is int and x.type.shape:
-        shape = x.type.shape
-        item: Tensor = part(x, items=(_place(index, 0, shape), *_whole(shape)[1:]))
-        return item
+    key = _key(index)
+    if key is not None:
+        view: Tensor = part(x, items=_basic(x.type.shape, key))
+        return view
     flat = _flat(x, index)
     if flat is not None:
         x, index = flat
@@ -265,6 +288,7 @@ def _is_number(value: Any) -> bool:
 
 def _as_value(x: Tensor, value: Any) -> Tensor:
     from flame.ops.creation import full
+
     if is_tensor(value):
         return value
     if isinstance(value, (bool, int, float, np.generic)):

@@ -224,6 +224,38 @@ def test_in_place_forms(name: str) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
+def test_in_place_forms_written_back() -> None:
+    x = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], np.float32)
+    index = np.array([[0, 2], [1, 1]])
+    for name, args in [
+        ("scatter_", (1, "index", "source", "multiply")),
+        ("scatter_reduce_", (1, "index", "source", "amax")),
+        ("index_fill_", (1, "row", -1.0)), ("put_", ("index", "source")),
+        ("masked_fill_", ("mask", 9.0)), ("masked_scatter_", ("mask", "source")),
+        ("index_put_", (("row", "row"), "pair")), ("cumsum_", (1,)), ("tril_", ()),
+    ]:  # fmt: skip
+        results = []
+        for library in (flame, torch):
+            known = {
+                "index": library.from_numpy(index),
+                "row": library.from_numpy(index[1] * 0 + [0, 1]),
+                "source": library.from_numpy(np.array([[7.0, 8.0], [9.0, 10.0]], np.float32)),
+                "mask": library.from_numpy(x > 2.5), "pair": library.from_numpy(x[0, :2] * 10),
+            }  # fmt: skip
+            made = library.from_numpy(x.copy())
+
+            def given(a: Any, known: Any = known) -> Any:
+                if isinstance(a, tuple):
+                    return tuple(map(given, a))
+                return known.get(a, a) if isinstance(a, str) else a
+
+            options = {"reduce": "multiply"} if name == "scatter_" else {}
+            arguments = args[:3] if name == "scatter_" else args
+            assert getattr(made, name)(*map(given, arguments), **options) is made
+            results.append(made.numpy())
+        np.testing.assert_array_equal(*results, err_msg=name)
+
+
 def test_sorting_puts_nan_last() -> None:
     x = np.array([[3.0, np.nan, 1.0, -np.inf, np.nan, 2.0]], np.float32)
     ours, theirs = flame.from_numpy(x), torch.from_numpy(x)
