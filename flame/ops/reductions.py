@@ -26,7 +26,8 @@ from flame.ops.conversion import convert
 from flame.ops.elementwise import compute_dtype, floating
 from flame.ops.loops import by_stride
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types, Vjp
-from flame.ops.shapes import expand, reshape, wrap_dims
+from flame.ops.shapes import reshape, wrap_dims
+from flame.ops.views import ViewOp
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -362,6 +363,33 @@ def restore(g: Any, x_type: TensorType, dims: tuple[int, ...], keepdim: bool) ->
     return g if keepdim else reshape(g, kept_shape(x_type.shape, dims, True))
 
 
+def _spread_view(
+    types: Types, *, shape: Shape, dims: tuple[int, ...], keepdim: bool
+) -> tuple[TensorType, int]:
+    """A reduced tensor seen with the shape before the reduction: stride 0 in the reduced dims."""
+    (g,) = types
+    assert isinstance(g, TensorType)
+    strides = _spread(g.strides, len(shape), dims, keepdim)
+    return tensor_type(g.dtype, shape, strides, g.device), 0
+
+
+def _spread_reference(x: Any, *, shape: Shape, dims: tuple[int, ...], keepdim: bool) -> Any:
+    return np.broadcast_to(np.reshape(x, kept_shape(shape, dims, True)), shape)
+
+
+spread = ViewOp(
+    "spread",
+    _spread_view,
+    vjp=(lambda g, dims, keepdim: _sum(g, dims=dims, keepdim=keepdim),),
+    reference=_spread_reference,
+    samples=[
+        Sample((Arg((3,)),), {"shape": (3, 4), "dims": (1,), "keepdim": False}),
+        Sample((Arg((1, 4)),), {"shape": (3, 4), "dims": (0,), "keepdim": True}),
+        Sample((Arg(()),), {"shape": (2, 0), "dims": (0, 1), "keepdim": False}),
+    ],
+)
+
+
 def _sum_dtype(dtype: DType) -> DType:
     return dtype if dtype.kind == "f" else dtypes.int64
 
@@ -378,7 +406,9 @@ _sum = Reduction(
     "sum",
     "add",
     result=_sum_dtype,
-    vjp=(lambda g, x_type, dims, keepdim: expand(restore(g, x_type, dims, keepdim), x_type.shape),),
+    vjp=(
+        lambda g, x_type, dims, keepdim: spread(g, shape=x_type.shape, dims=dims, keepdim=keepdim),
+    ),
     reference=np.sum,
 )
 
@@ -388,11 +418,11 @@ _mean = Reduction(
     result=floating,
     finish=lambda total, count: total / count,
     vjp=(
-        lambda g, x_type, dims, keepdim: expand(
-            true_divide(
-                restore(g, x_type, dims, keepdim), max(1, math.prod(x_type.shape[d] for d in dims))
-            ),
-            x_type.shape,
+        lambda g, x_type, dims, keepdim: spread(
+            true_divide(g, max(1, math.prod(x_type.shape[d] for d in dims))),
+            shape=x_type.shape,
+            dims=dims,
+            keepdim=keepdim,
         ),
     ),
     reference=lambda x, axis, keepdims: np.mean(x, axis=axis, keepdims=keepdims),
