@@ -53,7 +53,7 @@ class Band:
     def whole(self) -> bool:
         """Whether all weights are 0 or 1, so that the map serves integers too."""
         ones = self.kind == "mean" and self.parameters[4] == 1.0
-        return ones or self.kind in ("identity", "nearest", "blocks")
+        return ones or self.kind in ("identity", "nearest")
 
     @property
     def identity(self) -> bool:
@@ -166,24 +166,7 @@ def _cubic(inputs: int, outputs: int, kind: Any, ratio: float, align: float) -> 
     return np.clip(index, 0, inputs - 1), np.where(distance <= 1, near, far).astype(kind)
 
 
-def _blocks(
-    inputs: int,
-    outputs: int,
-    kind: Any,
-    kernel: float,
-    stride: float,
-    padding: float,
-    dilation: float,
-) -> tuple[Array, Array]:
-    """Result j * kernel + t is element j * stride - padding + t * dilation, 0 outside."""
-    j, tap = np.divmod(np.arange(outputs), int(kernel))
-    index = j * int(stride) - int(padding) + tap * int(dilation)
-    inside = (index >= 0) & (index < inputs)
-    return np.where(inside, index, 0)[:, None], inside.astype(np.float64)[:, None]
-
-
 _KINDS: dict[str, Callable[..., tuple[Array, Array]]] = {
-    "blocks": _blocks,
     "identity": _identity,
     "mean": _mean,
     "adaptive": _adaptive,

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from flame.core import dtypes
 from flame.core.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 from flame.core.handle import is_tensor
 from flame.core.types import Shape
 from flame.ops.bands import Band, identity
+from flame.ops.conversion import convert
 from flame.ops.convolution.arguments import per_dimension
-from flame.ops.convolution.geometry import output_size
-from flame.ops.resampling import resample
+from flame.ops.resampling import apply
 from flame.ops.shapes import permute, reshape, squeeze, unsqueeze
+from flame.ops.sliding import add_blocks, block_counts, cut_blocks
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -59,7 +61,7 @@ def interpolate(
         _band(mode, n, o, scale, align=bool(align_corners), wide=wide)
         for n, o, scale in zip(input.shape[2:], sizes, scales, strict=True)
     )
-    result: Tensor = resample(input, axes=axes)
+    result: Tensor = apply(input, axes)
     return result
 
 
@@ -183,44 +185,32 @@ def pixel_unshuffle(input: Tensor, downscale_factor: int) -> Tensor:
 # --- sliding blocks -------------------------------------------------------------------------------
 
 
-def _blocks(
-    name: str, size: Shape, kernel_size: Any, dilation: Any, padding: Any, stride: Any
-) -> tuple[tuple[Band, ...], Shape, Shape]:
-    """(bands that copy every block, kernel, numbers of blocks) for two spatial dimensions."""
-    kernel = per_dimension(name, "kernel_size", kernel_size, 2, 1)
-    spread = per_dimension(name, "dilation", dilation, 2, 1)
-    pads = per_dimension(name, "padding", padding, 2, 0)
-    steps = per_dimension(name, "stride", stride, 2, 1)
-    counts = tuple(
-        output_size(n, k, s, (p, p), d)
-        for n, k, s, p, d in zip(size, kernel, steps, pads, spread, strict=True)
-    )
-    if any(c < 1 for c in counts):
-        raise ShapeError(
-            f"{name}: blocks of {kernel} with dilation {spread} and padding {pads} do not fit "
-            f"into {size}"
-        )
-    bands = tuple(
-        Band("blocks", n, k * c, (k, s, p, d))
-        for n, k, c, s, p, d in zip(size, kernel, counts, steps, pads, spread, strict=True)
-    )
-    return bands, kernel, counts
+def _form(
+    name: str, kernel_size: Any, dilation: Any, padding: Any, stride: Any
+) -> tuple[Shape, dict[str, Shape]]:
+    """(kernel, the other sizes) for two spatial dimensions."""
+    return per_dimension(name, "kernel_size", kernel_size, 2, 1), {
+        "stride": per_dimension(name, "stride", stride, 2, 1),
+        "padding": per_dimension(name, "padding", padding, 2, 0),
+        "dilation": per_dimension(name, "dilation", dilation, 2, 1),
+    }
 
 
 def unfold(
     input: Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
 ) -> Tensor:
-    """The sliding blocks of (N, C, H, W) as columns: (N, C * KH * KW, blocks); a batch is
-    optional.
-    """
+    """The sliding blocks of (N, C, H, W) as columns: (N, C * KH * KW, blocks); N is optional."""
     if input.ndim not in (3, 4) or 0 in input.shape[-3:]:
         raise ShapeError(f"unfold takes (N, C, H, W) or (C, H, W), got {input.shape}")
+    kernel, form = _form("unfold", kernel_size, dilation, padding, stride)
+    if input.dtype.kind == "b":
+        bytes_ = convert(input, dtype=dtypes.uint8)
+        columns = unfold(bytes_, kernel_size, dilation, padding, stride)
+        return convert(columns, dtype=input.dtype)
     x = input if input.ndim == 4 else unsqueeze(input, 0)
-    bands, kernel, counts = _blocks("unfold", x.shape[2:], kernel_size, dilation, padding, stride)
-    n, c = x.shape[:2]
-    spread = reshape(resample(x, axes=bands), (n, c, counts[0], kernel[0], counts[1], kernel[1]))
-    columns = permute(spread, (0, 1, 3, 5, 2, 4))
-    result = reshape(columns, (n, c * kernel[0] * kernel[1], counts[0] * counts[1]))
+    blocks = cut_blocks(x, kernel=kernel, **form)
+    n, c, kh, kw, down, across = blocks.shape
+    result = reshape(blocks, (n, c * kh * kw, down * across))
     return result if input.ndim == 4 else squeeze(result, 0)
 
 
@@ -233,16 +223,14 @@ def fold(
         raise ShapeError(f"fold takes (N, C * KH * KW, blocks) or without N, got {input.shape}")
     x = input if input.ndim == 3 else unsqueeze(input, 0)
     size = per_dimension("fold", "output_size", output_size, 2, 1)
-    bands, kernel, counts = _blocks("fold", size, kernel_size, dilation, padding, stride)
+    kernel, form = _form("fold", kernel_size, dilation, padding, stride)
+    down, across = block_counts(size, kernel, **form)
     area = kernel[0] * kernel[1]
-    if x.shape[1] % area or x.shape[2] != counts[0] * counts[1]:
+    if x.shape[1] % area or x.shape[2] != down * across:
         raise ShapeError(
-            f"fold: {input.shape} must have a multiple of {area} rows and {counts[0] * counts[1]} "
-            f"blocks for output {size}, kernel {kernel}"
+            f"fold: {input.shape} must have a multiple of {area} rows and {down * across} blocks "
+            f"for output {size}, kernel {kernel}"
         )
-    n, c = x.shape[0], x.shape[1] // area
-    columns = reshape(x, (n, c, kernel[0], kernel[1], counts[0], counts[1]))
-    spread = permute(columns, (0, 1, 4, 2, 5, 3))
-    wide = reshape(spread, (n, c, counts[0] * kernel[0], counts[1] * kernel[1]))
-    result: Tensor = resample(wide, axes=tuple(b.transpose() for b in bands))
+    blocks = reshape(x, (x.shape[0], x.shape[1] // area, *kernel, down, across))
+    result: Tensor = add_blocks(blocks, size=size, **form)
     return result if input.ndim == 3 else squeeze(result, 0)

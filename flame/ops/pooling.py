@@ -21,7 +21,7 @@ from flame.ops.convolution.arguments import per_dimension
 from flame.ops.op import constant
 from flame.ops.planes import Windows, max_pool
 from flame.ops.reductions import mean
-from flame.ops.resampling import resample
+from flame.ops.resampling import apply, resample
 from flame.ops.shapes import reshape, squeeze, unsqueeze
 
 if TYPE_CHECKING:
@@ -211,9 +211,9 @@ def _avg_pool(
     if x.dtype.kind != "f":
         result = _whole_means(x, sums, means, divisor)
     elif divisor is None:
-        result = resample(x, axes=tuple(means))
+        result = apply(x, tuple(means))
     else:
-        result = resample(x, axes=tuple(sums)) / divisor
+        result = apply(x, tuple(sums)) / divisor
     return result if batched else squeeze(result, 0)
 
 
@@ -279,7 +279,7 @@ def _adaptive_mean(name: str, rank: int, input: Tensor, output_size: Any) -> Ten
         axes = tuple(
             Band("adaptive", n, o, (), True) for n, o in zip(x.shape[2:], sizes, strict=True)
         )
-        result = resample(x, axes=axes)
+        result = apply(x, axes)
     return result if batched else squeeze(result, 0)
 
 

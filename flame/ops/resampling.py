@@ -142,8 +142,20 @@ def _samples() -> list[Sample]:
     return [Sample((Arg(shape),), {"axes": axes}) for shape, axes in cases]
 
 
+def apply(x: Any, axes: tuple[Band, ...]) -> Any:
+    """`resample`, one dimension after the other where that takes far fewer steps."""
+    taps = [1 if b.identity else table(b)[1].shape[1] for b in axes]
+    if math.prod(taps) <= 2 * sum(taps):
+        return resample(x, axes=axes)
+    # dimensions that shrink come first, so that the results in between are small
+    for i in sorted(range(len(axes)), key=lambda i: axes[i].target / max(axes[i].source, 1)):
+        rest = (identity(size) for size in x.shape[2:])
+        x = resample(x, axes=tuple(axes[i] if j == i else b for j, b in enumerate(rest)))
+    return x
+
+
 resample: Op = Op(
     "resample", inputs=("x",), infer=_infer, lower=_lower,
-    vjp=(lambda g, axes: resample(g, axes=tuple(b.transpose() for b in axes)),),
+    vjp=(lambda g, axes: apply(g, tuple(b.transpose() for b in axes)),),
     reference=_reference, samples=_samples(), tolerance=2.0,
 )  # fmt: skip

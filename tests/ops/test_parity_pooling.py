@@ -48,7 +48,9 @@ def test_second_order(entry: Any) -> None:
     check_second(entry, _function(entry))
 
 
-@pytest.mark.parametrize("entry", cases(POOLS))
+@pytest.mark.parametrize(
+    "entry", [case for case in cases(POOLS) if case.values[0].error_inputs_func is not None]
+)
 def test_errors(entry: Any) -> None:
     check_errors(entry, _function(entry))
 
@@ -87,7 +89,7 @@ def test_lp_pool(norm: float) -> None:
 def test_fold_undoes_unfold(stride: int, dilation: int) -> None:
     options = {"kernel_size": (3, 2), "stride": stride, "dilation": dilation, "padding": 1}
     agree(
-        lambda x: F.fold(F.unfold(x, **options), (8, 7), **options),
+        lambda x: interpolation.fold(interpolation.unfold(x, **options), (8, 7), **options),
         lambda x: TF.fold(TF.unfold(x, **options), (8, 7), **options),
         draw(2, 3, 8, 7),
     )
@@ -142,8 +144,8 @@ def _zeros(*shape: int) -> Any:
         (lambda: F.interpolate(_zeros(1, 1, 4, 4).long(), 3, mode="bilinear"), DTypeError),
         (lambda: F.pixel_shuffle(_zeros(1, 3, 4, 4), 2), ShapeError),
         (lambda: F.pixel_unshuffle(_zeros(1, 3, 5, 4), 2), ShapeError),
-        (lambda: F.unfold(_zeros(1, 3, 2, 2), 3), ShapeError),
-        (lambda: F.fold(_zeros(1, 7, 4), (3, 3), 2), ShapeError),
+        (lambda: interpolation.unfold(_zeros(1, 3, 2, 2), 3), ShapeError),
+        (lambda: interpolation.fold(_zeros(1, 7, 4), (3, 3), 2), ShapeError),
         (
             lambda: F.max_unpool2d(_zeros(1, 1, 2, 2), _zeros(1, 1, 2, 2).long() + 99, 2),
             IndexRangeError,

@@ -28,7 +28,7 @@ def fits(groups: int, summed: int, own: int) -> bool:
     return groups > 1 and summed <= MOST and own <= MOST
 
 
-class _Reads:
+class Reads:
     """Where a tap reads for a position of one dimension, and whether that is inside."""
 
     def __init__(
@@ -59,9 +59,7 @@ def forward(
     target = k.tensor("output", 0, out)
     own, summed = out.shape[1] // g.groups, weight.shape[1]
     dtype = compute_dtype(x.dtype)
-    reads = [
-        _Reads(k, g, i, x.shape[2 + i], out.shape[2 + i], turned=False) for i in range(SPATIAL)
-    ]
+    reads = [Reads(k, g, i, x.shape[2 + i], out.shape[2 + i], turned=False) for i in range(SPATIAL)]
     n, c, d, h, w = out.shape
     work = w * summed * math.prod(g.kernel)
     with k.parallel(n, c, d, h, work=work) as (image, o, od, oh):
@@ -70,7 +68,7 @@ def forward(
             start = const(0, dtype) if offsets is None else cast(offsets[o], dtype)
             total = k.register(start)
             with k.nest([const(summed), *map(const, g.kernel)]) as (channel, *taps):
-                places, inside = _places(reads, (od, oh, ow), taps)
+                places, inside = place_in(reads, (od, oh, ow), taps)
                 value = cast(source.load(image, first + channel, *places, where=inside), dtype)
                 factor = cast(filters.load(o, channel, *taps), dtype)
                 k.assign(total, product_sum(value, factor, read(total)))
@@ -78,9 +76,10 @@ def forward(
     return k.finish()
 
 
-def _places(
-    reads: list[_Reads], position: tuple[Value, ...], taps: list[Value]
+def place_in(
+    reads: list[Reads], position: tuple[Value, ...], taps: list[Value]
 ) -> tuple[list[Value], Value]:
+    """Source indices of a tap of each dimension, and whether all are inside."""
     places, inside = [], const(True, dtypes.bool_)
     for r, p, t in zip(reads, position, taps, strict=True):
         place, here = r.at(p, t)
@@ -103,7 +102,7 @@ def input_gradient(
     own, summed = weight.shape[1], y.shape[1] // g.groups
     dtype = compute_dtype(y.dtype)
     constants: list[Any] = []
-    reads = [_reader(k, g, i, y, out, constants) for i in range(SPATIAL)]
+    reads = [reader(k, g, i, y.shape[2 + i], out.shape[2 + i], constants) for i in range(SPATIAL)]
     n, c, d, h, w = out.shape
     work = w * summed * math.prod(g.kernel)
     with k.parallel(n, c, d, h, work=work) as (image, channel, i_d, i_h):
@@ -113,7 +112,7 @@ def input_gradient(
             start = const(0, dtype) if offsets is None else cast(offsets[channel], dtype)
             total = k.register(start)
             with k.nest([const(summed), *map(const, g.kernel)]) as (o, *taps):
-                places, inside = _places(reads, (i_d, i_h, i_w), taps)
+                places, inside = place_in(reads, (i_d, i_h, i_w), taps)
                 index = (image, group * summed + o, *places)
                 value = cast(source.load(*index, where=inside), dtype)
                 factor = cast(filters.load(group * summed + o, inner, *taps), dtype)
@@ -123,7 +122,7 @@ def input_gradient(
     return Lowering(lowering.kernels, constants=tuple(constants))
 
 
-class _Table(_Reads):
+class _Table(Reads):
     """Reads of a strided dimension, looked up."""
 
     def __init__(self, index: Operand, there: Operand) -> None:
@@ -133,15 +132,16 @@ class _Table(_Reads):
         return self.index[tap, position], self.there[tap, position] > 0
 
 
-def _reader(
-    k: KernelBuilder, g: Geometry, i: int, y: TensorType, out: TensorType, constants: list[Any]
-) -> _Reads:
+def reader(
+    k: KernelBuilder, g: Geometry, i: int, results: int, size: int, constants: list[Any]
+) -> Reads:
+    """For each of ``size`` elements and each tap: which of ``results`` read it, if any."""
     if g.stride[i] == 1:
-        return _Reads(k, g, i, y.shape[2 + i], out.shape[2 + i], turned=True)
-    position, tap = np.arange(out.shape[2 + i]), np.arange(g.kernel[i])[:, None]
+        return Reads(k, g, i, results, size, turned=True)
+    position, tap = np.arange(size), np.arange(g.kernel[i])[:, None]
     reach = position + g.padding[i] - tap * g.dilation[i]
     index = reach // g.stride[i]
-    there = (reach % g.stride[i] == 0) & (index >= 0) & (index < y.shape[2 + i])
+    there = (reach % g.stride[i] == 0) & (index >= 0) & (index < results)
     made = []
     for array in (np.where(there, index, 0).astype(np.int64), there.astype(np.int32)):
         dtype = dtypes.int64 if array.dtype == np.int64 else dtypes.int32
@@ -159,14 +159,14 @@ def weight_gradient(y: TensorType, x: TensorType, out: TensorType, g: Geometry) 
     target = k.tensor("output", 0, out)
     own, summed = out.shape[0] // g.groups, out.shape[1]
     dtype = compute_dtype(x.dtype)
-    reads = [_Reads(k, g, i, x.shape[2 + i], y.shape[2 + i], turned=False) for i in range(SPATIAL)]
+    reads = [Reads(k, g, i, x.shape[2 + i], y.shape[2 + i], turned=False) for i in range(SPATIAL)]
     n, _, *extent = y.shape
     with k.parallel(*out.shape, work=n * math.prod(extent)) as (o, channel, *taps):
         first = values.binary("udiv", o, k.size(own)) * summed
         total = k.register(const(0, dtype))
         rows = [k.size(n), k.size(extent[0]), k.size(extent[1])]
         with k.nest(rows) as (image, od, oh), k.vector(k.size(extent[2]), 2) as ow:
-            places, inside = _places(reads, (od, oh, ow), taps)
+            places, inside = place_in(reads, (od, oh, ow), taps)
             index = (image, first + channel, *places)
             value = cast(source.load(*index, where=inside), dtype)
             other = cast(columns.load(image, o, od, oh, ow), dtype)
