@@ -90,7 +90,7 @@ from flame.tensor import Tensor
 
 __version__ = "0.1.0"
 
-attach()
+attach(globals())
 set_interpreter(Eager())
 del attach, set_interpreter, Eager
 

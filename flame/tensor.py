@@ -153,7 +153,7 @@ class Tensor(Handle, Methods):
 
     def size(self, dim: int | None = None) -> Any:
         """The shape, or the size of one dimension."""
-        return self.type.shape if dim is None else self.type.shape[dim]
+        return self.type.shape if dim is None else self.type.shape[_dim(self, dim)]
 
     def numel(self) -> int:
         return self.type.numel
@@ -174,7 +174,7 @@ class Tensor(Handle, Methods):
 
     def stride(self, dim: int | None = None) -> Any:
         """Strides in elements, or that of one dimension."""
-        return self.type.strides if dim is None else self.type.strides[dim]
+        return self.type.strides if dim is None else self.type.strides[_dim(self, dim)]
 
     def storage_offset(self) -> int:
         return (self.pointer - self.storage.pointer) // self.type.dtype.itemsize
@@ -563,6 +563,12 @@ def _check_gradient(tensor: Tensor, value: Any) -> None:
 
 def _parts(tensor: Tensor) -> tuple[Storage, int, TensorType]:
     return tensor.storage, tensor.pointer, tensor.type
+
+
+def _dim(tensor: Tensor, dim: int) -> int:
+    from flame.ops.shapes import wrap_dim
+
+    return wrap_dim("size", dim, tensor.ndim)
 
 
 def _check_callable(hook: Any) -> None:

@@ -10,6 +10,7 @@ import weakref
 from typing import Any
 
 from flame.core.dtypes import DType
+from flame.core.errors import OutOfMemoryError, ShapeError
 
 MAX_RANK = 8  # of the public promise; more works wherever the dimensions coalesce
 
@@ -96,6 +97,10 @@ def tensor_type(
     found = _interned.get(key)
     if found is not None:
         return found
+    if len(shape) > 64:
+        raise ShapeError(f"a tensor has at most 64 dimensions, {len(shape)} were asked for")
+    if element_count(shape) >= 1 << 63:
+        raise OutOfMemoryError(f"a tensor of shape {shape} is larger than any memory")
     made = TensorType.__new__(TensorType)
     made.dtype, made.shape, made.strides, made.device = dtype, shape, strides, device
     made.ndim, made.numel = len(shape), element_count(shape)

@@ -1,5 +1,6 @@
 """Functions of layers under PyTorch's names. Their meaning stands in `flame.ops`."""
 
+from flame.api import guard_functions
 from flame.nn._composites import bilinear, glu
 from flame.ops.activations import (
     celu,
@@ -177,3 +178,5 @@ __all__ = [
     "triplet_margin_loss",
     "upsample",
 ]
+
+guard_functions(globals())

@@ -296,11 +296,13 @@ def repeat(input: Tensor, *repeats: Any) -> Tensor:
     pairs = [n for pair in zip((1,) * len(sizes), sizes, strict=True) for n in pair]
     spread = [n for pair in zip(counts, sizes, strict=True) for n in pair]
     whole = [c * s for c, s in zip(counts, sizes, strict=True)]
-    if all(c == 1 for c in counts):
-        from flame.ops.conversion import clone
+    from flame.ops.conversion import copy
 
-        return clone(reshape(input, sizes))
-    return reshape(expand(reshape(input, pairs), spread), whole)
+    made = reshape(expand(reshape(input, pairs), spread), whole)
+    if made.storage is not input.storage:
+        return made
+    result: Tensor = copy(made, contiguous=True)  # never a view, whatever the counts
+    return result
 
 
 def tile(input: Tensor, *dims: Any) -> Tensor:

@@ -83,26 +83,36 @@ OPERATORS: Final[dict[str, Callable[..., Any]]] = {
     "T": lambda x: x.T,
     "mH": lambda x: x.mH,
     "mT": lambda x: x.mT,
+    "where": lambda x, condition, other: flame.where(condition, x, other),
+    "einsum": lambda operands, equation: flame.einsum(equation, operands),
+    "nn.functional.embedding": lambda weight, index, **options: flame.nn.functional.embedding(
+        index, weight, **options
+    ),
+    "slice": lambda x, dim=0, start=None, end=None, step=1: x[
+        (slice(None),) * (dim % x.ndim) + (slice(start, end, step),)
+    ],
+    "zero_": lambda x: x.clone().zero_(),
+    "uniform": lambda x, *args, **options: x.clone().uniform_(*args, **options),
+    "exponential": lambda x, *args, **options: x.clone().exponential_(*args, **options),
+    "cauchy": lambda x, *args, **options: x.clone().cauchy_(*args, **options),
+    "geometric": lambda x, *args, **options: x.clone().geometric_(*args, **options),
+    "log_normal": lambda x, *args, **options: x.clone().log_normal_(*args, **options),
+    "resize_": lambda x, *args, **options: x.clone().resize_(*args, **options),
+    "resize_as_": lambda x, *args, **options: x.clone().resize_as_(*args, **options),
 }
 # Entries that go by another name than the public function.
 RENAMED: Final = {
-    "slice": "Tensor.__getitem__",
-    "uniform": "Tensor.uniform_",
     "normal.in_place": "Tensor.normal_",
     "normal.number_mean": "normal",
-    "exponential": "Tensor.exponential_",
-    "cauchy": "Tensor.cauchy_",
-    "geometric": "Tensor.geometric_",
-    "log_normal": "Tensor.log_normal_",
-    "zero_": "Tensor.zero_",
-    "nn.functional.one_hot": "nn.functional.one_hot",
-    "torch.ops.aten._safe_softmax.default": "nn.functional.softmax",
     "max.binary": "max",
     "min.binary": "min",
 }
+METHODS_BEHIND: Final = {
+    name: f"{name}_" for name in ("uniform", "exponential", "cauchy", "geometric", "log_normal")
+}
 METHODS: Final = _names(
     """
-    bfloat16 bool byte char double float half int long short to item fill
+    bfloat16 bool byte char double float half int long short to item
     contiguous expand expand_as view view_as repeat new_empty new_empty_strided new_full new_ones
     new_zeros reshape_as sum_to_size resize_ resize_as_ unfold
     """
@@ -127,7 +137,8 @@ def function_of(entry: Entry) -> Callable[..., Any] | None:
     """FLAME's function for an entry, None where there is none."""
     name = full_name(entry)
     if entry.name in OPERATORS:
-        return OPERATORS[entry.name]
+        method = METHODS_BEHIND.get(entry.name)
+        return OPERATORS[entry.name] if method is None or hasattr(Tensor, method) else None
     path = RENAMED.get(name, RENAMED.get(entry.name, entry.name))
     if path in METHODS:
         path = f"Tensor.{path}"
@@ -151,14 +162,16 @@ def from_torch(x: torch.Tensor) -> Tensor:
         raise Unconvertible(f"{x.dtype} {x.layout}")
     if x._is_zerotensor():
         x = torch.zeros(x.shape, dtype=x.dtype)
-    overlapping = any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True))
-    if overlapping or x.is_neg():
-        copied = x.resolve_neg().clone(memory_format=torch.contiguous_format)
-    else:
-        copied = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+    x = x.resolve_neg()
+    count = x.untyped_storage().nbytes() // x.element_size()
+    memory = torch.as_strided(x, (count,), (1,), 0).clone()
     if x.dtype is torch.bfloat16:
-        return flame.from_numpy(copied.view(torch.int16).numpy().view(dtypes.bfloat16.numpy))
-    return flame.from_numpy(copied.numpy())
+        array = memory.view(torch.int16).numpy().view(dtypes.bfloat16.numpy)
+    else:
+        array = memory.numpy()
+    whole = flame.from_numpy(array)
+    offset = x.storage_offset()
+    return flame.as_strided(whole, tuple(x.shape), x.stride(), offset).detach()
 
 
 def to_flame(x: Any) -> Any:
@@ -339,6 +352,8 @@ def run_sample(entry: Entry, function: Callable[..., Any], sample: Any, label: s
     except Unconvertible:
         return False
     try:
+        if sample.kwargs.get("dropout_p"):
+            return False
         if entry.name in UNSTABLE:
             sample.kwargs = {"stable": True, **sample.kwargs}
         theirs, their_leaves = _call(entry.op, sample, _own)
