@@ -9,6 +9,7 @@ and a block's sums lie in a worker's scratch memory between chunks.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flame.core.dtypes import DType
@@ -151,31 +152,62 @@ class _Contraction:
         run, chunk = k.size(self.run), k.size(self.chunk)
         weights = self.weight.at((g, b, const(0), const(0), const(0)))
         group = self.source.strides[1] * g
-        with k.nest(counts) as t:
-            tap = (t[0] * counts[1] + t[1]) * counts[2] + t[2]
+
+        def place(t: Sequence[Value]) -> tuple[Value, Value]:
+            """(offset into the source, number) of a tap."""
             offset = sum((i * s for i, s in zip(t, strides, strict=True)), const(0))
-            with k.loop(-(-self.run // self.chunk) if self.run == self.chunk else
-                        k.size(-(-self.run // self.chunk))) as piece:  # fmt: skip
+            return offset, (t[0] * counts[1] + t[1]) * counts[2] + t[2]
+
+        if self._fits():
+            with k.loop(tiles) as tile:
+                self._tile(start, tile, group, weights, counts, place)
+            return
+        with k.nest(counts) as t:
+            offset, tap = place(t)
+            pieces = -(-self.run // self.chunk)
+            with k.loop(k.size(pieces)) as piece:
                 begin = piece * chunk
                 length = values.binary("min", run - begin, chunk)
                 base = weights + (tap * run + begin) * lanes
                 with k.loop(tiles) as tile:
-                    self._tile(start, tile, group + offset + begin, base, length)
+                    self._tile(start, tile, group + offset + begin, base, (length,), None)
+
+    def _fits(self) -> bool:
+        """Whether all weights of a block stay in the first-level cache."""
+        taps = self.tap_counts[0] * self.tap_counts[1] * self.tap_counts[2]
+        nbytes = taps * self.run * self.tile.lanes * self.dtype.itemsize
+        return taps > 1 and nbytes <= CHUNK_BYTES
 
     def _tile(
-        self, start: Value, tile: Value, offset: Value, weights: Value, length: Value
+        self,
+        start: Value,
+        tile: Value,
+        offset: Value,
+        weights: Value,
+        extents: Sequence[Value],
+        place: Callable[[Sequence[Value]], tuple[Value, Value]] | None,
     ) -> None:
-        """One register tile over one chunk of weights."""
+        """One register tile over one chunk of weights, or over the runs of all taps."""
         k, count, lanes = self.k, self.tile.positions, self.tile.lanes
         q = tile * count
         begins = [k.register(self.begins[start + q + i] + offset) for i in range(count)]
         with k.vector(lanes, self.tile.vectors) as v:
             sums = [k.register(self.sums[q + i, v]) for i in range(count)]
-            with k.loop(length) as c:
-                weight = values.load(self.weight.buffer, weights + c * lanes + v)
-                for total, begin in zip(sums, begins, strict=True):
-                    value = values.load(self.source.buffer, read(begin) + c)
-                    k.assign(total, product_sum(value, weight, read(total)))
+
+            def run(length: Value, source: Value, base: Value) -> None:
+                with k.loop(length) as c:
+                    weight = values.load(self.weight.buffer, base + c * lanes + v)
+                    for total, begin in zip(sums, begins, strict=True):
+                        value = values.load(self.source.buffer, read(begin) + source + c)
+                        k.assign(total, product_sum(value, weight, read(total)))
+
+            if place is None:
+                run(extents[0], const(0), weights)
+            else:
+                with k.nest(extents) as t:
+                    source, tap = place(t)
+                    length = k.size(self.run)
+                    run(length, source, weights + tap * length * lanes)
             for i, total in enumerate(sums):
                 k.store(self.sums, (q + i, v), read(total))
 
