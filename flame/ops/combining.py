@@ -172,8 +172,6 @@ def isin(
     elements: Any, test_elements: Any, *, assume_unique: bool = False, invert: bool = False
 ) -> Tensor:
     """Whether each element is among ``test_elements``."""
-    x, tests = (
-        e.detach() if is_tensor(e) else constant(e) for e in (elements, test_elements)
-    )
+    x, tests = (e.detach() if is_tensor(e) else constant(e) for e in (elements, test_elements))
     result: Tensor = _isin(x, tests, invert=bool(invert))
     return result

@@ -65,8 +65,8 @@ def _lower(types: Types, outputs: tuple[TensorType, ...], **attributes: Any) -> 
 
 
 def _crossing(nest: Nest) -> int | None:
-    """The dimension in which the source is contiguous, where the target is so in another: a transpose
-    of many elements."""
+    """The dimension in which the source is contiguous, where the target is so in another: a
+    transpose of many elements."""
     if not nest.sizes or nest.strides[1][-1] != 1 or nest.strides[0][-1] in (0, 1):
         return None
     for dim, (size, step) in enumerate(zip(nest.sizes, nest.strides[0], strict=True)):
@@ -78,9 +78,9 @@ def _crossing(nest: Nest) -> int | None:
 def _transpose(
     k: KernelBuilder, nest: Nest, dim: int, target: Operand, read: Callable[..., Value]
 ) -> None:
-    """Square tiles by way of a small buffer: rows of the source are read whole, then rows of the target
-    are written whole. A row of the buffer has an odd length, so that its columns fall on different
-    lines of the cache."""
+    """Square tiles by way of a small buffer: rows of the source are read whole, then rows of the
+    target are written whole. A row of the buffer has an odd length, so that its columns fall on
+    different lines of the cache."""
     last = len(nest.sizes) - 1
     tile = k.scratch(target.dtype, (TILE, TILE + 1))
     rest = [d for d in range(last) if d != dim]
@@ -181,6 +181,7 @@ def _in_order(input: Tensor, order: tuple[int, ...]) -> Tensor:
 def copy_(input: Tensor, src: Any, non_blocking: bool = False) -> Tensor:
     """Write ``src`` (a tensor or number, broadcast and converted) into ``input``, in place."""
     from flame.ops.shapes import expand
+
     if not is_tensor(src):
         from flame.ops.creation import full
 

@@ -179,6 +179,7 @@ def index_copy_(input: Tensor, dim: int, index: Tensor, source: Tensor) -> Tenso
 def index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
     """``value`` (a number or 0-d tensor) in place of the slices ``index`` of ``dim``."""
     from flame.ops.masking import masked_fill
+
     if is_tensor(value) and value.ndim:
         raise ShapeError(f"index_fill: the value must be a number or 0-d, got {value.shape}")
     dim, where = wrap_dim("index_fill", dim, input.ndim), _vector("index_fill", index)

@@ -322,6 +322,7 @@ def repeat_interleave(
     0, 1, ... each as often as it says.
     """
     from flame.ops.indexing import index_select
+
     if repeats is None:
         return constant(np.repeat(np.arange(input.numel()), _counts(input)))
     if dim is None:

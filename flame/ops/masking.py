@@ -79,9 +79,7 @@ def _check(name: str, input: Tensor, mask: Any, value: Any) -> Any:
         raise DTypeError(f"{name}: the mask must be a bool tensor, got {found}")
     if is_tensor(value) and value.ndim:
         raise ShapeError(f"{name}: the value must be a number or a 0-d tensor, got {value.shape}")
-    kind = (
-        value.dtype.kind if is_tensor(value) else "f" if isinstance(value, float) else "i"
-    )
+    kind = value.dtype.kind if is_tensor(value) else "f" if isinstance(value, float) else "i"
     if kind == "f" and input.dtype.kind != "f":
         raise DTypeError(f"{name}: a floating value for a {input.dtype.name} tensor; convert one")
     return value
