@@ -45,7 +45,16 @@ from flame.ops.embedding_losses import (
     soft_margin_loss,
     triplet_margin_loss,
 )
-from flame.ops.interpolation import fold, interpolate, pixel_shuffle, pixel_unshuffle, upsample
+from flame.ops.interpolation import (
+    fold,
+    interpolate,
+    pixel_shuffle,
+    pixel_unshuffle,
+    unfold,
+    upsample,
+    upsample_bilinear,
+    upsample_nearest,
+)
 from flame.ops.losses import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -81,10 +90,13 @@ from flame.ops.pooling import (
     avg_pool3d,
     lp_pool1d,
     lp_pool2d,
+    lp_pool3d,
     max_pool1d,
     max_pool2d,
     max_pool3d,
+    max_unpool1d,
     max_unpool2d,
+    max_unpool3d,
 )
 from flame.ops.products import linear
 from flame.ops.softmax import log_softmax, softmax, softmin
@@ -141,11 +153,14 @@ __all__ = [
     "logsigmoid",
     "lp_pool1d",
     "lp_pool2d",
+    "lp_pool3d",
     "margin_ranking_loss",
     "max_pool1d",
     "max_pool2d",
     "max_pool3d",
+    "max_unpool1d",
     "max_unpool2d",
+    "max_unpool3d",
     "mish",
     "mse_loss",
     "multilabel_soft_margin_loss",
@@ -176,7 +191,10 @@ __all__ = [
     "tanhshrink",
     "threshold",
     "triplet_margin_loss",
+    "unfold",
     "upsample",
+    "upsample_bilinear",
+    "upsample_nearest",
 ]
 
 guard_functions(globals())
