@@ -47,6 +47,7 @@ from flame.ops.bitwise import *
 from flame.ops.bivariate import *
 from flame.ops.combining import *
 from flame.ops.comparison import *
+from flame.ops.composites import *
 from flame.ops.contractions import *
 from flame.ops.conversion import *
 from flame.ops.convolution import *

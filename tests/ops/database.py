@@ -224,8 +224,14 @@ def values(x: Any) -> Array:
 # --- comparison -----------------------------------------------------------------------------------
 
 
-def compare(ours: Any, theirs: Any, label: str, *, with_values: bool = True) -> None:
-    """Raise AssertionError where a result differs from PyTorch's."""
+def compare(
+    ours: Any, theirs: Any, label: str, *, with_values: bool = True,
+    precision: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    """Raise AssertionError where a result differs from PyTorch's.
+
+    precision: the narrowest floating dtype of the arguments.
+    """
     if isinstance(theirs, torch.Tensor):
         assert isinstance(ours, Tensor), f"{label}: a {type(ours).__name__}, not a tensor"
         if theirs.dtype not in DTYPES:
@@ -237,6 +243,8 @@ def compare(ours: Any, theirs: Any, label: str, *, with_values: bool = True) -> 
         if with_values:
             want = values(theirs)
             relative, absolute = TOLERANCE.get(theirs.dtype, (0, 0))
+            if theirs.is_floating_point() and precision is not None:
+                relative, absolute = max(TOLERANCE[precision], (relative, absolute))
             if theirs.dtype in HALF and want.size:  # PyTorch rounds some sums after each step
                 finite = np.abs(want[np.isfinite(want)])
                 absolute *= max(1.0, float(finite.max(initial=0.0)))
@@ -248,7 +256,7 @@ def compare(ours: Any, theirs: Any, label: str, *, with_values: bool = True) -> 
         assert isinstance(ours, (list, tuple)), f"{label}: a {type(ours).__name__}, not a sequence"
         assert len(ours) == len(theirs), f"{label}: {len(ours)} results, expected {len(theirs)}"
         for position, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            compare(a, b, f"{label} [{position}]", with_values=with_values)
+            compare(a, b, f"{label} [{position}]", with_values=with_values, precision=precision)
         return
     if isinstance(theirs, torch.dtype):
         assert ours is DTYPES[theirs], label
@@ -365,7 +373,14 @@ def run_sample(entry: Entry, function: Callable[..., Any], sample: Any, label: s
     ours = function(*operands, **options)
     if entry.name in TIED and isinstance(theirs, tuple):
         theirs = _with_indices_of(ours, theirs, sample, TIED[entry.name], label)
-    compare(ours, theirs, label, with_values=entry.name not in WITHOUT_VALUES)
+    floats = [
+        t.dtype for t in tensors_in([sample.input, sample.args, sample.kwargs])
+        if t.dtype in TOLERANCE
+    ]  # fmt: skip
+    compare(
+        ours, theirs, label, with_values=entry.name not in WITHOUT_VALUES,
+        precision=max(floats, key=lambda d: TOLERANCE[d], default=None),
+    )  # fmt: skip
     if their_leaves and entry.name not in WITHOUT_VALUES and _differentiable(theirs):
         compare_gradients(ours, theirs, leaves, their_leaves, label)
     return True

@@ -6,6 +6,7 @@ given, they return or raise a FlameError.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -245,7 +246,8 @@ def test_values(name: str) -> None:
     [
         lambda: flame.zeros(2**40, 2**40), lambda: flame.empty(2**62), lambda: flame.ones(2**45),
         lambda: flame.rand(2**50), lambda: flame.arange(2**55), lambda: flame.eye(2**31),
-        lambda: flame.zeros(1).expand(2**45).clone(), lambda: flame.zeros(2**20, 1) + flame.zeros(2**25),
+        lambda: flame.zeros(1).expand(2**45).clone(),
+        lambda: flame.zeros(2**20, 1) + flame.zeros(2**25),
         lambda: flame.zeros(1).repeat(2**50), lambda: flame.empty_strided((2,), (2**60,)),
     ],
 )  # fmt: skip
@@ -330,7 +332,7 @@ def test_errors_are_also_the_builtin_ones() -> None:
 # --- whatever comes -------------------------------------------------------------------------------
 
 BOUNDED = settings(
-    max_examples=60, deadline=None, derandomize=True,
+    max_examples=25, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 JUNK = st.one_of(
@@ -339,8 +341,8 @@ JUNK = st.one_of(
     st.just(np.ones(2)), st.just(flame.float32), st.just(Ellipsis), st.just(slice(0, -1, -1)),
 )  # fmt: skip
 FUNCTIONS = (
-    "add", "matmul", "cat", "stack", "sum", "reshape", "permute", "where", "clamp", "gather", "topk",
-    "arange", "zeros", "full", "eye", "linspace", "softmax", "cumsum", "roll", "flip", "pow", "exp",
+    "add", "matmul", "cat", "stack", "sum", "reshape", "permute", "where", "clamp", "gather",
+    "topk", "arange", "zeros", "full", "eye", "linspace", "softmax", "cumsum", "roll", "flip", "pow", "exp",
     "argmax", "split", "tril", "einsum", "norm", "index_select", "masked_fill", "repeat_interleave",
 )  # fmt: skip
 
@@ -358,9 +360,8 @@ def test_junk(name: str, data: st.DataObject) -> None:
     except FlameError:
         pass
     except TypeError as error:
-        assert "argument" in str(error), error
-    except (MemoryError, RecursionError):
-        raise
+        if "argument" not in str(error):
+            raise
 
 
 @BOUNDED
@@ -368,16 +369,12 @@ def test_junk(name: str, data: st.DataObject) -> None:
 def test_junk_subscripts(index: Any, value: Any) -> None:
     tensor = flame.ones(3, 4)
     for call in (lambda: tensor[index], lambda: operator_set(tensor, index, value)):
-        try:
+        with contextlib.suppress(FlameError):
             call()
-        except FlameError:
-            pass
 
 
 @BOUNDED
 @given(data=st.recursive(JUNK, lambda inner: st.lists(inner, max_size=3), max_leaves=5))
 def test_junk_tensors(data: Any) -> None:
-    try:
+    with contextlib.suppress(FlameError):
         flame.tensor(data)
-    except FlameError:
-        pass

@@ -28,7 +28,8 @@ from flame.core.errors import (
     ("data", "dtype", "shape"),
     [
         (3, flame.int64, ()), (3.5, flame.float32, ()), (True, flame.bool, ()),
-        ([1, 2], flame.int64, (2,)), ([1, 2.5], flame.float32, (2,)), ([True, False], flame.bool, (2,)),
+        ([1, 2], flame.int64, (2,)), ([1, 2.5], flame.float32, (2,)),
+        ([True, False], flame.bool, (2,)),
         ([[1, 2], [3, 4]], flame.int64, (2, 2)), ((1.0, 2.0), flame.float32, (2,)),
         ([], flame.float32, (0,)), ([[], []], flame.float32, (2, 0)), (range(3), flame.int64, (3,)),
         ([True, 2], flame.int64, (2,)), (np.float64(2), flame.float64, ()),
