@@ -1,7 +1,7 @@
 """Handle: what operations work on, as far as they need to know. Tensor derives from it.
 
-Invariant: it stands below the ops, so that an op can tell a tensor from a number without knowing the
-class that users see.
+Invariant: it stands below the ops, so that an op can tell a tensor from a number without knowing
+the class that users see.
 """
 
 from __future__ import annotations

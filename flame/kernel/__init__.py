@@ -1,1 +1,3 @@
-"""The loop language: scalar values, structured loops, kernels. Pure data, no device and no text of any target."""
+"""The loop language: scalar values, structured loops, kernels. Pure data, no device and no text of
+any target.
+"""

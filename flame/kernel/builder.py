@@ -17,9 +17,20 @@ from flame.core.errors import CompileError
 from flame.core.types import TensorType
 from flame.kernel import values
 from flame.kernel.program import (
-    Accumulate, Assign, Declare, Gemm, If, Kernel, Loop, LoopKind, Matrix, Statement, Store, Target,
+    Accumulate,
+    Assign,
+    Declare,
+    Gemm,
+    If,
+    Kernel,
+    Loop,
+    LoopKind,
+    Matrix,
+    Statement,
+    Store,
+    Target,
     Transpose,
-)  # fmt: skip
+)
 from flame.kernel.values import Buffer, Number, Register, Value, const
 
 Role = Literal["input", "output", "temporary", "error", "constant"]
@@ -61,7 +72,7 @@ class Lowering:
 
 
 class Operand:
-    """A strided tensor in a kernel: ``operand[i, j]`` is a load, `KernelBuilder.store` writes it."""
+    """A strided tensor in a kernel: ``operand[i, j]`` loads, `KernelBuilder.store` writes."""
 
     def __init__(self, buffer: Buffer, shape: tuple[int, ...], strides: tuple[Value, ...]) -> None:
         self.buffer, self.shape, self.strides = buffer, shape, strides
@@ -261,10 +272,14 @@ class KernelBuilder:
 
     def gemm(
         self,
-        m: Value, n: Value, k: Value,
-        a: Matrix, b: Matrix, c: Matrix,
+        m: Value,
+        n: Value,
+        k: Value,
+        a: Matrix,
+        b: Matrix,
+        c: Matrix,
         beta: Value | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """c = a @ b + beta * c by the vendor's library; see `Gemm`."""
         self._emit(Gemm(m, n, k, a, b, c, const(0) if beta is None else beta))
 

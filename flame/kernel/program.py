@@ -5,14 +5,14 @@ Grammar:
     kernel    ::= operands scratch sizes parallel-loop
     statement ::= loop(var, extent, kind) { statement* }        kind: parallel | serial | vector
                 | declare(register, value) | assign(register, value)
-                | accumulate(register, combine, value)          the only write that may cross a vector loop
-                | store((buffer, index, value [, where])*)      all values are read before any is written
-                | if(condition) { statement* }
-                | gemm(...)                                     one matrix product by the vendor's library
-                | transpose(...)                                one matrix turned, elements of 4 or 8 bytes
+                | accumulate(register, combine, value)          the only write that may cross a
+                vector loop | store((buffer, index, value [, where])*)      all values are read
+                before any is written | if(condition) { statement* } | gemm(...)
+                   one matrix product by the vendor's library | transpose(...)
+                          one matrix turned, elements of 4 or 8 bytes
 
-Invariant: the one parallel loop is the outermost statement; its iterations touch disjoint memory, so they
-may run in any order and on any thread.
+Invariant: the one parallel loop is the outermost statement; its iterations touch disjoint memory,
+so they may run in any order and on any thread.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class If:
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A row-major matrix operand: base buffer, offset of its first element, elements between rows."""
+    """A row-major matrix: its buffer, the offset of its first element, elements between rows."""
 
     buffer: Buffer
     offset: Value
@@ -138,8 +138,9 @@ Statement = Loop | Declare | Assign | Accumulate | Store | If | Gemm | Transpose
 class Kernel:
     """A function of its arguments, run for a range of its parallel loop.
 
-    Its arguments in order: ``operands`` (pointers, and numbers as params), one base pointer for each
-    ``scratch`` buffer (a worker uses its own part of the given number of elements), ``sizes``.
+    Its arguments in order: ``operands`` (pointers, and numbers as params), one base pointer for
+    each ``scratch`` buffer (a worker uses its own part of the given number of elements),
+    ``sizes``.
     """
 
     name: str
@@ -188,7 +189,8 @@ def _lines(statement: Statement, pad: str) -> Iterator[str]:
                 f"{x.buffer.name}[{x.offset!r}; {x.row_stride!r}{'; T' if x.transposed else ''}]"
                 for x in (c, a, b)
             ]
-            yield f"{pad}gemm ({m!r}, {n!r}, {k!r}) {operand[0]} = {operand[1]} @ {operand[2]} + {beta!r} * {operand[0]}"
+            product = f"{operand[1]} @ {operand[2]} + {beta!r} * {operand[0]}"
+            yield f"{pad}gemm ({m!r}, {n!r}, {k!r}) {operand[0]} = {product}"
         case Transpose(rows, columns, source, target):
             operand = [f"{x.buffer.name}[{x.offset!r}; {x.row_stride!r}]" for x in (target, source)]
             yield f"{pad}transpose ({rows!r}, {columns!r}) {operand[0]} = {operand[1]}"

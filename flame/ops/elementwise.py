@@ -1,8 +1,8 @@
 """The kind of op that computes each output element from the elements at the same place.
 
-A scalar function declares it. The function, and the derivative formulas, are written with public ops;
-handed scalar values, they become one fused kernel, handed tensors, ordinary differentiable code. So the
-backward pass of an elementwise op is one kernel, and higher orders come for free.
+A scalar function declares it. The function, and the derivative formulas, are written with public
+ops; handed scalar values, they become one fused kernel, handed tensors, ordinary differentiable
+code. So the backward pass of an elementwise op is one kernel, and higher orders come for free.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def no_bool(name: str, types: Types) -> tuple[Sequence[DType], Sequence[DType]]:
     """As `promote`; bool is refused."""
     common = common_dtype(types)
     if common.kind == "b":
-        raise DTypeError(f"{name} is not defined for bool tensors; convert them, or use logical ops")
+        raise DTypeError(
+            f"{name} is not defined for bool tensors; convert them, or use logical ops"
+        )
     return [common] * len(types), [common]
 
 
@@ -104,16 +106,26 @@ class Elementwise(Op):
         self.invalid = invalid
         self.backward_ops: dict[Any, Elementwise] = {}
         super().__init__(
-            name, inputs=inputs, infer=self._infer, lower=self._lower, vjp=vjp, failure=failure,
-            reference=reference, samples=samples, tolerance=tolerance, register=register,
-        )  # fmt: skip
+            name,
+            inputs=inputs,
+            infer=self._infer,
+            lower=self._lower,
+            vjp=vjp,
+            failure=failure,
+            reference=reference,
+            samples=samples,
+            tolerance=tolerance,
+            register=register,
+        )
 
     def inline(self, inputs: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
         types = tuple(
             tensor_type(x.dtype, (1,)) if isinstance(x, Value) else type(x) for x in inputs
         )
         operand_dtypes, results = self.rule(self.name, types)
-        operands = [_as_value(x, compute_dtype(d)) for x, d in zip(inputs, operand_dtypes, strict=True)]
+        operands = [
+            _as_value(x, compute_dtype(d)) for x, d in zip(inputs, operand_dtypes, strict=True)
+        ]
         made = self.scalar(*operands, **attributes)
         if isinstance(made, tuple):
             return made
@@ -133,9 +145,7 @@ class Elementwise(Op):
         made = tuple(tensor_type(dtype, shape, strides) for dtype in results)
         return made[0] if len(made) == 1 else made
 
-    def _lower(
-        self, types: Types, outputs: tuple[TensorType, ...], **attributes: Any
-    ) -> Lowering:
+    def _lower(self, types: Types, outputs: tuple[TensorType, ...], **attributes: Any) -> Lowering:
         operand_dtypes, _ = self.rule(self.name, types)
         k = KernelBuilder(self.name)
         nest = nest_of(types, outputs)
@@ -215,9 +225,14 @@ class Elementwise(Op):
             return [first.dtype, *kept], results
 
         return Elementwise(
-            f"{self.name}_backward", scalar, inputs=("g", *names), rule=rule, vjp=NOT_DIFFERENTIABLE,
-            reference=_no_reference, register=False,
-        )  # fmt: skip
+            f"{self.name}_backward",
+            scalar,
+            inputs=("g", *names),
+            rule=rule,
+            vjp=NOT_DIFFERENTIABLE,
+            reference=_no_reference,
+            register=False,
+        )
 
 
 def _no_reference(*arrays: Any) -> Any:
@@ -291,15 +306,24 @@ def elementwise(
 
     scalar: its meaning on scalar values, written with `flame.kernel.values` or with other
         elementwise ops. vjp: one formula an input, see `Formula`. domain, avoid: where tests draw.
-    invalid: gives the condition on which the operands of a place are refused, None for dtypes of which
+    invalid: gives the condition on which the operands of a place are refused, None for dtypes of
+    which
         none is; ``failure`` then makes the error.
     """
     if samples is None:
         samples = default_samples(len(inputs), domain, avoid, rule)
     return Elementwise(
-        name, scalar, inputs=inputs, rule=rule, vjp=vjp, reference=reference, samples=samples,
-        tolerance=tolerance, invalid=invalid, failure=failure,
-    )  # fmt: skip
+        name,
+        scalar,
+        inputs=inputs,
+        rule=rule,
+        vjp=vjp,
+        reference=reference,
+        samples=samples,
+        tolerance=tolerance,
+        invalid=invalid,
+        failure=failure,
+    )
 
 
 def default_samples(
@@ -311,8 +335,12 @@ def default_samples(
     def arg(shape: tuple[int, ...]) -> Arg:
         return Arg(shape, *domain, kind=kind, avoid=avoid)
 
-    shapes: list[list[tuple[int, ...]]] = [[(5, 7)] * count, [()] * count, [(0, 3)] * count,
-                                           [(2, 3, 19)] * count]  # fmt: skip
+    shapes: list[list[tuple[int, ...]]] = [
+        [(5, 7)] * count,
+        [()] * count,
+        [(0, 3)] * count,
+        [(2, 3, 19)] * count,
+    ]
     if count > 1:
         shapes += [[(3, 1, 5), (4, 1)] + [(1,)] * (count - 2), [(2, 6), ()] + [(6,)] * (count - 2)]
     return [Sample(tuple(arg(s) for s in each)) for each in shapes]
