@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+SETTLE = 0.01  # seconds between the libraries
+
 
 @dataclass(frozen=True)
 class Form:
@@ -75,6 +77,10 @@ def alternate(
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(runs + 2):
         for call, kept in zip((first, second), times, strict=True):
+            # OpenMP's threads go on spinning for milliseconds after PyTorch's call; then a call
+            # that is not timed wakes the threads of the one to measure
+            time.sleep(SETTLE)
+            call()
             begin = clock()
             call()
             if turn >= 2:
