@@ -14,7 +14,6 @@ import argparse
 import datetime
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -107,11 +106,17 @@ def peak_memory(name: str, lib: str, threads: int) -> float:
 def alone(name: str, lib: str, threads: int) -> None:
     """Run three steps and print the growth of the peak resident memory in MiB."""
     loaded = library(lib, threads)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident()
     step = make_step(loaded, BENCHMARKS[name])
     for _ in range(3):
         step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(peak_resident() - before)
+
+
+def peak_resident() -> float:
+    """The most memory, in MiB, that this process has held. (Linux: ru_maxrss counts its parent.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def heading(threads: int) -> str:
