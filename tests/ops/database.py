@@ -88,6 +88,9 @@ OPERATORS: Final[dict[str, Callable[..., Any]]] = {
     "nn.functional.embedding": lambda weight, index, **options: flame.nn.functional.embedding(
         index, weight, **options
     ),
+    "nn.functional.embedding_bag": lambda weight, index, **options: (
+        flame.nn.functional.embedding_bag(index, weight, **options)
+    ),
     "slice": lambda x, dim=0, start=None, end=None, step=1: x[
         (slice(None),) * (dim % x.ndim) + (slice(start, end, step),)
     ],
