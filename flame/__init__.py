@@ -1,6 +1,6 @@
 """FLAME: tensors, automatic differentiation and compiled kernels for training neural networks."""
 
-from flame import linalg
+from flame import linalg, special
 from flame.api import attach
 from flame.autograd.mode import (
     enable_grad,
@@ -58,6 +58,7 @@ from flame.ops.division import *
 from flame.ops.dropouts import *
 from flame.ops.embedding_losses import *
 from flame.ops.extrema import *
+from flame.ops.gamma import *
 from flame.ops.indexing import *
 from flame.ops.inspection import *
 from flame.ops.interpolation import *

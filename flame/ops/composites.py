@@ -14,6 +14,7 @@ from flame.ops.creation import full, linspace
 from flame.ops.elementwise import common_dtype, floating
 from flame.ops.joining import cat
 from flame.ops.loops import broadcast_shapes
+from flame.ops.op import constant
 from flame.ops.reductions import sum_to
 from flame.ops.shapes import expand, reshape, unsqueeze, wrap_dim
 
@@ -303,13 +304,11 @@ def _quantile(
     name: str, input: Tensor, q: Any, dim: int | None, interpolation: str, *, keepdim: bool,
     ignore_nan: bool,
 ) -> Tensor:  # fmt: skip
-    from flame.creation import tensor
-
     if input.dtype not in (dtypes.float32, dtypes.float64) or not input.numel():
         raise DTypeError(f"{name} takes float32 or float64 elements, got {input.type!r}")
     if interpolation not in ("linear", "lower", "higher", "midpoint", "nearest"):
         raise ArgumentError(f"{name}: {interpolation!r} is no interpolation")
-    points: Tensor = q if hasattr(q, "storage") else tensor(q, dtype=input.dtype)
+    points: Tensor = q if hasattr(q, "storage") else constant(q, dtype=input.dtype)
     if points.ndim > 1 or bool(((points < 0) | (points > 1)).any()):
         raise ArgumentError(f"{name}: q must be one or several numbers from 0 to 1")
     rank = input.ndim
@@ -425,4 +424,3 @@ def sum_to_size(self: Tensor, *size: Any) -> Tensor:
         raise ShapeError(f"sum_to_size: {shape} does not broadcast to {self.shape}")
     result: Tensor = sum_to(self, shape) if shape else self.sum()
     return result
-

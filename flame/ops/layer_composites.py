@@ -14,6 +14,7 @@ from flame.ops.comparison import minimum, where
 from flame.ops.composites import rows_norm
 from flame.ops.creation import ones, ones_like, zeros_like
 from flame.ops.losses import reduced
+from flame.ops.op import constant
 from flame.ops.padding import pad
 from flame.ops.random import bernoulli, rand_like
 from flame.ops.shapes import reshape, unsqueeze, wrap_dim
@@ -33,11 +34,7 @@ def pdist(input: Tensor, p: float = 2.0) -> Tensor:
     if input.ndim != 2:
         raise ShapeError(f"pdist takes two dimensions, got shape {input.shape}")
     pairs = list(itertools.combinations(range(input.shape[0]), 2))
-    from flame.creation import tensor
-
-    first, second = (
-        tensor([pair[k] for pair in pairs], dtype=dtypes.int64) for k in (0, 1)
-    )
+    first, second = (constant([pair[k] for pair in pairs], dtype=dtypes.int64) for k in (0, 1))
     return rows_norm(input.index_select(0, first) - input.index_select(0, second), float(p))
 
 
@@ -259,5 +256,3 @@ def _pooled(rows: Tensor, counted: Tensor, bags: list[slice], mode: str) -> Tens
     if not made:
         return rows[:0]
     return stack(made)
-
-

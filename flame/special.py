@@ -1,0 +1,50 @@
+"""``flame.special``: special functions, by PyTorch's names."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from flame.ops.bivariate import xlogy
+from flame.ops.comparison import where
+from flame.ops.gamma import digamma, erfinv, i0, i0e, i1, i1e, lgamma, polygamma, zeta
+from flame.ops.mathematics import erf, erfc, exp2, expm1, log1p, sigmoid
+
+if TYPE_CHECKING:
+    from flame.tensor import Tensor
+
+__all__ = [
+    "digamma", "entr", "erf", "erfc", "erfinv", "exp2", "expit", "expm1", "gammaln", "i0", "i0e",
+    "i1", "i1e", "log1p", "ndtr", "ndtri", "polygamma", "psi", "xlog1py", "xlogy", "zeta",
+]  # fmt: skip
+
+expit, gammaln, psi = sigmoid, lgamma, digamma
+
+
+def entr(input: Tensor) -> Tensor:
+    """-x log(x); 0 at 0, -inf below."""
+    floats = input if input.dtype.kind == "f" else input * 1.0
+    made: Tensor = where(floats < 0, -math.inf, -xlogy(floats, floats))
+    return made
+
+
+def ndtr(input: Tensor) -> Tensor:
+    """The probability that a standard normal number is below ``input``."""
+    result: Tensor = erfc(input * -math.sqrt(0.5)) * 0.5
+    return result
+
+
+def ndtri(input: Tensor) -> Tensor:
+    """The inverse of `ndtr`."""
+    result: Tensor = erfinv(input * 2.0 - 1.0) * math.sqrt(2)
+    return result
+
+
+def xlog1py(input: Any, other: Any) -> Tensor:
+    """input * log(1 + other); 0 where ``input`` is 0 and ``other`` is no NaN."""
+    shifted = log1p(other) if hasattr(other, "storage") else math.log1p(other)
+    product = input * shifted
+    number = ~other.isnan() if hasattr(other, "storage") else not math.isnan(other)
+    nothing = (input == 0) & number
+    made: Tensor = where(nothing, 0.0, product)
+    return made.to(product.dtype)
