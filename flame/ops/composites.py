@@ -360,7 +360,7 @@ def histc(input: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Ten
         low, high = low - 1, high + 1
     wide = flat if flat.dtype.itemsize == 2 else flat.to(dtypes.float64)
     inside = (wide >= low) & (wide <= high)
-    place = ((wide - low) / (high - low) * bins).floor().clamp(0, bins - 1)
+    place = ((wide - low) * bins / (high - low)).floor().clamp(0, bins - 1)
     place = where(inside, place, 0.0).to(dtypes.int64)
     counts = full((bins,), 0.0, dtype=dtypes.float64)
     counts.index_add_(0, place, inside.to(dtypes.float64))

@@ -274,8 +274,9 @@ def _differentiable(results: Any) -> list[Any]:
 
 
 def compare_gradients(
-    ours: Any, theirs: Any, leaves: Sequence[Any], their_leaves: Sequence[Any], label: str
-) -> None:
+    ours: Any, theirs: Any, leaves: Sequence[Any], their_leaves: Sequence[Any], label: str,
+    precision: torch.dtype | None,
+) -> None:  # fmt: skip
     """Gradients of weighted sums of the results with respect to every leaf."""
     pairs = [
         (a, b) for a, b in zip(tensors_in(ours), tensors_in(theirs), strict=True)
@@ -298,7 +299,7 @@ def compare_gradients(
         elif a is None:
             assert not np.any(values(b)), f"{label}: no gradient {position}"
         else:
-            compare(a, b, f"{label}: gradient {position}")
+            compare(a, b, f"{label}: gradient {position}", precision=precision)
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -380,12 +381,11 @@ def run_sample(entry: Entry, function: Callable[..., Any], sample: Any, label: s
         t.dtype for t in tensors_in([sample.input, sample.args, sample.kwargs])
         if t.dtype in TOLERANCE
     ]  # fmt: skip
-    compare(
-        ours, theirs, label, with_values=entry.name not in WITHOUT_VALUES,
-        precision=max(floats, key=lambda d: TOLERANCE[d], default=None),
-    )  # fmt: skip
+    precision = max(floats, key=lambda d: TOLERANCE[d], default=None)
+    with_values = entry.name not in WITHOUT_VALUES
+    compare(ours, theirs, label, with_values=with_values, precision=precision)
     if their_leaves and entry.name not in WITHOUT_VALUES and _differentiable(theirs):
-        compare_gradients(ours, theirs, leaves, their_leaves, label)
+        compare_gradients(ours, theirs, leaves, their_leaves, label, precision)
     return True
 
 
