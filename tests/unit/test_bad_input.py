@@ -342,8 +342,8 @@ JUNK = st.one_of(
 )  # fmt: skip
 FUNCTIONS = (
     "add", "matmul", "cat", "stack", "sum", "reshape", "permute", "where", "clamp", "gather",
-    "topk", "arange", "zeros", "full", "eye", "linspace", "softmax", "cumsum", "roll", "flip", "pow", "exp",
-    "argmax", "split", "tril", "einsum", "norm", "index_select", "masked_fill", "repeat_interleave",
+    "topk", "arange", "zeros", "full", "eye", "linspace", "softmax", "cumsum", "roll", "flip",
+    "pow", "exp", "argmax", "split", "tril", "einsum", "norm", "index_select", "masked_fill", "repeat_interleave",
 )  # fmt: skip
 
 
