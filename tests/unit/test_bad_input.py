@@ -343,7 +343,8 @@ JUNK = st.one_of(
 FUNCTIONS = (
     "add", "matmul", "cat", "stack", "sum", "reshape", "permute", "where", "clamp", "gather",
     "topk", "arange", "zeros", "full", "eye", "linspace", "softmax", "cumsum", "roll", "flip",
-    "pow", "exp", "argmax", "split", "tril", "einsum", "norm", "index_select", "masked_fill", "repeat_interleave",
+    "pow", "exp", "argmax", "split", "tril", "einsum", "norm", "index_select", "masked_fill",
+    "repeat_interleave",
 )  # fmt: skip
 
 
