@@ -1,4 +1,4 @@
-"""The methods that `flame.api` attaches to Tensor. Generated: pytest tests/text --update."""
+"""Methods that `flame.api` attaches to Tensor; made by pytest tests/text --update."""
 
 import builtins
 from collections.abc import Callable, Sequence

@@ -402,7 +402,7 @@ def _bool(dtype: DType) -> DType:
     return dtypes.bool_
 
 
-_sum = Reduction(
+_sum: Reduction = Reduction(
     "sum",
     "add",
     result=_sum_dtype,

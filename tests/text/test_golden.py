@@ -40,7 +40,7 @@ CASES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "sum_all_split": ("sum", (f32(400, 300),), {"dims": (0, 1), "keepdim": False}),
     "linear": ("linear", (f32(64, 32), f32(16, 32), f32(16)), {}),
     "softmax": ("softmax", (f32(40, 30),), {"dim": 1}),
-    "layer_norm": ("layer_norm", (f32(40, 30), f32(30), f32(30)), {"rank": 1, "eps": 1e-5}),
+    "layer_norm": ("layer_norm", (f32(40, 30), f32(30), f32(30), float), {"rows": 1}),
 }
 
 

@@ -18,7 +18,7 @@ from flame import api
 
 STUB = Path(flame.__file__).parent / "methods.pyi"
 
-HEAD = '''"""The methods that `flame.api` attaches to Tensor. Generated: pytest tests/text --update."""
+HEAD = '''"""Methods that `flame.api` attaches to Tensor; made by pytest tests/text --update."""
 
 import builtins
 from collections.abc import Callable, Sequence
