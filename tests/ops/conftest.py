@@ -32,4 +32,6 @@ def pytest_testnodedown(node: Any, error: Any) -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if _cases:
         total = sum(_cases.values())
-        terminalreporter.write_line(f"op table: {len(_cases)} ops reached by {total} generated cases")
+        terminalreporter.write_line(
+            f"op table: {len(_cases)} ops reached by {total} generated cases"
+        )
