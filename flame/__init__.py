@@ -9,6 +9,10 @@ from flame.autograd.mode import (
     no_grad,
     set_grad_enabled,
 )
+from flame.core.determinism import (
+    are_deterministic_algorithms_enabled,
+    use_deterministic_algorithms,
+)
 from flame.core.dtypes import (
     DType,
     bfloat16,

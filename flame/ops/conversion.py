@@ -14,7 +14,7 @@ from flame.core.handle import is_tensor
 from flame.core.types import TensorType, contiguous_strides, like_strides, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
-from flame.kernel.values import Value, cast
+from flame.kernel.values import Value, cast, const, select
 from flame.ops.elementwise import compute_dtype, nest_of, walk
 from flame.ops.loops import Nest
 from flame.ops.op import Arg, Op, Sample, Types
@@ -102,8 +102,13 @@ def _transpose(
             k.store(target, at(row, column), tile[column, row])
 
 
-def _computed(value: Value, source: DType, target: DType) -> Value:
-    return cast(cast(value, compute_dtype(source)), target)
+def _computed(value: Any, source: DType, target: DType) -> Any:
+    """Conversion by value; what no integer holds, NaN first of all, becomes the smallest one."""
+    number = cast(value, compute_dtype(source))
+    if number.dtype.kind != "f" or target not in (dtypes.int64, dtypes.int32):
+        return cast(number, target)
+    holds = abs(number) < 2.0 ** (target.bits - 1)
+    return select(holds, cast(number, target), const(-(1 << (target.bits - 1)), target))
 
 
 def _reference(x: Any, *, dtype: DType | None = None, contiguous: bool = False) -> Any:

@@ -121,7 +121,7 @@ def _soft_cross_entropy(
                 f"cross_entropy: weight must have shape ({classes},), got {weight.shape}"
             )
         logs = logs * reshape(weight, (classes,) + (1,) * (input.ndim - dim - 1))
-    product = mul(logs, target)
+    product = parts.soft_target(logs, target)
     if reduction == "none":
         rows: Tensor = neg(sum_of(product, dim))
         return rows

@@ -7,11 +7,13 @@ from typing import Any, Final
 
 import numpy as np
 
+from flame.core.errors import DataError
+from flame.kernel.values import Value, unary
 from flame.ops.comparison import maximum, minimum, where
 from flame.ops.elementwise import elementwise, to_float
 from flame.ops.mathematics import abs as magnitude
 from flame.ops.mathematics import exp, log, log1p, sigmoid, sign
-from flame.ops.op import Arg, Sample
+from flame.ops.op import Arg, Sample, Types
 
 TAU: Final = 2 * math.pi
 HALF_LOG_TAU: Final = 0.5 * math.log(TAU)
@@ -85,6 +87,22 @@ def _logs(p: Any) -> tuple[Any, Any]:
     return maximum(log(p), FLOOR), maximum(log1p(-p), FLOOR)
 
 
+def not_a_label(*operands: Value) -> Value:
+    """Whether the target, the second operand of a loss, is NaN."""
+    return unary("is_nan", operands[1])
+
+
+def label_failure(code: int, types: Types) -> DataError:
+    return DataError("a target of the loss is NaN; labels and target probabilities must be numbers")
+
+
+soft_target = elementwise(
+    "soft_target", lambda logs, target: logs * target, inputs=("logs", "target"), rule=to_float,
+    vjp=(lambda g, target: g * target, lambda g, logs: g * logs),
+    reference=np.multiply, invalid=not_a_label, failure=label_failure,
+)  # fmt: skip
+
+
 def _binary_entropy(p: Any, target: Any) -> Any:
     yes, no = _logs(p)
     return (target - 1) * no - target * yes
@@ -102,6 +120,7 @@ binary_entropy = elementwise(
         lambda g, p: _binary_entropy_target(g, p),
     ),
     reference=lambda p, t: -(t * np.log(p) + (1 - t) * np.log1p(-p)), domain=(0.1, 0.9),
+    invalid=not_a_label, failure=label_failure,
 )  # fmt: skip
 
 
@@ -123,6 +142,7 @@ binary_entropy_logits = elementwise(
     samples=[Sample((Arg((5, 7)), Arg((5, 7)), 1.0)),
              Sample((Arg((2, 19)), Arg((2, 19)), Arg((19,)))),
              Sample((Arg(()), Arg(()), 2.0)), Sample((Arg((0, 3)), Arg((0, 3)), Arg((3,))))],
+    invalid=not_a_label, failure=label_failure,
 )  # fmt: skip
 
 

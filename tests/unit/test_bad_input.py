@@ -379,3 +379,21 @@ def test_junk_subscripts(index: Any, value: Any) -> None:
 def test_junk_tensors(data: Any) -> None:
     with contextlib.suppress(FlameError):
         flame.tensor(data)
+
+
+@pytest.mark.parametrize(
+    "loss", ["cross_entropy", "binary_cross_entropy", "binary_cross_entropy_with_logits"]
+)
+def test_labels_that_are_nan(loss: str) -> None:
+    target = flame.full((3, 4), 0.25)
+    target[1, 2] = float("nan")
+    with pytest.raises(FlameError, match="target of the loss is NaN"):
+        getattr(flame.nn.functional, loss)(flame.full((3, 4), 0.5), target)
+
+
+def test_class_labels_made_of_nan() -> None:
+    labels = flame.tensor([0.0, float("nan"), 2.0])
+    with pytest.raises(FlameError, match="cross_entropy"):
+        flame.nn.functional.cross_entropy(flame.ones(3, 4), labels)
+    with pytest.raises(FlameError, match="class"):
+        flame.nn.functional.cross_entropy(flame.ones(3, 4), labels.to(flame.int64))
