@@ -24,6 +24,7 @@ from flame.ops.activations import (
     tanhshrink,
     threshold,
 )
+from flame.ops.affine import linear
 from flame.ops.attention import scaled_dot_product_attention
 from flame.ops.convolution.functions import (
     conv1d,
@@ -111,7 +112,6 @@ from flame.ops.pooling import (
     max_unpool2d,
     max_unpool3d,
 )
-from flame.ops.products import linear
 from flame.ops.softmax import log_softmax, softmax, softmin
 
 __all__ = [

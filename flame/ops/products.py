@@ -98,12 +98,13 @@ def _lower(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
     return _lower_loops(a, b, out)
 
 
-def _walkable(x: TensorType) -> bool:
+def walkable(x: TensorType) -> bool:
     """Whether the vendor's library can read the matrices: one of the last two strides is 1."""
-    return _row_major(x) or _row_major(_swapped(x))
+    return _row_major(x) or _row_major(swapped(x))
 
 
-def _swapped(x: TensorType) -> TensorType:
+def swapped(x: TensorType) -> TensorType:
+    """The type with its last two dimensions swapped."""
     shape, strides = list(x.shape), list(x.strides)
     shape[-2:], strides[-2:] = shape[:-3:-1], strides[:-3:-1]
     return tensor_type(x.dtype, tuple(shape), tuple(strides))
@@ -115,7 +116,8 @@ def _row_major(x: TensorType) -> bool:
     return unit and (rows <= 1 or x.numel == 0 or x.strides[-2] >= max(1, columns))
 
 
-def _matrix(k: KernelBuilder, x: TensorType, operand: Operand, offset: Value) -> Matrix:
+def matrix_of(k: KernelBuilder, x: TensorType, operand: Operand, offset: Value) -> Matrix:
+    """The matrix at ``offset``, as the library reads it."""
     plain = _row_major(x)
     rows, columns = x.shape[-2:] if plain else x.shape[:-3:-1]
     stride = x.strides[-2] if plain else x.strides[-1]
@@ -136,17 +138,18 @@ def _lower_library(a: TensorType, b: TensorType, out: TensorType) -> Lowering:
     tall = m >= n
     step, tiles = tile_of(m if tall else n, (n if tall else m) * inner)
     strides = [_batch_strides(t, batch) for t in (a, b, out)]
-    with k.parallel(*batch, tiles, work=_work(step, (n if tall else m) * inner)) as (*index, tile):
+    work = work_of(step, (n if tall else m) * inner)
+    with k.parallel(*batch, tiles, work=work) as (*index, tile):
         begin = tile * step
         offsets = [_offset(k, index, s) for s in strides]
         matrices = [
-            _matrix(k, t, o, offset)
+            matrix_of(k, t, o, offset)
             for t, o, offset in zip((a, b, out), operands, offsets, strict=True)
         ]
         length = values.binary("min", k.size(m if tall else n) - begin, const(step))
         moved = 0 if tall else 1
-        matrices[moved] = _advance(k, matrices[moved], (a, b)[moved], begin, rows=tall)
-        matrices[2] = _advance(k, matrices[2], out, begin, rows=tall)
+        matrices[moved] = advance(k, matrices[moved], (a, b)[moved], begin, rows=tall)
+        matrices[2] = advance(k, matrices[2], out, begin, rows=tall)
         rows, columns = (length, k.size(n)) if tall else (k.size(m), length)
         left, right, result = matrices
         k.gemm(rows, columns, k.size(inner), left, right, result)
@@ -180,7 +183,8 @@ def tile_of(length: int, flops_each: int) -> tuple[int, int]:
     return step, max(1, -(-length // step))
 
 
-def _work(step: int, flops_each: int) -> int:
+def work_of(step: int, flops_each: int) -> int:
+    """A tile's work in the units of `KernelBuilder.parallel`."""
     return max(1, step * flops_each // 32)
 
 
@@ -195,7 +199,8 @@ def _offset(k: KernelBuilder, index: Sequence[Value], strides: Shape) -> Value:
     return offset
 
 
-def _advance(k: KernelBuilder, x: Matrix, type_: TensorType, begin: Value, *, rows: bool) -> Matrix:
+def advance(k: KernelBuilder, x: Matrix, type_: TensorType, begin: Value, *, rows: bool) -> Matrix:
+    """The matrix from row (or column) ``begin`` on."""
     axis = -2 if rows else -1
     stride = type_.strides[axis] if type_.shape[axis] > 1 else 0
     return Matrix(x.buffer, x.offset + begin * k.size(stride), x.row_stride, x.transposed)
@@ -265,7 +270,7 @@ _matmul = Op(
         Sample((Arg((1, 70)), Arg((70, 33)))),
         Sample((Arg((2, 3, 4)), Arg((2, 4, 1)))),
     ],
-    reads=lambda t: t.dtype not in LIBRARY or t.ndim < 2 or _walkable(t),
+    reads=lambda t: t.dtype not in LIBRARY or t.ndim < 2 or walkable(t),
     tolerance=4.0,
 )
 
@@ -401,107 +406,6 @@ def _fits(name: str, input: Tensor, product: Tensor) -> None:
         )
     if input.dtype is not product.dtype:
         raise DTypeError(f"{name}: input is {input.dtype.name}, the product {product.dtype.name}")
-
-
-def _infer_linear(types: Types) -> TensorType:
-    x, weight, bias = types
-    assert isinstance(x, TensorType)
-    assert isinstance(weight, TensorType)
-    assert isinstance(bias, TensorType)
-    if not x.dtype is weight.dtype is bias.dtype or x.dtype not in LIBRARY:
-        raise DTypeError(
-            f"linear: operands are {x.dtype.name}, {weight.dtype.name} and {bias.dtype.name}; "
-            "all must be float32, or all float64"
-        )
-    if bias.shape != weight.shape[:1] or x.shape[-1] != weight.shape[-1]:
-        raise ShapeError(
-            f"linear: input {x.shape}, weight {weight.shape} and bias {bias.shape} do not fit; "
-            "they must be (..., in), (out, in) and (out,)"
-        )
-    return tensor_type(x.dtype, (x.shape[0], weight.shape[0]), None, x.device)
-
-
-def _lower_linear(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
-    """Tiles of rows or columns: filled with the bias, then the product is added by the library."""
-    x, weight, bias = types
-    (out,) = outputs
-    assert isinstance(x, TensorType)
-    assert isinstance(weight, TensorType)
-    assert isinstance(bias, TensorType)
-    (m, n), inner = out.shape, x.shape[-1]
-    turned = _swapped(weight)
-    k = KernelBuilder("linear")
-    sources = [k.tensor("input", i, t) for i, t in enumerate((x, turned, bias))]
-    target = k.tensor("output", 0, out)
-    tall = m >= n
-    step, tiles = tile_of(m if tall else n, (n if tall else m) * inner)
-    with k.parallel(tiles, work=_work(step, (n if tall else m) * inner)) as (tile,):
-        begin = tile * step
-        length = values.binary("min", k.size(m if tall else n) - begin, const(step))
-        rows, columns = (length, k.size(n)) if tall else (k.size(m), length)
-        first = begin if not tall else const(0)
-        with k.loop(rows) as i, k.vector(columns, 2) as j:
-            row = begin + i if tall else i
-            k.store(target, (row, first + j), sources[2][first + j])
-        matrices = [
-            _matrix(k, t, o, const(0))
-            for t, o in zip((x, turned, out), (*sources[:2], target), strict=True)
-        ]
-        moved = 0 if tall else 1
-        matrices[moved] = _advance(k, matrices[moved], (x, turned)[moved], begin, rows=tall)
-        matrices[2] = _advance(k, matrices[2], out, begin, rows=tall)
-        left, right, result = matrices
-        k.gemm(rows, columns, k.size(inner), left, right, result, beta=const(1))
-    return k.finish()
-
-
-_linear = Op(
-    "linear",
-    inputs=("x", "weight", "bias"),
-    infer=_infer_linear,
-    lower=_lower_linear,
-    vjp=(
-        lambda g, weight: matmul(g, weight),
-        lambda g, x: matmul(transpose(g, 0, 1), x),
-        lambda g, bias_type: sum_to(g, bias_type.shape),
-    ),
-    reference=lambda x, weight, bias: x @ weight.T + bias,
-    samples=[
-        Sample((Arg((5, 4), kind="double"), Arg((3, 4), kind="double"), Arg((3,), kind="double"))),
-        Sample(
-            (Arg((2, 40), kind="double"), Arg((70, 40), kind="double"), Arg((70,), kind="double"))
-        ),
-        Sample((Arg((0, 4), kind="double"), Arg((3, 4), kind="double"), Arg((3,), kind="double"))),
-    ],
-    reads=lambda t: t.ndim < 2 or _walkable(t),
-    tolerance=4.0,
-)
-
-
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """input @ weight.T + bias; input (..., in), weight (out, in) or (in,), bias (out,) or scalar.
-
-    Raises ShapeError naming both shapes where the sizes differ.
-    """
-    if input.ndim == 0 or input.shape[-1] != weight.shape[-1]:
-        raise ShapeError(
-            f"linear: input of shape {input.shape} needs a last dimension of {weight.shape[-1]}, "
-            f"the last size of the weight {weight.shape}"
-        )
-    if weight.ndim == 1:
-        made = matmul(input, weight)
-    elif bias is not None and _fusable(input, weight, bias):
-        rows = reshape(input, (-1, input.shape[-1])) if input.ndim != 2 else input
-        made = _linear(rows, weight, bias)
-        return made if input.ndim == 2 else reshape(made, (*input.shape[:-1], weight.shape[0]))
-    else:
-        made = matmul(input, transpose(weight, 0, 1))
-    return made if bias is None else add(made, bias)
-
-
-def _fusable(input: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    same = input.dtype is weight.dtype is bias.dtype and input.dtype in LIBRARY
-    return same and bias.shape == weight.shape[:1] and input.numel() > 0 and weight.numel() > 0
 
 
 def tensordot(a: Tensor, b: Tensor, dims: Any = 2) -> Tensor:
