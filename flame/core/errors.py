@@ -59,5 +59,5 @@ class UnsupportedError(FlameError, NotImplementedError):
     """Something that FLAME does not do, said plainly."""
 
 
-class FlameWarning(UserWarning):
-    """Something that works, but not as well as the user may expect."""
+class FlameWarning(FlameError, UserWarning):
+    """Something that works, but not as well as the user may expect. A FlameError under -W error."""
