@@ -13,6 +13,7 @@ from flame.core.determinism import (
     are_deterministic_algorithms_enabled,
     use_deterministic_algorithms,
 )
+from flame.core.device import Device as device
 from flame.core.dtypes import (
     DType,
     bfloat16,
@@ -91,7 +92,6 @@ from flame.ops.statistics import *
 from flame.ops.subscript import *
 from flame.ops.trigonometry import *
 from flame.runtime.cpu import get_num_threads, set_num_threads
-from flame.tensor import Device as device
 from flame.tensor import Tensor
 
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from flame.autograd import engine
-from flame.autograd.mode import mode, no_grad, set_grad_enabled
+from flame.autograd.mode import no_grad, set_grad_enabled
 from flame.core import dtypes
 from flame.core.device import Device, check_device
 from flame.core.dtypes import DType
@@ -24,7 +24,6 @@ from flame.core.errors import (
     DTypeError,
     GradientError,
     ShapeError,
-    StateError,
 )
 from flame.core.handle import Handle
 from flame.core.types import Shape, TensorType, tensor_type
@@ -610,6 +609,3 @@ def check_dtype(dtype: Any) -> None:
     """Raise DTypeError unless ``dtype`` is one, or None."""
     if dtype is not None and not isinstance(dtype, DType):
         raise DTypeError(f"a dtype such as flame.float32 is needed, got {dtype!r}")
-
-
-__all__ = ["Device", "RemovableHandle", "StateError", "Tensor", "mode"]

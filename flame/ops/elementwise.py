@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-import numpy as np
-
 from flame.core import dtypes
 from flame.core.dtypes import DType
 from flame.core.errors import DTypeError, FlameError
@@ -356,7 +354,3 @@ def scalar_binary(op: str) -> Callable[[Value, Value], Value]:
 
 def scalar_compare(op: str) -> Callable[[Value, Value], Value]:
     return lambda x, y: values.compare(op, x, y)
-
-
-def as_bool(x: Any) -> Any:
-    return np.asarray(x, np.bool_)

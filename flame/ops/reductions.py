@@ -394,10 +394,6 @@ def _sum_dtype(dtype: DType) -> DType:
     return dtype if dtype.kind == "f" else dtypes.int64
 
 
-def _same(dtype: DType) -> DType:
-    return dtype
-
-
 def _bool(dtype: DType) -> DType:
     return dtypes.bool_
 

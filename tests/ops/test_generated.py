@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 import flame.ops
-from flame.core import dtypes
 from flame.core.errors import FlameError
 from flame.ops.op import OPS, Op, Sample
 from flame.testing import LAYOUTS, check_gradients, check_reference, dtypes_of
@@ -72,4 +71,3 @@ def test_refuses_nonsense(op: Op) -> None:
 
 def test_table_is_not_empty() -> None:
     assert len(OPS) > 40
-    assert dtypes.float64 in dtypes.FLOATING
