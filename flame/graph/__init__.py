@@ -2,7 +2,16 @@
 oracle.
 """
 
-from flame.graph.graph import Graph, Node, Symbol, one_op
+from flame.graph.graph import Graph, Node, Number, Operand, Symbol, infer, one_op
 from flame.graph.interpreter import interpret
 
-__all__ = ["Graph", "Node", "Symbol", "interpret", "one_op"]
+__all__ = [
+    "Graph",
+    "Node",
+    "Number",
+    "Operand",
+    "Symbol",
+    "infer",
+    "interpret",
+    "one_op",
+]
