@@ -20,7 +20,7 @@ from flame.compiler.plan import Plan, Step
 from flame.core.errors import DTypeError, GradientError, ShapeError
 from flame.core.types import TensorType
 from flame.kernel.values import Value
-from flame.ops.op import Interpreter, Op
+from flame.ops.op import Interpreter, Op, Types
 from flame.runtime import cpu
 from flame.runtime.storage import Storage
 from flame.tensor import Tensor, from_array
@@ -71,7 +71,7 @@ class Eager(Interpreter):
             return self._in_place(plan, inputs, attributes, out)
         if plan.view_offset is not None:
             return self._view(plan, inputs[0], attributes)
-        outputs = run(plan, inputs)
+        outputs = self.execute(plan, inputs)
         if tracked and mode.enabled and op.differentiable:
             record(plan, inputs, attributes, outputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -86,6 +86,17 @@ class Eager(Interpreter):
         storage = Storage.allocate(type_.span * type_.dtype.itemsize)
         return Tensor.wrap(storage, storage.pointer, type_)
 
+    def execute(
+        self, plan: Plan, inputs: tuple[Any, ...], out: tuple[Any, ...] | None = None
+    ) -> list[Any]:
+        """The results of a call, written into ``out`` if given."""
+        return run(plan, inputs, out)
+
+    def make_plan(
+        self, op: Op, types: Types, attributes: dict[str, Any], out: tuple[TensorType, ...] | None
+    ) -> Plan:
+        return make_plan(op, types, attributes, out)
+
     def _prepare(
         self,
         key: Any,
@@ -97,7 +108,9 @@ class Eager(Interpreter):
         types = tuple(
             x.type if isinstance(x, Tensor) else None if x is None else type(x) for x in inputs
         )
-        plan = make_plan(op, types, attributes, None if out is None else tuple(t.type for t in out))
+        plan = self.make_plan(
+            op, types, attributes, None if out is None else tuple(t.type for t in out)
+        )
         if len(self.plans) >= MAX_PLANS:
             self.plans.clear()
         self.plans[key] = plan
@@ -131,7 +144,7 @@ class Eager(Interpreter):
         if tracking:
             # the node sees the operands as they were called, with their versions before the write
             node = make_node(plan, inputs, attributes, out)
-        run(plan, safe, out)
+        self.execute(plan, safe, out)
         for target in out:
             target.storage.version += 1
         if tracking and True in node.needs:

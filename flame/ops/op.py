@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from flame.core.errors import FlameError, StateError
 from flame.core.types import TensorType
@@ -19,6 +19,7 @@ from flame.kernel.builder import Lowering
 if TYPE_CHECKING:
     from flame.tensor import Tensor
 
+T = TypeVar("T")
 InputType = TensorType | type | None  # of a tensor, a Python number, or an operand left out
 Types = tuple[InputType, ...]
 
@@ -168,6 +169,8 @@ class Op:
 class Interpreter:
     """What gives op calls their effect: eager execution, or a recorder."""
 
+    recording = False
+
     def apply(
         self,
         op: Op,
@@ -184,6 +187,14 @@ class Interpreter:
     def empty(self, type_: TensorType) -> Any:
         """A tensor whose values are not set."""
         raise StateError("a tensor was made before `import flame` was complete")
+
+    def repeat(self, action: Callable[[], T], again: Callable[[], Any] | None = None) -> T:
+        """Python's own work of a step: a schedule's count, a range of random numbers.
+
+        Done now, and again (by ``again`` if given) at each later call of a compiled step. A tuple
+        of numbers that it returns is known anew at each step, so a recorder gives stand-ins.
+        """
+        return action()
 
 
 OPS: Final[dict[str, Op]] = {}
@@ -205,6 +216,11 @@ def constant(data: Any, **options: Any) -> Tensor:
 def empty_of(type_: TensorType) -> Any:
     """A tensor of this type whose values are not set."""
     return _interpreter.empty(type_)
+
+
+def interpreter() -> Interpreter:
+    """The current interpreter."""
+    return _interpreter
 
 
 def set_interpreter(interpreter: Interpreter) -> Interpreter:
