@@ -67,20 +67,20 @@ class _Part:
         return slot
 
     def run_again(self) -> None:
-        from flame.ops.random import get_rng_state, set_rng_state
+        from flame.ops.generator import default_generator
 
         args = [_given(a) for a in self.args]
         kwargs = {name: _given(a) for name, a in self.kwargs.items()}
-        now = None if self.random is None else get_rng_state()
+        now = None if self.random is None else default_generator.mark()
         if self.random is not None:
-            set_rng_state(self.random)
+            default_generator.rewind(self.random)
         again = _Again(self)
         try:
             with _Switch(enabled=True, saver=again):
                 self.function(*args, **kwargs)
         finally:
             if now is not None:
-                set_rng_state(now)
+                default_generator.rewind(now)
         if again.count != len(self.slots):
             raise GradientError(
                 f"checkpoint: the function kept {len(self.slots)} tensors when it ran first, "
@@ -165,9 +165,10 @@ def checkpoint(
     """
     if not mode.enabled:
         return function(*args, **kwargs)
-    from flame.ops.random import get_rng_state
+    from flame.ops.generator import default_generator
 
-    part = _Part(function, args, kwargs, get_rng_state() if preserve_rng_state else None)
+    place = default_generator.mark() if preserve_rng_state else None
+    part = _Part(function, args, kwargs, place)
     with _Switch(saver=part):
         return function(*args, **kwargs)
 

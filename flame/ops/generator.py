@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from flame.core.device import Device, check_device
 from flame.core.errors import ArgumentError, DTypeError, StateError
-from flame.ops.op import constant
+from flame.ops.op import constant, interpreter
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -77,10 +77,34 @@ class Generator:
 
     def reserve(self, blocks: int) -> tuple[int, int]:
         """(seed, offset) of the next ``blocks`` blocks, as signed 64-bit numbers."""
-        with self._lock:
-            offset = self._offset
-            self._offset = (offset + blocks) % _WORD
-            return _signed(self._seed), _signed(offset)
+
+        def take() -> tuple[int, int]:
+            with self._lock:
+                offset = self._offset
+                self._offset = (offset + blocks) % _WORD
+                return _signed(self._seed), _signed(offset)
+
+        return interpreter().repeat(take)
+
+    def mark(self) -> list[int]:
+        """The present place, to come back to by `rewind`; a compiled step marks anew each time."""
+        place: list[int] = []
+
+        def take() -> None:
+            with self._lock:
+                place[:] = self._seed, self._offset
+
+        interpreter().repeat(take)
+        return place
+
+    def rewind(self, place: list[int]) -> None:
+        """Go on from where `mark` was called."""
+
+        def back() -> None:
+            with self._lock:
+                self._seed, self._offset = place
+
+        interpreter().repeat(back)
 
 
 def _signed(number: int) -> int:

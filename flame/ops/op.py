@@ -166,6 +166,10 @@ class Op:
         raise StateError(f"{self.name} is no elementwise op and cannot stand inside a fused one")
 
 
+class Stale(Exception):
+    """Raised by what a compiled step repeats, where it is no longer what was recorded."""
+
+
 class Interpreter:
     """What gives op calls their effect: eager execution, or a recorder."""
 

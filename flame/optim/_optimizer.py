@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from flame.core.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
+from flame.ops.op import interpreter
 from flame.optim import _state_dict
+from flame.optim._recording import recorded
 from flame.optim._tensors import Tensor, enable_grad, no_grad, zeros_like
 
 __all__ = ["Optimizer", "Parameters", "Scalar", "Update"]
@@ -193,15 +195,16 @@ class Optimizer:
             with enable_grad():
                 loss = closure()
         with no_grad():
-            for function, inputs, scalars, outputs in self._prepare():
+            calls = recorded(self) if interpreter().recording else self._prepare()
+            for function, inputs, scalars, outputs in calls:
                 function(*inputs, *scalars, out=outputs)
         return loss
 
     def _prepare(self) -> list[UpdateCall]:
         """The host's work of one step: creates missing state, counts, computes the scalars.
 
-        What is left is calling the kernels, in any order. A compiled step runs this before each
-        launch to refresh the scalars, which are the only part that differs from step to step.
+        What is left is calling the kernels, in any order. In a compiled step the scalars are the
+        only part that differs from step to step; see `flame.optim._recording`.
         """
         calls: list[UpdateCall] = []
         for group in self.param_groups:

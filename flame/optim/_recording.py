@@ -1,0 +1,82 @@
+"""An optimizer's step inside a compiled step: the kernels are recorded once, the scalars anew.
+
+Invariant: what Python does at a later step is counting and computing the scalars of each group, in
+the order of the first time; a change of anything else (options that select another update, state
+that was loaded) is noticed and recorded again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flame.ops.op import Stale, interpreter
+
+if TYPE_CHECKING:
+    from flame.optim._optimizer import Optimizer, UpdateCall
+
+Numbers = tuple[Any, ...]
+
+
+def recorded(optimizer: Optimizer) -> list[UpdateCall]:
+    """This step's kernel calls, with stand-ins for the scalars that each step computes anew."""
+    calls: list[UpdateCall] = []
+
+    def first() -> Numbers:
+        calls.extend(optimizer._prepare())
+        return _numbers(_distinct(calls))
+
+    chosen = _chosen(optimizer)
+    stand_ins = iter(interpreter().repeat(first, lambda: _again(optimizer, chosen, calls)))
+    known: dict[int, Numbers] = {}
+    for scalars in _distinct(calls):
+        known[id(scalars)] = tuple(s if _is_tensor(s) else next(stand_ins) for s in scalars)
+    return [call._replace(scalars=known[id(call.scalars)]) for call in calls]
+
+
+def _chosen(optimizer: Optimizer) -> list[tuple[dict[str, Any], Any, list[Any]]]:
+    """(group, update, parameters that have gradients) of every group."""
+    return [
+        (group, optimizer._update(group), [p for p in group["params"] if p.grad is not None])
+        for group in optimizer.param_groups
+    ]
+
+
+def _again(optimizer: Optimizer, chosen: Any, calls: list[UpdateCall]) -> Numbers:
+    """The scalars of a later step."""
+    known = iter(calls)
+    for group, update, parameters in chosen:
+        if optimizer._update(group) != update:
+            raise Stale("the optimizer's options")
+        for parameter in parameters:
+            buffers = next(known).outputs[1:]
+            state = optimizer.state[parameter]
+            for name, buffer in zip(update.buffers, buffers, strict=True):
+                if state.get(name) is not buffer:
+                    raise Stale("the optimizer's state")
+    found: list[Numbers] = []
+    known = iter(calls)
+    before: Numbers | None = None
+    for group, _, parameters in chosen:
+        for parameter in parameters:
+            step = 2
+            if optimizer._counts_steps:
+                state = optimizer.state[parameter]
+                step = state["step"] = state["step"] + 1
+            scalars = next(known).scalars
+            if scalars is not before:  # parameters that shared their scalars share them always
+                found.append(optimizer._scalars(group, step))
+                before = scalars
+    return _numbers(found)
+
+
+def _distinct(calls: list[UpdateCall]) -> list[Numbers]:
+    """The tuples of scalars, each once, in order."""
+    return list({id(call.scalars): call.scalars for call in calls}.values())
+
+
+def _numbers(scalars: list[Numbers]) -> Numbers:
+    return tuple(s for each in scalars for s in each if not _is_tensor(s))
+
+
+def _is_tensor(x: Any) -> bool:
+    return hasattr(x, "storage")
