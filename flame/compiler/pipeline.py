@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flame.compiler.plan import Plan, Step
 from flame.core.errors import ArgumentError, DeviceError, DTypeError, ShapeError
 from flame.core.types import TensorType
-from flame.graph.graph import Graph, one_op
+from flame.graph import Graph, one_op
 from flame.kernel.builder import BoundKernel, Lowering, Ref
 from flame.kernel.program import Kernel
 from flame.ops.op import Op, Types
@@ -34,8 +34,7 @@ def make_plan(
     if copies:
         return Plan(op, types, (), (), (), None, False, copies=copies)
     if isinstance(op, ViewOp):
-        made, offset = op.view(types, **attributes)
-        return Plan(op, types, (made,), (), (), None, False, offset)
+        return describe(op, types, attributes, out)
     graph = one_op(op, types, attributes)
     outputs = results(graph, out)
     lowering = lower(graph, outputs)
@@ -52,6 +51,17 @@ def make_plan(
         host=lowering.host,
         constants=lowering.constants,
     )
+
+
+def describe(
+    op: Op, types: Types, attributes: dict[str, Any], out: tuple[TensorType, ...] | None
+) -> Plan:
+    """What a call gives, without the code that does it."""
+    if isinstance(op, ViewOp):
+        made, offset = op.view(types, **attributes)
+        return Plan(op, types, (made,), (), (), None, False, offset, attributes=attributes)
+    outputs = results(one_op(op, types, attributes), out)
+    return Plan(op, types, outputs, (), (), None, False, attributes=attributes)
 
 
 def unreadable(op: Op, types: Types) -> tuple[int, ...]:

@@ -6,8 +6,8 @@ serves every call with the same signature.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from flame.core.types import TensorType
@@ -45,3 +45,4 @@ class Plan:
     copies: tuple[int, ...] = ()  # operands that must be copied to row-major memory first
     host: Callable[[Sequence[Any], Sequence[Any]], None] | None = None  # instead of steps
     constants: tuple[Any, ...] = ()  # arrays that the steps read
+    attributes: Mapping[str, Any] = field(default_factory=dict)
