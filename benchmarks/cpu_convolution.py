@@ -1,8 +1,10 @@
 """Convolutions of a ResNet-18 (CIFAR form) and of a small UNet, FLAME against PyTorch on the CPU.
 
-Both run in turn in one process; medians and best runs in GFLOP/s, and the ratio of median times
-(below 1 is faster than PyTorch). `--busy` measures one thread of each by its own CPU time, which
-means something on a machine that others use too.
+Each with channels first and with channels last in memory, all four in turn in one process: medians
+in GFLOP/s of the direct algorithm's operations (so a Winograd kernel may exceed what the machine
+can do), and the ratio of FLAME's to PyTorch's time with channels last (below 1 is faster than
+PyTorch). `--busy` measures one thread of each by its own CPU time, which means something on a
+machine that others use too.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,18 +67,21 @@ UNET = [
     Form(8, 128, 128, 16, 3),
     Form(8, 256, 128, 16, 3),
     Form(8, 192, 64, 32, 3),
+    Form(8, 128, 128, 8, 3),
+    Form(8, 256, 128, 16, 1),
     Form(8, 128, 128, 8, 1),
     Form(8, 64, 3, 32, 3),
 ]
+COLUMNS = ("FLAME", "FLAME last", "PyTorch", "PyTorch last")
 
 
 def alternate(
-    first: Callable[[], Any], second: Callable[[], Any], runs: int, clock: Callable[[], float]
-) -> tuple[list[float], list[float]]:
+    calls: Sequence[Callable[[], Any]], runs: int, clock: Callable[[], float]
+) -> list[list[float]]:
     """Seconds of each, in turn, after two runs to warm up."""
-    times: tuple[list[float], list[float]] = ([], [])
+    times: list[list[float]] = [[] for _ in calls]
     for turn in range(runs + 2):
-        for call, kept in zip((first, second), times, strict=True):
+        for call, kept in zip(calls, times, strict=True):
             # OpenMP's threads go on spinning for milliseconds after PyTorch's call; then a call
             # that is not timed wakes the threads of the one to measure
             time.sleep(SETTLE)
@@ -88,13 +93,62 @@ def alternate(
     return times
 
 
-def passes(form: Form) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """For each pass: the call in FLAME and in PyTorch."""
+Passes = dict[str, Callable[[], Any]]
+
+
+def flame_passes(form: Form, arrays: Sequence[Any], *, last: bool) -> Passes:
     import numpy as np
-    import torch
 
     import flame
     from flame.ops.convolution import operation
+
+    x, w, g = (flame.from_numpy(a) for a in arrays)
+    if last:
+        order, back = (0, 2, 3, 1), (0, 3, 1, 2)
+        x, g = (
+            flame.from_numpy(np.ascontiguousarray(arrays[i].transpose(order))).permute(*back)
+            for i in (0, 2)
+        )
+    options: dict[str, Any] = {
+        "stride": (form.stride,) * 2,
+        "padding": (form.padding,) * 2,
+        "dilation": (1, 1),
+        "groups": 1,
+    }
+    sizes = [a.shape[2:] for a in arrays]
+    return {
+        "forward": lambda: operation.convolution(x, w, None, size=sizes[2], **options),
+        "input gradient": lambda: operation.convolution_input_gradient(
+            g, w, None, size=sizes[0], **options
+        ),
+        "weight gradient": lambda: operation.convolution_weight_gradient(
+            g, x, size=sizes[1], **options
+        ),
+    }
+
+
+def torch_passes(form: Form, arrays: Sequence[Any], *, last: bool) -> Passes:
+    import torch
+
+    layout = torch.channels_last if last else torch.contiguous_format
+    x, w, g = (torch.from_numpy(a).contiguous(memory_format=layout) for a in arrays)
+    stride, padding = [form.stride] * 2, [form.padding] * 2
+
+    def backward(*wanted: bool) -> Any:
+        return torch.ops.aten.convolution_backward(
+            g, x, w, None, stride, padding, [1, 1], False, [0, 0], 1, wanted
+        )
+
+    return {
+        "forward": lambda: torch.nn.functional.conv2d(x, w, None, stride, padding),
+        "input gradient": lambda: backward(True, False, False),
+        "weight gradient": lambda: backward(False, True, False),
+    }
+
+
+def passes(form: Form) -> dict[str, list[Callable[[], Any]]]:
+    """For each pass: the calls of `COLUMNS`."""
+    import numpy as np
 
     rng = np.random.default_rng(0)
     shapes = (
@@ -103,41 +157,19 @@ def passes(form: Form) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]
         (form.images, form.outputs, form.result, form.result),
     )
     arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
-    x, w, g = (flame.from_numpy(a) for a in arrays)
-    theirs = [torch.from_numpy(a) for a in arrays]
-    stride, padding = [form.stride] * 2, [form.padding] * 2
-    options: dict[str, Any] = {
-        "stride": tuple(stride),
-        "padding": tuple(padding),
-        "dilation": (1, 1),
-        "groups": 1,
-    }
-
-    def backward(*wanted: bool) -> Any:
-        return torch.ops.aten.convolution_backward(
-            theirs[2], theirs[0], theirs[1], None, stride, padding, [1, 1], False, [0, 0], 1, wanted
-        )
-
-    return {
-        "forward": (
-            lambda: operation.convolution(x, w, None, size=shapes[2][2:], **options),
-            lambda: torch.nn.functional.conv2d(theirs[0], theirs[1], None, stride, padding),
-        ),
-        "input gradient": (
-            lambda: operation.convolution_input_gradient(g, w, None, size=shapes[0][2:], **options),
-            lambda: backward(True, False, False),
-        ),
-        "weight gradient": (
-            lambda: operation.convolution_weight_gradient(g, x, size=shapes[1][2:], **options),
-            lambda: backward(False, True, False),
-        ),
-    }
+    made = [
+        make(form, arrays, last=last)
+        for make in (flame_passes, torch_passes)
+        for last in (False, True)
+    ]
+    return {name: [each[name] for each in made] for name in made[0]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--busy", action="store_true", help="one thread each, by its CPU time")
+    parser.add_argument("--only", default="", help="layers whose line contains this text")
     arguments = parser.parse_args()
     if arguments.busy:
         os.environ["FLAME_NUM_THREADS"] = "1"
@@ -145,15 +177,17 @@ def main() -> None:
 
     torch.set_num_threads(1 if arguments.busy else 2)
     clock = time.thread_time if arguments.busy else time.perf_counter
-    print(f"{'':30}{'pass':>16}{'FLAME':>8}{'(best)':>8}{'PyTorch':>9}{'(best)':>8}  ratio")
+    heads = "".join(f"{column:>13}" for column in COLUMNS)
+    print(f"{'':34}{'pass':>16}{heads}  ratio", flush=True)
     for name, forms in (("resnet", RESNET), ("unet", UNET)):
         for form in forms:
-            for kind, (ours, theirs) in passes(form).items():
-                mine, others = alternate(ours, theirs, arguments.runs, clock)
-                a, b = statistics.median(mine), statistics.median(others)
-                speeds = [form.operations / t / 1e9 for t in (a, min(mine), b, min(others))]
-                columns = "".join(f"{v:{w}.0f}" for v, w in zip(speeds, (8, 8, 9, 8), strict=True))
-                print(f"{name:7}{form!s:23}{kind:>16}{columns}{a / b:7.2f}", flush=True)
+            if arguments.only not in f"{name} {form}":
+                continue
+            for kind, calls in passes(form).items():
+                times = [statistics.median(t) for t in alternate(calls, arguments.runs, clock)]
+                columns = "".join(f"{form.operations / t / 1e9:13.0f}" for t in times)
+                ratio = times[1] / times[3]
+                print(f"{name:7}{form!s:27}{kind:>16}{columns}{ratio:7.2f}", flush=True)
 
 
 if __name__ == "__main__":

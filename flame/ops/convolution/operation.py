@@ -14,7 +14,7 @@ from flame.core.errors import DTypeError, ShapeError, UnsupportedError
 from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Ref
 from flame.kernel.values import const
-from flame.ops.convolution import depthwise, references
+from flame.ops.convolution import depthwise, references, winograd
 from flame.ops.convolution.blocking import Tile, tile_for
 from flame.ops.convolution.contraction import Operands, Target, contract
 from flame.ops.convolution.geometry import (
@@ -130,10 +130,13 @@ def _contraction(
     if depthwise.fits(groups, summed, lanes):
         direct = depthwise.forward if summed_axis == 1 else depthwise.input_gradient
         return direct(x, weight, bias if isinstance(bias, TensorType) else None, out, geometry)
+    biased = bias if isinstance(bias, TensorType) else None
+    plan = winograd.plan_for(x, out, c, groups)
+    if plan is not None:
+        return winograd.lower(plan, x, weight, biased, out, summed_axis=summed_axis)
     tile = tile_for(dtype, lanes)
     kernels: list[BoundKernel] = []
     temporaries = _Temporaries()
-    biased = bias if isinstance(bias, TensorType) else None
     strided = any(a.spread != 1 for p in c.phases for a in p.axes) or not c.phases
     if not c.phases:
         return _only_bias(out, biased)
