@@ -7,8 +7,10 @@ code. So the backward pass of an elementwise op is one kernel, and higher orders
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
+
+import numpy as np
 
 from flame.core import dtypes
 from flame.core.dtypes import DType
@@ -16,6 +18,7 @@ from flame.core.errors import DTypeError, FlameError
 from flame.core.types import TensorType, contiguous_strides, like_strides, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
+from flame.kernel.evaluate import evaluate
 from flame.kernel.values import Value, cast, const
 from flame.ops.loops import BLOCK, Nest, broadcast_shapes, broadcast_strides, by_stride, coalesce
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types, Vjp
@@ -92,7 +95,7 @@ class Elementwise(Op):
         inputs: Sequence[str],
         rule: Rule,
         vjp: Vjp,
-        reference: Callable[..., Any],
+        reference: Callable[..., Any] | None,
         samples: Sequence[Sample] = (),
         register: bool = True,
         tolerance: float = 1.0,
@@ -110,7 +113,7 @@ class Elementwise(Op):
             lower=self._lower,
             vjp=vjp,
             failure=failure,
-            reference=reference,
+            reference=reference or self.evaluate,
             samples=samples,
             tolerance=tolerance,
             register=register,
@@ -183,7 +186,7 @@ class Elementwise(Op):
     def _instructions(self, operand_dtypes: Sequence[DType], attributes: dict[str, Any]) -> int:
         leaves = [values.param(f"x{i}", compute_dtype(d)) for i, d in enumerate(operand_dtypes)]
         made = self.scalar(*leaves, **attributes)
-        return _weight(made if isinstance(made, tuple) else (made,))
+        return weight(made if isinstance(made, tuple) else (made,))
 
     def backward(self, needs: tuple[bool, ...], types: Types) -> Elementwise:
         """The fused op (g, saved...) -> gradients of the needed inputs; see `backward_names`."""
@@ -228,13 +231,35 @@ class Elementwise(Op):
             inputs=("g", *names),
             rule=rule,
             vjp=NOT_DIFFERENTIABLE,
-            reference=_no_reference,
+            reference=None,
             register=False,
         )
 
+    def traced(
+        self, types: Types, attributes: Mapping[str, Any]
+    ) -> tuple[list[Value], list[Value]]:
+        """(parameters, results): the scalar function as values, before results are stored."""
+        operand_dtypes, _ = self.rule(self.name, types)
+        leaves = [values.param(f"x{i}", compute_dtype(d)) for i, d in enumerate(operand_dtypes)]
+        made = self.scalar(*leaves, **attributes)
+        return leaves, list(made) if isinstance(made, tuple) else [made]
 
-def _no_reference(*arrays: Any) -> Any:
-    raise AssertionError("a derived backward op has no reference of its own")
+    def evaluate(self, *operands: Any, **attributes: Any) -> Any:
+        """The op by NumPy: the meaning of ops that are derived from a function, not declared."""
+        types = tuple(
+            tensor_type(dtypes.from_numpy(x.dtype), x.shape)
+            if isinstance(x, np.ndarray)
+            else type(x)
+            for x in operands
+        )
+        leaves, results = self.traced(types, attributes)
+        found = evaluate(results, dict(zip(leaves, operands, strict=True)))
+        shape = broadcast_shapes(self.name, [np.shape(x) for x in operands])
+        made = tuple(
+            np.broadcast_to(x, shape).astype(d.numpy)
+            for x, d in zip(found, self.rule(self.name, types)[1], strict=True)
+        )
+        return made[0] if len(made) == 1 else made
 
 
 def _as_value(x: Any, dtype: DType) -> Value:
@@ -245,7 +270,7 @@ _LIGHT_UNARY: Final = ("neg", "abs", "not", "sqrt", "is_nan", "floor", "ceil", "
 _HEAVY_BINARY: Final = ("pow", "atan2", "floordiv", "mod")
 
 
-def _weight(results: Sequence[Value]) -> int:
+def weight(results: Sequence[Value]) -> int:
     """About how many instructions compute the values, each shared one counted once."""
     total, seen, waiting = 0, set(), list(results)
     while waiting:

@@ -35,7 +35,7 @@ class Pointwise:
         names = tuple(inspect.signature(function).parameters)
         self.op = Elementwise(
             self.__name__, self._scalar, inputs=names, rule=self._rule, vjp=NOT_DIFFERENTIABLE,
-            reference=function, register=False,
+            reference=None, register=False,
         )  # fmt: skip
 
     def __repr__(self) -> str:
