@@ -54,7 +54,7 @@ def _lower(types: Types, outputs: tuple[TensorType, ...], **attributes: Any) -> 
 
     def read(index: tuple[Value, ...]) -> Value:
         value = source[index]
-        return value if same else _computed(value, x.dtype, out.dtype)
+        return value if same else converted(value, x.dtype, out.dtype)
 
     crossing = _crossing(nest)
     if crossing is None:
@@ -102,7 +102,7 @@ def _transpose(
             k.store(target, at(row, column), tile[column, row])
 
 
-def _computed(value: Any, source: DType, target: DType) -> Any:
+def converted(value: Any, source: DType, target: DType) -> Any:
     """Conversion by value; what no integer holds, NaN first of all, becomes the smallest one."""
     number = cast(value, compute_dtype(source))
     if number.dtype.kind != "f" or target not in (dtypes.int64, dtypes.int32):

@@ -122,7 +122,7 @@ class Reduction(Op):
         count = math.prod(x.shape[d] for d in dims)
         strides = _spread(out.strides, x.ndim, dims, keepdim)
         plan = _coalesce(x, dims, strides)
-        total = self._total(x.dtype, out.dtype)
+        total = self.total_dtype(x.dtype, out.dtype)
         kept = math.prod(s for s, r in zip(plan.sizes, plan.reduced, strict=True) if not r)
         if count >= SPLIT and kept <= COLUMNS:
             return self._split(x, out, plan, total, count)
@@ -135,26 +135,26 @@ class Reduction(Op):
             plan,
             source,
             total,
-            lambda index, v: k.store(target, index, self._finished(v, size, out.dtype)),
-            self._prepared(x.dtype, total),
+            lambda index, v: k.store(target, index, self.finished(v, size, out.dtype)),
+            self.prepared(x.dtype, total),
         )
         return k.finish()
 
-    def _total(self, source: DType, result: DType) -> DType:
+    def total_dtype(self, source: DType, result: DType) -> DType:
         if self.combine in ("max", "min") or source.kind == "b":
             return (
                 compute_dtype(source) if self.combine in ("max", "min") else compute_dtype(result)
             )
         return compute_dtype(result)
 
-    def _prepared(self, source: DType, total: DType) -> Callable[[Value], Value]:
+    def prepared(self, source: DType, total: DType) -> Callable[[Value], Value]:
         def prepared(v: Value) -> Value:
             v = cast(v, compute_dtype(source))
             return cast(v if self.prepare is None else self.prepare(v), total)
 
         return prepared
 
-    def _finished(self, value: Value, count: Value, dtype: DType) -> Value:
+    def finished(self, value: Value, count: Value, dtype: DType) -> Value:
         if self.finish is not None:
             value = self.finish(value, cast(count, value.dtype))
         return cast(value, dtype)
@@ -183,7 +183,7 @@ class Reduction(Op):
             step,
             parts,
             kept,
-            self._prepared(x.dtype, total),
+            self.prepared(x.dtype, total),
         )
         second = KernelBuilder(f"{self.name}_total")
         strides = (0, *(plan.target[i] for i in kept))
@@ -196,7 +196,7 @@ class Reduction(Op):
             rest,
             source,
             total,
-            lambda index, v: second.store(result, index, self._finished(v, whole, out.dtype)),
+            lambda index, v: second.store(result, index, self.finished(v, whole, out.dtype)),
             lambda v: v,
         )
         return Lowering((first.bind(), second.bind()), (partial.numel * total.itemsize,))

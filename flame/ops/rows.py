@@ -77,6 +77,7 @@ class RowLoops:
         self.width = _block_width(rows.kept.sizes) if rows.columns else 0
         self.unroll = unroll_for(self.width or (rows.row.sizes[-1] if rows.row.sizes else 1))
         self.sizes = [k.size(n) for n in rows.row.sizes]
+        self.lane = values.const(0)  # of rows side by side: the row's number in its block
 
     @contextmanager
     def each_row(self, passes: int = 1) -> Iterator[Index]:
@@ -93,6 +94,7 @@ class RowLoops:
             start = block * width
             extent = values.binary("min", k.size(kept[-1]) - start, values.const(width))
             with k.vector(extent, self.unroll) as lane:
+                self.lane = lane
                 yield (*outer, start + lane)
 
     @contextmanager

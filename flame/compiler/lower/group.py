@@ -1,0 +1,96 @@
+"""Which kernels a group becomes, or that it is better not to be one.
+
+Rules, as far as they are about one group:
+ - without reductions: `pointwise`. All nodes stand at the full level.
+ - reductions whose rows stay in cache, and are enough to share among threads: `rows`.
+ - other reductions: `parts`; what needs their results at the full level is another group.
+ - vectors along the innermost loop: every operand that is not small has a step of 0 or 1 there.
+ - at most so many operands, so many instructions: what does not fit registers is no gain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flame.compiler.lower.atoms import Mismatch
+from flame.compiler.lower.parts import lower_parts
+from flame.compiler.lower.passes import in_place_pairs, passes_of
+from flame.compiler.lower.pointwise import lower_pointwise
+from flame.compiler.lower.rows import lower_rows, rows_in
+from flame.compiler.lower.scalars import weight_of
+from flame.compiler.lower.space import Space
+from flame.kernel.builder import Lowering
+from flame.ops.reductions import Reduction
+
+MAX_OPERANDS = 24
+MAX_WEIGHT = 640
+ROW = 32768  # points of the longest row that is visited several times
+ROW_ACROSS = 2048  # points of the longest row beside others
+ROWS = 8  # rows that are enough to share among threads
+SMALL = 65536  # points of all loops below which one thread does
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """A way to lower a space."""
+
+    name: str
+    lower: Callable[[Space], Lowering]
+
+
+POINTWISE = Kind("pointwise", lower_pointwise)
+ROWS_IN_CACHE = Kind("rows", lower_rows)
+PARTS = Kind("parts", lower_parts)
+
+
+def kind_of(space: Space) -> Kind:
+    """How a space is lowered. Raises Mismatch where it cannot be, or should not be."""
+    if len(space.accesses) + len(space.stores) > MAX_OPERANDS or _weight(space) > MAX_WEIGHT:
+        raise Mismatch
+    if not space.reduced and not any(isinstance(n.op, Reduction) for n in space.nodes):
+        if len(space.full) != len(space.nodes):
+            raise Mismatch
+        _check_vectors(space, len(space.loops) - 1)
+        return POINTWISE
+    rows = rows_in(space)
+    length, count = rows.length, rows.count
+    few = length * count <= SMALL
+    if few or (length <= (ROW_ACROSS if rows.columns else ROW) and count >= ROWS):
+        classes = [atom in space.reduced for atom in space.loops]
+        wanted = not rows.columns
+        inner = max((i for i, gone in enumerate(classes) if gone == wanted), default=-1)
+        _check_vectors(space, inner)
+        return ROWS_IN_CACHE
+    if not space.reduced or _uses_results(space):
+        raise Mismatch
+    _check_vectors(space, len(space.loops) - 1)
+    return PARTS
+
+
+def _weight(space: Space) -> int:
+    return sum(weight_of(n) for n in space.nodes if not isinstance(n.op, Reduction))
+
+
+def _check_vectors(space: Space, inner: int) -> None:
+    """Raise Mismatch where a large operand would be gathered or scattered."""
+    if inner < 0:
+        return
+    atom = space.loops[inner]
+    for access in (*space.accesses, *space.stores):
+        large = math.prod(a.size for a in access.steps) > 4096
+        if large and access.steps.get(atom, 0) not in (0, 1):
+            raise Mismatch
+
+
+def _uses_results(space: Space) -> bool:
+    """Whether a node at the full level needs one at the kept level."""
+    kept = {s for n in space.nodes for s in n.outputs}
+    kept -= {s for n in space.full if not isinstance(n.op, Reduction) for s in n.outputs}
+    return any(space.inside(x) in kept for n in space.full for x in n.inputs)
+
+
+def pairs_of(space: Space) -> frozenset[tuple[int, int]]:
+    """See `Task.in_place`."""
+    return in_place_pairs(passes_of(space))

@@ -1,0 +1,154 @@
+"""Fused schedules against the graph's references."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flame  # noqa: F401 - declares every op
+from flame.compiler.schedule.fusion import fuse
+from flame.compiler.schedule.unfused import one_task_a_node
+from flame.core import dtypes
+from flame.core.dtypes import DType
+from flame.core.types import TensorType
+from flame.graph import Graph, Symbol, interpret
+from flame.testing.schedules import GraphBuilder, run_schedule
+
+pytestmark = pytest.mark.unit
+
+
+def values_of(graph: Graph, seed: int = 0) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    found: list[Any] = []
+    for symbol in graph.inputs:
+        if symbol.type is float:
+            found.append(float(rng.uniform(0.5, 1.5)))
+        elif not isinstance(symbol.type, TensorType):
+            found.append(int(rng.integers(1, 4)))
+        else:
+            drawn = rng.uniform(-2, 2, symbol.type.shape)
+            if symbol.type.dtype.kind in "iu":
+                drawn = rng.integers(-3, 4, symbol.type.shape)
+            elif symbol.type.dtype.kind == "b":
+                drawn = drawn > 0
+            found.append(np.asarray(drawn).astype(symbol.type.dtype.numpy))
+    return found
+
+
+def check(graph: Graph, tasks: int, *, exact: bool = False) -> None:
+    """The fused schedule has so many tasks, and the references' results."""
+    schedule = fuse(graph)
+    assert len(schedule.tasks) == tasks, f"\n{schedule}"
+    values = values_of(graph)
+    made = run_schedule(schedule, values)
+    wanted = run_schedule(one_task_a_node(graph), values)
+    half = any(
+        isinstance(s.type, TensorType) and s.type.dtype.bits == 16
+        for node in graph.nodes
+        for s in (*node.symbols, *node.outputs)
+    )
+    for symbol, mine, other, oracle in zip(
+        graph.results, made, wanted, interpret(graph, values), strict=True
+    ):
+        assert isinstance(symbol.type, TensorType)
+        loose = half or symbol.type.dtype is dtypes.bfloat16
+        tolerance = 3e-2 if loose else 1e-12 if symbol.type.dtype is dtypes.float64 else 3e-5
+        np.testing.assert_allclose(
+            mine.astype(np.float64), oracle.astype(np.float64), rtol=tolerance, atol=tolerance
+        )
+        if exact:
+            np.testing.assert_array_equal(mine, other)
+
+
+def softmax(g: GraphBuilder, x: Symbol, dim: int) -> Symbol:
+    top = g("amax", x, dims=(dim,), keepdim=True)
+    e = g("exp", g("sub", x, top))
+    made: Symbol = g("div", e, g("sum", e, dims=(dim,), keepdim=True))
+    return made
+
+
+@pytest.mark.parametrize("dtype", [dtypes.float32, dtypes.float64, dtypes.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 7), (3, 1), (1, 1), (), (40, 300), (2, 3, 4)])
+def test_a_chain_is_one_kernel(dtype: DType, shape: tuple[int, ...]) -> None:
+    g = GraphBuilder()
+    x, y, s = g.input(shape, dtype), g.input(shape, dtype), g.number(float)
+    z = g("mul", g("add", x, y), s)
+    w = g("tanh", g("add", z, 0.5))
+    check(g.graph(w, z), 1, exact=dtype is not dtypes.bfloat16)
+
+
+def test_broadcasts_casts_and_bool() -> None:
+    g = GraphBuilder()
+    x, row, column = g.input((6, 9)), g.input((9,), dtypes.bfloat16), g.input((6, 1), dtypes.int64)
+    y = g("add", g("mul", x, row), column)
+    mask = g("gt", y, 0)
+    z = g("where", mask, y, 0.0)
+    half = g("copy", z, dtype=dtypes.bfloat16)
+    check(g.graph(mask, z, half), 1)
+
+
+def test_views_are_seen_through() -> None:
+    g = GraphBuilder()
+    x = g.input((6, 8, 5))
+    a = g("exp", x)
+    b = g("view", a, shape=(48, 5))
+    c = g("add", b, g.input((48, 1)))
+    d = g("permute", g("view", c, shape=(2, 3, 8, 5)), dims=(1, 0, 2, 3))
+    e = g("mul", d, g.input((3, 1, 8, 1)))
+    check(g.graph(e, b), 1, exact=True)
+
+
+def test_a_view_that_is_a_part_reads_memory() -> None:
+    g = GraphBuilder()
+    a = g("exp", g.input((6, 8)))
+    part = g("slice", a, dim=1, start=2, stop=5, step=1)
+    check(g.graph(g("neg", part)), 2, exact=True)
+
+
+def test_transposed_use_of_one_value_is_no_group() -> None:
+    g = GraphBuilder()
+    a = g("exp", g.input((6, 6)))
+    check(g.graph(g("add", a, g("permute", a, dims=(1, 0)))), 2, exact=True)
+
+
+@pytest.mark.parametrize("dtype", [dtypes.float32, dtypes.float64, dtypes.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 7), (40, 300), (1, 1), (3, 1), (2, 3, 65), (12, 1000)])
+@pytest.mark.parametrize("dim", [0, -1])
+def test_softmax_is_one_kernel(dtype: DType, shape: tuple[int, ...], dim: int) -> None:
+    g = GraphBuilder()
+    check(g.graph(softmax(g, g.input(shape, dtype), dim % len(shape))), 1)
+
+
+def layer_norm(g: GraphBuilder, x: Symbol, weight: Symbol, bias: Symbol) -> Symbol:
+    centred = g("sub", x, g("mean", x, dims=(1,), keepdim=True))
+    variance = g("mean", g("mul", centred, centred), dims=(1,), keepdim=True)
+    scale = g("rsqrt", g("add", variance, 1e-5))
+    made: Symbol = g("add", g("mul", g("mul", centred, scale), weight), bias)
+    return made
+
+
+def test_layer_norm_with_its_residual_is_one_kernel() -> None:
+    g = GraphBuilder()
+    x, r, w, b = g.input((30, 40)), g.input((30, 40)), g.input((40,)), g.input((40,))
+    total = g("add", x, r)
+    check(g.graph(layer_norm(g, total, w, b), total), 1)
+
+
+def test_a_long_sum_is_parts_and_a_total_with_its_prologue() -> None:
+    g = GraphBuilder()
+    x, y = g.input((300, 700)), g.input((300, 700))
+    d = g("sub", x, y)
+    loss = g("mean", g("mul", d, d), dims=(0, 1), keepdim=False)
+    check(g.graph(g("sqrt", loss), d), 1)
+
+
+def test_column_sums_of_one_operand_are_one_task() -> None:
+    g = GraphBuilder()
+    x, y = g.input((3000, 70)), g.input((3000, 70))
+    product = g("mul", x, y)
+    check(
+        g.graph(g("sum", x, dims=(0,), keepdim=False), g("sum", product, dims=(0,), keepdim=False)),
+        1,
+    )
