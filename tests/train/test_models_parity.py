@@ -101,7 +101,7 @@ def test_forward_and_gradients(name: str, training: bool) -> None:
         expected = wanted[key].grad.numpy()
         # As a whole: where a ReLU's input is zero but for rounding, single elements may differ.
         distance = np.linalg.norm(parameter.grad.numpy() - expected)
-        assert distance <= 2e-3 * np.linalg.norm(expected) + 1e-6, key
+        assert distance <= 5e-3 * np.linalg.norm(expected) + 1e-6, key
 
 
 def test_resnet_running_statistics_and_evaluation_after_training() -> None:

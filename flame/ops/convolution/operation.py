@@ -14,7 +14,7 @@ from flame.core.errors import DTypeError, ShapeError, UnsupportedError
 from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Ref
 from flame.kernel.values import const
-from flame.ops.convolution import depthwise, references, winograd
+from flame.ops.convolution import depthwise, references, winograd, winograd_gradient
 from flame.ops.convolution.blocking import Tile, tile_for
 from flame.ops.convolution.contraction import Operands, Target, contract
 from flame.ops.convolution.geometry import (
@@ -312,6 +312,9 @@ def _lower_weight_gradient(
     geometry = Geometry.of(size, stride, padding, dilation, groups)
     if depthwise.fits(groups, out.shape[1], out.shape[0] // groups):
         return depthwise.weight_gradient(g, x, out, geometry)
+    plan = winograd_gradient.plan_for(g, x, geometry)
+    if plan is not None:
+        return winograd_gradient.lower(plan, g, x, out)
     c = forward(geometry, g.shape[2:])
     phase = c.phases[0]
     kernels: list[BoundKernel] = []

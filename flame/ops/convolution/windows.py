@@ -50,17 +50,16 @@ class Strips:
 
 
 class Window:
-    """Scratch memory (rows, columns, depth) for ``channels`` of a source (N, C, 1, H, W).
-
-    Channels from ``channels`` to ``depth`` are zeros.
+    """Scratch memory (rows, columns, depth) for up to ``depth`` channels of a source
+    (N, C, 1, H, W); channels that it has not are zeros.
     """
 
     def __init__(
         self, k: KernelBuilder, source: Operand, type_: TensorType, *, rows: int, columns: int,
-        depth: int, channels: int,
+        depth: int,
     ) -> None:  # fmt: skip
         self.k, self.source, self.type = k, source, type_
-        self.rows, self.depth, self.channels = rows, depth, channels
+        self.rows, self.depth, self.channels = rows, depth, type_.shape[1]
         self.memory = k.scratch(dtypes.float32, (rows, columns, depth))
         self.flat = Operand(self.memory.buffer, (1,), (const(1),))
 
@@ -84,18 +83,21 @@ class Window:
         zero = const(0)
         start = values.binary("min", values.binary("max", -left, zero), columns)
         stop = values.binary("max", values.binary("min", width - left, columns), start)
+        count = const(self.depth)
+        if self.channels % self.depth:
+            count = values.binary("min", k.size(self.channels) - channel, count)
         with k.loop(self.rows) as i:
             row = top + i
             inside = (row >= 0) & (row < height)
             place = self.memory.at((i, zero, zero))
             with k.when(inside):
-                if self.depth != self.channels:
+                if self.channels % self.depth:
                     self._clear(place, zero, columns)
                 else:
                     self._clear(place, zero, start)
                     self._clear(place, stop, columns)
                 index = image, channel, zero, row, left + start
-                self._copy(self.source.at(index), place + start * self.depth, stop - start)
+                self._copy(self.source.at(index), place + start * self.depth, stop - start, count)
             with k.when(~inside):
                 self._clear(place, zero, columns)
 
@@ -104,20 +106,20 @@ class Window:
             offset = place + begin * self.depth
             self.k.store(self.flat, (offset + v,), const(0, dtypes.float32))
 
-    def _copy(self, source: Value, place: Value, columns: Value) -> None:
-        """``columns`` positions of a row."""
-        k, strides = self.k, self.type.strides
+    def _copy(self, source: Value, place: Value, columns: Value, count: Value) -> None:
+        """``columns`` positions of a row, ``count`` channels of each."""
+        k, strides, memory = self.k, self.type.strides, self.source.buffer
         step = self.source.strides[4]
-        load = self.source.buffer
         if strides[1] != 1 and (strides[4] == 1 or self.type.shape[4] == 1):
             k.transpose(
-                const(self.channels), columns, Matrix(load, source, self.source.strides[1]),
+                count, columns, Matrix(memory, source, self.source.strides[1]),
                 Matrix(self.memory.buffer, place, const(self.depth)),
             )  # fmt: skip
         elif strides[1] == 1 and strides[4] == self.channels == self.depth:
             with k.vector(columns * self.depth, 4) as v:
-                k.store(self.flat, (place + v,), values.load(load, source + v))
+                k.store(self.flat, (place + v,), values.load(memory, source + v))
         else:
-            with k.loop(columns) as j, k.vector(self.channels, 1) as v:
-                value = values.load(load, source + j * step + v * self.source.strides[1])
+            unroll = 4 if self.depth % 64 == 0 else 1
+            with k.loop(columns) as j, k.vector(count, unroll) as v:
+                value = values.load(memory, source + j * step + v * self.source.strides[1])
                 k.store(self.flat, (place + j * self.depth + v,), value)

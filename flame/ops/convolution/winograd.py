@@ -218,7 +218,7 @@ class _Products:
         columns = self.strips.most
         self.window = Window(
             k, self.source, x, rows=n, columns=(columns - 1) * self.t.results + n,
-            depth=plan.depth, channels=plan.summed,
+            depth=plan.depth,
         )  # fmt: skip
         f32 = dtypes.float32
         self.transformed = k.scratch(f32, (points, part * plan.depth + GAP))
@@ -308,10 +308,12 @@ class _Products:
                     k.store(self.results, (const(i), tile * m + j, v), value)
             height = values.binary("min", k.size(self.plan.size[0]) - row * m, const(m))
             width = values.binary("min", k.size(self.plan.size[1]) - column * m, count * m)
-            with k.loop(height) as i:
-                self._store_row((image, channel, row * m + i, column * m), i, width)
+            with k.loop(height) as line:
+                self._store_row((image, channel, row * m + line, column * m), line, width)
 
-    def _store_row(self, index: tuple[Value, Value, Value, Value], i: Value, width: Value) -> None:
+    def _store_row(
+        self, index: tuple[Value, Value, Value, Value], line: Value, width: Value
+    ) -> None:
         """Results of ``width`` neighbouring positions, and of a block of channels, from ``index``
         (image, channel, row, column): here, and only here, results leave the kernel.
         """
@@ -324,9 +326,9 @@ class _Products:
         flat = Operand(self.out.buffer, (1,), (const(1),))
         if self.out_type.strides[1] == 1:
             with k.loop(width) as j, k.vector(count, 1) as v:
-                k.store(flat, (place + j * self.out.strides[4] + v,), self.results[i, j, v])
+                k.store(flat, (place + j * self.out.strides[4] + v,), self.results[line, j, v])
             return
-        begin = self.results.at((i, const(0), const(0)))
+        begin = self.results.at((line, const(0), const(0)))
         k.transpose(
             width, count,
             Matrix(self.results.buffer, begin, const(lanes)),
