@@ -1,10 +1,14 @@
-"""The `launch` builtin. Invariant: what Python reads of it lives as long as the process."""
+"""The `launch` builtin, and how builtins are made.
+
+Invariant: what Python reads of them lives as long as the process.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from flame.runtime.cpu.pool import pool
 
@@ -33,15 +37,20 @@ class _MethodDefinition(ctypes.Structure):
 _definitions: list[_MethodDefinition] = []
 
 
-@cache
-def launcher() -> Callable[..., None]:
-    """`launch(address, n, grain, *arguments)`, made from machine code at the first call."""
-    definition = _MethodDefinition(b"launch", pool().launch_address, _METH_FASTCALL, _DOC)
+def builtin(name: bytes, address: int, doc: bytes) -> Callable[..., Any]:
+    """A function of Python from machine code of CPython's type _PyCFunctionFast."""
+    definition = _MethodDefinition(name, address, _METH_FASTCALL, doc)
     _definitions.append(definition)
     # Builtins may be called after this module is gone; the definition must not go with it.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(definition))
     make = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)(
         ("PyCFunction_NewEx", ctypes.pythonapi)
     )
-    built: Callable[..., None] = make(ctypes.addressof(definition), None, None)
+    built: Callable[..., Any] = make(ctypes.addressof(definition), None, None)
     return built
+
+
+@cache
+def launcher() -> Callable[..., None]:
+    """`launch(address, n, grain, *arguments)`, made from machine code at the first call."""
+    return builtin(b"launch", pool().launch_address, _DOC)
