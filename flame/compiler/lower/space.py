@@ -140,7 +140,7 @@ class _Builder:
         self.dims[node.outputs[0]] = kept
 
     def connect(self) -> None:
-        """Where loops seem to be different ones, nodes that read one operand read the same place."""
+        """Where loops seem to differ, nodes that read one operand read it at the same place."""
         first: dict[Symbol, Dims] = {}
         for _, _, symbol, dims in self.reads:
             other = first.setdefault(symbol, dims)

@@ -14,7 +14,7 @@ import heapq
 from collections.abc import Iterator
 
 from flame.compiler.lower.atoms import Mismatch
-from flame.compiler.lower.flow import Flow
+from flame.compiler.lower.flow import Flow, tensor_of
 from flame.compiler.lower.group import Kind, kind_of, pairs_of
 from flame.compiler.lower.operands import kernel_name, task_inputs
 from flame.compiler.lower.space import Space, space_of
@@ -45,8 +45,11 @@ def fusable(node: Node) -> bool:
     """Whether a node can be part of a group of several nodes."""
     if isinstance(node.op, Elementwise):
         able = node.op.invalid is None
+    elif isinstance(node.op, Reduction):
+        x = tensor_of(node.inputs[0])
+        able = any(x.shape[d] != 1 for d in node.attributes["dims"])
     else:
-        able = isinstance(node.op, Reduction) or node.op is copy
+        able = node.op is copy
     types = [s.type for s in (*node.symbols, *node.outputs)]
     return able and all(t.numel for t in types if isinstance(t, TensorType))
 
