@@ -100,11 +100,16 @@ attach(globals())
 set_interpreter(Eager())
 del attach, set_interpreter, Eager
 
+_LATE = {"compile": "flame.recording"}
 _PACKAGES = ("autograd", "checkpoint", "data", "nn", "optim", "testing")
 
 
 def __getattr__(name: str) -> object:
     """``flame.nn`` and its like are imported at their first use, as they take time."""
+    if name in _LATE:
+        import importlib
+
+        return getattr(importlib.import_module(_LATE[name]), name)
     if name in _PACKAGES:
         import importlib
 

@@ -53,7 +53,7 @@ class Eager(Interpreter):
             elif x.__class__ in _PLAIN:
                 signature.append(x.__class__)
             else:
-                return self.apply(op, tuple([_as_operand(op, y) for y in inputs]), attributes, out)
+                return self.apply(op, tuple([as_operand(op, y) for y in inputs]), attributes, out)
         if attributes:
             signature.append(tuple(attributes.items()))
         if out is not None:
@@ -165,7 +165,7 @@ class Eager(Interpreter):
 _PLAIN = frozenset({float, int, bool, type(None)})
 
 
-def _as_operand(op: Op, x: Any) -> Any:
+def as_operand(op: Op, x: Any) -> Any:
     """What is no tensor as a plain number: those of NumPy and of other subclasses too."""
     if isinstance(x, Tensor) or x.__class__ in _PLAIN:
         return x

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from flame.autograd import engine
-from flame.autograd.mode import no_grad, set_grad_enabled
+from flame.autograd.mode import mode, no_grad, set_grad_enabled
 from flame.core import dtypes
 from flame.core.device import Device, check_device
 from flame.core.dtypes import DType
@@ -27,6 +27,7 @@ from flame.core.errors import (
 )
 from flame.core.handle import Handle
 from flame.core.types import Shape, TensorType, tensor_type
+from flame.ops.op import interpreter
 from flame.runtime.storage import Storage
 
 if TYPE_CHECKING:
@@ -368,17 +369,21 @@ class Tensor(Handle, Methods):
 
         Assigning raises DTypeError for what is no tensor, GradientError for another shape or dtype.
         """
+        if mode.recorder is not None:
+            mode.recorder.meets_gradient(self, read=True)
         return self._grad
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
         if value is not None:
             _check_gradient(self, value)
+        if mode.recorder is not None:
+            mode.recorder.meets_gradient(self, read=False)
         self._grad = value
 
     @grad.deleter
     def grad(self) -> None:
-        self._grad = None
+        self.grad = None
 
     @property
     def is_leaf(self) -> bool:
@@ -591,6 +596,12 @@ def _unpickle(
 
 def from_array(array: np.ndarray[Any, Any], dtype: DType | None = None) -> Tensor:
     """A tensor over a NumPy array's memory."""
+    made = _over_array(array, dtype)
+    interpreter().made(made)
+    return made
+
+
+def _over_array(array: np.ndarray[Any, Any], dtype: DType | None) -> Tensor:
     found = dtype or dtypes.from_numpy(array.dtype)
     size = array.dtype.itemsize
     if any(s < 0 or s % size for s in array.strides) or not array.flags.aligned:

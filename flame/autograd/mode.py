@@ -17,6 +17,7 @@ class _Mode(threading.local):
     inference = False
     anomaly = False
     saver: Any = None  # what keeps tensors for backward in place of the tape itself
+    recorder: Any = None  # what is told of every look at a ``grad``
 
 
 mode = _Mode()

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self, TypeVar
 
 import flame
+from flame.core.changes import changes
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, FlameError, StateError, UnsupportedError
 from flame.nn import _state
 from flame.nn._conversion import converter
 from flame.nn._hookable import Hookable
 from flame.nn.parameter import Parameter
+from flame.ops.op import interpreter
 from flame.tensor import Tensor
 
 __all__ = ["Module"]
@@ -53,6 +55,9 @@ class Module(Hookable):
         raise UnsupportedError(f"{self._get_name()}: defines no forward method")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        current = interpreter()
+        if current.recording:
+            current.meets(self)
         try:
             if self._hooks is None:
                 return self.forward(*args, **kwargs)
@@ -73,6 +78,7 @@ class Module(Hookable):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
+        changes.count += 1
         if isinstance(value, Parameter):
             self.register_parameter(name, value)
         elif isinstance(value, Module):
@@ -95,6 +101,7 @@ class Module(Hookable):
                 )
 
     def __delattr__(self, name: str) -> None:
+        changes.count += 1
         members = _members_with(self, name)
         if members is None:
             object.__delattr__(self, name)
@@ -257,8 +264,15 @@ class Module(Hookable):
         """Set training mode for the whole tree (dropout and batch statistics depend on it)."""
         if not isinstance(mode, bool):
             raise ArgumentError(f"Module.train: mode must be a bool, got {type(mode).__name__}")
-        for module in self.modules():
-            module.training = mode
+
+        def set_mode() -> None:
+            for module in self.modules():
+                module.training = mode
+
+        current = interpreter()
+        if current.recording:
+            current.modes_set.update(map(id, self.modules()))
+        current.repeat(set_mode)
         return self
 
     def eval(self) -> Self:
@@ -274,11 +288,11 @@ class Module(Hookable):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of all parameters, or with `set_to_none=False` set them to zero."""
         for parameter in self.parameters():
-            gradient = parameter.grad
-            if gradient is None:
-                continue
             if set_to_none:
                 parameter.grad = None
+                continue
+            gradient = parameter.grad
+            if gradient is None:
                 continue
             if not gradient.is_leaf:  # of a backward pass with create_graph=True
                 gradient.detach_()

@@ -173,11 +173,9 @@ class Optimizer:
         """Forget all gradients, or with `set_to_none=False` fill them with zeros."""
         with no_grad():
             for parameter in self._parameters():
-                if parameter.grad is None:
-                    continue
                 if set_to_none:
                     parameter.grad = None
-                else:
+                elif parameter.grad is not None:
                     parameter.grad = zeros_like(parameter.grad)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -26,11 +26,14 @@ def recorded(optimizer: Optimizer) -> list[UpdateCall]:
         return _numbers(_distinct(calls))
 
     chosen = _chosen(optimizer)
-    stand_ins = iter(interpreter().repeat(first, lambda: _again(optimizer, chosen, calls)))
-    known: dict[int, Numbers] = {}
-    for scalars in _distinct(calls):
-        known[id(scalars)] = tuple(s if _is_tensor(s) else next(stand_ins) for s in scalars)
-    return [call._replace(scalars=known[id(call.scalars)]) for call in calls]
+    known: list[tuple[tuple[Any, ...], Numbers]] = []
+    stand_ins = iter(interpreter().repeat(first, lambda: _again(optimizer, chosen, known)))
+    known += [(call.outputs[1:], call.scalars) for call in calls]
+    replaced = {
+        id(scalars): tuple(s if _is_tensor(s) else next(stand_ins) for s in scalars)
+        for scalars in _distinct(calls)
+    }
+    return [call._replace(scalars=replaced[id(call.scalars)]) for call in calls]
 
 
 def _chosen(optimizer: Optimizer) -> list[tuple[dict[str, Any], Any, list[Any]]]:
@@ -41,20 +44,20 @@ def _chosen(optimizer: Optimizer) -> list[tuple[dict[str, Any], Any, list[Any]]]
     ]
 
 
-def _again(optimizer: Optimizer, chosen: Any, calls: list[UpdateCall]) -> Numbers:
-    """The scalars of a later step."""
-    known = iter(calls)
+def _again(optimizer: Optimizer, chosen: Any, known: list[tuple[Any, Numbers]]) -> Numbers:
+    """The scalars of a later step. known: buffers and first scalars of each parameter."""
+    entries = iter(known)
     for group, update, parameters in chosen:
         if optimizer._update(group) != update:
             raise Stale("the optimizer's options")
         for parameter in parameters:
-            buffers = next(known).outputs[1:]
+            buffers, _ = next(entries)
             state = optimizer.state[parameter]
             for name, buffer in zip(update.buffers, buffers, strict=True):
                 if state.get(name) is not buffer:
                     raise Stale("the optimizer's state")
     found: list[Numbers] = []
-    known = iter(calls)
+    entries = iter(known)
     before: Numbers | None = None
     for group, _, parameters in chosen:
         for parameter in parameters:
@@ -62,7 +65,7 @@ def _again(optimizer: Optimizer, chosen: Any, calls: list[UpdateCall]) -> Number
             if optimizer._counts_steps:
                 state = optimizer.state[parameter]
                 step = state["step"] = state["step"] + 1
-            scalars = next(known).scalars
+            _, scalars = next(entries)
             if scalars is not before:  # parameters that shared their scalars share them always
                 found.append(optimizer._scalars(group, step))
                 before = scalars

@@ -11,10 +11,12 @@ Invariants:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from flame.core.errors import ArgumentError, DTypeError, StateError, UnsupportedError
+from flame.ops.op import interpreter
 from flame.optim._arguments import as_float
 from flame.optim._optimizer import Optimizer
 from flame.optim._tensors import Tensor, no_grad
@@ -72,6 +74,16 @@ def set_rate(group: dict[str, Any], rate: float) -> None:
         group["lr"] = rate
 
 
+def each_step(step: Callable[..., None]) -> Callable[..., None]:
+    """A schedule's step as Python's own work: a compiled step does it again at each call."""
+
+    @functools.wraps(step)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        interpreter().repeat(lambda: step(self, *args, **kwargs))
+
+    return wrapper
+
+
 class LRScheduler:
     """Base class of schedules; a subclass defines `get_lr`.
 
@@ -83,6 +95,11 @@ class LRScheduler:
         StateError: last_epoch is given, but the optimizer's groups hold no "initial_lr" to go on
             from.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "step" in vars(cls):
+            cls.step = each_step(cls.step)  # type: ignore[method-assign]
 
     _not_saved: ClassVar[frozenset[str]] = frozenset({"optimizer", "_is_initial"})
 
@@ -113,6 +130,7 @@ class LRScheduler:
         """The rate of each group at `last_epoch`, from the present rates in a recursion."""
         raise UnsupportedError(f"{self._name}: a schedule defines get_lr")
 
+    @each_step
     def step(self, epoch: int | None = None) -> None:
         """Go to the next epoch, or to the given one, after the optimizer's steps."""
         self._step_count += 1

@@ -1,0 +1,54 @@
+"""The flow from a recorded step to a program, one verb and one noun a stage.
+
+graph    = optimize(graph)          Graph -> Graph, see `flame.compiler.passes`
+schedule = fuse(graph)              which nodes run together, as kernels
+program  = Program.build(schedule)  memory, machine code, one native call
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flame.compiler.passes import optimize
+from flame.compiler.program import Program
+from flame.compiler.schedule import Schedule, one_task_a_node
+from flame.compiler.schedule.task import owners_of
+from flame.core.types import TensorType
+from flame.graph import Graph, Node, Symbol
+from flame.ops.conversion import copy
+
+
+def compile_graph(graph: Graph, state: Mapping[Symbol, int]) -> Program:
+    """The program of a graph; ``state``: addresses of the inputs that stay where they are."""
+    return Program.build(schedule_of(graph), state)
+
+
+def schedule_of(graph: Graph) -> Schedule:
+    """The graph optimized and divided into tasks."""
+    return one_task_a_node(set_apart(optimize(graph)))
+
+
+def set_apart(graph: Graph) -> Graph:
+    """Copies where results would share their memory with inputs, constants, or each other.
+
+    What a step returns is the caller's own, whatever an optimization found to be equal.
+    """
+    owners = owners_of(graph)
+    taken: set[Symbol] = {*graph.inputs, *graph.constants}
+    copies: list[Node] = []
+
+    def own(symbol: Symbol) -> Symbol:
+        owner = owners.get(symbol, (symbol, 0))[0]
+        if owner not in taken:
+            taken.add(owner)
+            return symbol
+        assert isinstance(symbol.type, TensorType)
+        made = Symbol(f"{symbol.name}_copy{len(copies)}", symbol.type)
+        copies.append(Node(copy, (symbol,), (made,), {}))
+        return made
+
+    # an input that nothing changes may be its own new value: no copy, no update
+    updates = [(old, new) for old, new in graph.updates if new is not old]
+    outputs = tuple([own(s) for s in graph.outputs])
+    changed = tuple([(old, own(new)) for old, new in updates])
+    return Graph(graph.inputs, (*graph.nodes, *copies), outputs, changed, graph.constants)

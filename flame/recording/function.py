@@ -1,0 +1,271 @@
+"""flame.compile: a function that is recorded once for each signature and then runs as one program.
+
+Invariant: a call either runs a program whose guards hold, or records anew; nothing stale runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flame.autograd.engine import edge_of
+from flame.autograd.mode import mode
+from flame.compiler.compilation import compile_graph
+from flame.core import dtypes
+from flame.core.errors import ArgumentError, FlameWarning, StateError
+from flame.core.log import log
+from flame.ops.op import Stale, interpreter
+from flame.recording.differentiable import Backward, CompiledNode
+from flame.recording.step import Recording, Source, record
+from flame.recording.structure import filled, signature
+from flame.runtime.storage import Storage
+from flame.tensor import Tensor
+
+MAX_SIGNATURES = 64  # programs that one function keeps; the one that was used longest ago goes
+_recording = threading.Lock()
+
+
+class Step:
+    """A program with what Python does around it."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        state = {_given(m): m.storage.pointer for m in recording.states}
+        self.program = compile_graph(recording.graph, state)
+        numbered = [i for i, r in enumerate(recording.repeated) if r.numbers]
+        last = numbered[-1] + 1 if numbered else 0
+        self.before = [r.again for r in recording.repeated[:last]]
+        self.after = [r.again for r in recording.repeated[last:]]
+        self.numbers = [s for r in recording.repeated for s in r.numbers]
+        self.runs = 0
+
+    def holds(self) -> bool:
+        """Whether nothing that the recording depends on has changed."""
+        r = self.recording
+        for gradient in r.gradients:
+            leaf = gradient.leaf
+            if gradient.was_read and leaf is not None and leaf._grad is not gradient.before:
+                return False
+        return r.modes.hold() and r.surroundings.hold() and r.holders.hold()
+
+    def first(self, tensors: Sequence[Tensor]) -> Any:
+        """The step that was recorded, whose Python has already run."""
+        numbers = [n for r in self.recording.repeated for n in r.first]
+        return self._run(tensors, numbers)
+
+    def again(self, tensors: Sequence[Tensor]) -> Any:
+        """A later step. Raises Stale where Python's part is no longer what was recorded."""
+        numbers: list[Any] = []
+        for action in self.before:
+            made = action()
+            if made.__class__ is tuple:
+                numbers += made
+        result = self._run(tensors, numbers)
+        for action in self.after:
+            action()
+        return result
+
+    def _run(self, tensors: Sequence[Tensor], numbers: list[Any]) -> Any:
+        r, program = self.recording, self.program
+        for gradient in r.gradients:
+            if not gradient.was_read and gradient.leaf is not None:
+                gradient.leaf._grad = None  # its memory may serve this step
+        results = [Storage.allocate(nbytes) for _, nbytes in program.result_types]
+        program.run(*[t.pointer for t in tensors], *numbers, *[s.pointer for s in results])
+        self.runs += 1
+        for storage in r.written_states:
+            storage.version += 1
+        for i in r.written_arguments:
+            tensors[i].storage.version += 1
+        back = _Back(self, tensors, results)
+        for gradient in r.gradients:
+            leaf = tensors[gradient.argument] if gradient.leaf is None else gradient.leaf
+            made = None if gradient.after is None else back.tensor(gradient.after)
+            if gradient.leaf is None and leaf._grad is not None and made is not None:
+                made = leaf._grad + made
+            leaf._grad = made
+        if not r.sources:
+            return r.result
+        returned = [back.tensor(source) for source in r.sources]
+        if r.backward is not None:
+            self._attach(r.backward, back, returned, tensors, numbers)
+        return filled(r.result, returned)
+
+    def _attach(
+        self,
+        backward: Backward,
+        back: _Back,
+        returned: list[Tensor],
+        tensors: Sequence[Tensor],
+        numbers: list[Any],
+    ) -> None:
+        """Let gradients flow from what is returned through the recorded backward pass."""
+        leaves = [tensors[x] if isinstance(x, int) else x for x in backward.leaves]
+        known = dict(zip(self.numbers, numbers, strict=True))
+        node = CompiledNode(
+            backward,
+            [edge_of(leaf) for leaf in leaves],
+            [back.memory(i) for i in self.recording.saved],
+            [tensors[i] for i in backward.arguments],
+            [known[s] for s in backward.numbers],
+        )
+        for position, i in enumerate(backward.outputs):
+            made = returned[i]
+            made.node, made.output_index, made.tracked = node, position, True
+
+
+class _Back:
+    """Tensors over what a run has filled."""
+
+    def __init__(self, step: Step, tensors: Sequence[Tensor], results: list[Storage]) -> None:
+        self.places = step.program.output_places
+        self.tensors, self.results = tensors, results
+
+    def tensor(self, source: Source) -> Tensor:
+        if source.kind == "outside":
+            assert source.tensor is not None
+            return source.tensor
+        assert source.type is not None
+        if source.kind == "result":
+            storage, offset = self.memory(source.index)
+            return Tensor.wrap(storage, storage.pointer + offset + source.offset, source.type)
+        given = self.tensors[source.index]
+        if source.offset == 0 and source.type is given.type:
+            return given
+        return Tensor.wrap(given.storage, given.pointer + source.offset, source.type)
+
+    def memory(self, output: int) -> tuple[Storage, int]:
+        """Where an output of the graph lies: storage and bytes from its start."""
+        place = self.places[output]
+        assert place.space == "result"  # by `compilation.set_apart`
+        return self.results[place.index], place.offset
+
+
+class CompiledFunction:
+    """What `flame.compile` returns: call it as the function itself."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.steps: OrderedDict[Any, list[Step]] = OrderedDict()
+        self.recordings = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if interpreter().recording:
+            return self.function(*args, **kwargs)
+        tensors: list[Tensor] = []
+        key = (
+            signature(args, tensors),
+            signature(kwargs, tensors) if kwargs else None,
+            mode.enabled,
+            dtypes.get_default_dtype(),
+        )
+        for step in self.steps.get(key, ()):
+            if step.holds():
+                try:
+                    return step.again(tensors)
+                except Stale:
+                    self.steps[key].remove(step)
+                    break
+        step = self._record(key, args, kwargs, tensors)
+        return step.first(tensors)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """A method: each instance has programs of its own."""
+        if instance is None:
+            return self
+        name = f"_compiled_{self.function.__name__}"
+        bound = vars(instance).get(name)
+        if bound is None:
+            bound = CompiledFunction(self.function.__get__(instance, owner))
+            object.__setattr__(instance, name, bound)
+        return bound
+
+    def __repr__(self) -> str:
+        name = getattr(self.function, "__qualname__", repr(self.function))
+        return f"<compiled {name}, {self.recordings} recordings>"
+
+    @property
+    def program(self) -> Any:
+        """The program of the latest signature. Raises StateError before the first call."""
+        if not self.steps:
+            raise StateError("a compiled function has no program before its first call")
+        return next(reversed(self.steps.values()))[-1].program
+
+    @property
+    def programs(self) -> list[Any]:
+        """All programs, the latest last."""
+        return [step.program for steps in self.steps.values() for step in steps]
+
+    def report(self) -> str:
+        """What the latest program does; see `Program.report`."""
+        text: str = self.program.report()
+        return text
+
+    def _record(self, key: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Step:
+        started = time.perf_counter()
+        with _recording:
+            recording = record(self.function, args, kwargs, tensors)
+            recorded = time.perf_counter()
+            step = Step(recording)
+        self.recordings += 1
+        self.steps.setdefault(key, []).append(step)
+        self.steps.move_to_end(key)
+        log(
+            "compile",
+            f"{self!r}: {len(recording.graph.nodes)} operations recorded in "
+            f"{recorded - started:.3f} s, compiled in {time.perf_counter() - recorded:.3f} s",
+        )
+        self._bound()
+        return step
+
+    def _bound(self) -> None:
+        """Keep at most `MAX_SIGNATURES` programs."""
+        while sum(map(len, self.steps.values())) > MAX_SIGNATURES:
+            oldest = next(iter(self.steps))
+            self.steps[oldest].pop(0)
+            if not self.steps[oldest]:
+                del self.steps[oldest]
+            warnings.warn(
+                f"{self!r} was called with more than {MAX_SIGNATURES} signatures; the program that "
+                "was made first is dropped. Shapes and Python numbers among the arguments select "
+                "programs: pad to few shapes, and pass changing numbers as tensors",
+                FlameWarning,
+                stacklevel=4,
+            )
+
+
+def compile(function: Any = None) -> Any:
+    """A function or module that runs as one compiled program, recorded at its first call.
+
+    function: a training step, an inference function, a method, or an `nn.Module`; it may be used
+    as a decorator. Everything is recorded: forward, backward, gradient clipping, optimizer and
+    schedule, random numbers, running statistics. Tensors that it reaches from outside are state,
+    read and written where they are. Arguments: nested tuples, lists and dicts of tensors; a new
+    shape, dtype or Python value among them is a new signature, and is recorded again.
+
+    Raises TraceError, with the line of your code, for what cannot be recorded: the value of a
+    tensor, a branch or a shape that depends on it, a change of Python's own data.
+    """
+    if isinstance(function, CompiledFunction):
+        return function
+    if not callable(function):
+        raise ArgumentError(f"flame.compile takes a function or a module, got {function!r}")
+    if hasattr(function, "forward") and hasattr(function, "parameters"):
+        return _compiled_module(function)
+    return CompiledFunction(function)
+
+
+def _compiled_module(module: Any) -> Any:
+    from flame.recording.module import compiled_module
+
+    return compiled_module(module)
+
+
+def _given(memory: Any) -> Any:
+    return memory.given

@@ -1,0 +1,40 @@
+"""A compiled module: the same attributes, parameters and modes, another way of being called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flame.recording.function import CompiledFunction
+
+
+def compiled_module(module: Any) -> Any:
+    """A module that shares everything with ``module``, and runs compiled.
+
+    It is an instance of a subclass with the same ``__dict__``, so a change of either (weights,
+    mode, hooks) is a change of both, and a state_dict has the same keys.
+    """
+    kind = type(module)
+    if issubclass(kind, _Compiled):
+        return module
+    namespace = {"compiled": CompiledFunction(module.__call__), "__doc__": kind.__doc__}
+    made = object.__new__(type(f"Compiled{kind.__name__}", (_Compiled, kind), namespace))
+    object.__setattr__(made, "__dict__", vars(module))
+    return made
+
+
+class _Compiled:
+    """What a compiled module adds to its class."""
+
+    compiled: CompiledFunction
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self).compiled(*args, **kwargs)
+
+    @property
+    def program(self) -> Any:
+        """The program of the latest signature."""
+        return type(self).compiled.program
+
+    def report(self) -> str:
+        """What the latest program does; see `Program.report`."""
+        return type(self).compiled.report()

@@ -1,0 +1,244 @@
+"""A recorded step: its graph, what of Python belongs to it, and how its results come back.
+
+Invariants: the graph is pure and reads nothing of Python; gradients that the step leaves in
+``.grad`` are results of the graph and are put there after each run; no tensor of the recording
+outlives it.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flame.autograd.mode import mode
+from flame.core.errors import TraceError
+from flame.core.types import TensorType
+from flame.graph import Graph, Symbol
+from flame.ops.op import interpreter, set_interpreter
+from flame.recording.differentiable import Backward, record_backward
+from flame.recording.guards import Holders, Modes, Surroundings
+from flame.recording.memory import Memory, RecordedStorage
+from flame.recording.recorder import Recorder, Repeated
+from flame.recording.structure import Place, replaced, tensors_in
+from flame.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor that comes back lies: ``offset`` bytes into memory number ``index`` of a kind.
+
+    kind: "result" (of the graph), "argument", or "outside" (the tensor itself, of ``tensor``).
+    """
+
+    kind: str
+    index: int
+    offset: int
+    type: TensorType | None
+    tensor: Tensor | None = None
+
+
+@dataclass
+class Gradient:
+    """What a step does with the ``grad`` of a leaf. ``leaf`` is None for argument ``argument``.
+
+    ``before``: what it was, and had to be where it was read; ``after``: None, or where it lies.
+    """
+
+    leaf: Tensor | None
+    argument: int
+    before: Tensor | None
+    was_read: bool
+    after: Source | None
+
+
+@dataclass
+class Recording:
+    """All that is kept of one run of a function under a recorder."""
+
+    graph: Graph
+    arguments: tuple[Symbol, ...]
+    states: tuple[Memory, ...]
+    repeated: tuple[Repeated, ...]
+    result: Any
+    sources: list[Source]
+    gradients: list[Gradient]
+    written_states: tuple[Any, ...]
+    written_arguments: tuple[int, ...]
+    backward: Backward | None
+    saved: tuple[int, ...]  # numbers of the graph's outputs that backward reads
+    holders: Holders
+    modes: Modes
+    surroundings: Surroundings
+
+
+class _Session(Recorder):
+    """A recorder with what the step does to gradients and modules."""
+
+    def __init__(self, beneath: Any) -> None:
+        super().__init__(beneath)
+        self.gradients: dict[int, tuple[Tensor, Tensor | None, bool]] = {}
+        self.modes = Modes()
+        self.modes_set: set[int] = set()
+        self.backward: Backward | None = None
+
+    def meets(self, module: Any) -> None:
+        self.modes.meet(module)
+
+    def meets_gradient(self, tensor: Tensor, *, read: bool) -> None:
+        if id(tensor) not in self.gradients:
+            self.gradients[id(tensor)] = (tensor, tensor._grad, read)
+
+
+def record(
+    function: Callable[..., Any], args: Any, kwargs: Any, tensors: list[Tensor]
+) -> Recording:
+    """Run ``function`` once with stand-ins for ``tensors``, writing down what it does.
+
+    Raises TraceError, with the line of the user's code, where something cannot be recorded.
+    """
+    beneath = interpreter()
+    session = _Session(beneath)
+    surroundings = Surroundings(function)
+    inputs = [session.argument(t) for t in tensors]
+    given = iter(inputs)
+    args = replaced(args, lambda _: next(given))
+    kwargs = replaced(kwargs, lambda _: next(given))
+    set_interpreter(session)
+    before, mode.recorder = mode.recorder, session
+    try:
+        held = [function(*args, **kwargs)]
+        del args, kwargs, given
+        surroundings.check_unchanged()
+        session.modes.check_unchanged("the compiled function", session.modes_set)
+        session.modes.ignore(session.modes_set)
+        if mode.enabled:
+            session.backward = record_backward(session, tensors_in(held), inputs)
+        return _Finish(session, inputs, surroundings).recording(held)
+    finally:
+        mode.recorder = before
+        set_interpreter(beneath)
+        for tensor, gradient, _ in session.gradients.values():
+            tensor._grad = gradient
+
+
+class _Finish:
+    """Turns what a session saw into a Recording."""
+
+    def __init__(self, session: _Session, inputs: list[Tensor], surroundings: Surroundings) -> None:
+        self.session, self.surroundings = session, surroundings
+        self.outputs: dict[Symbol, int] = {}
+        self.sources: list[Source] = []
+        self.argument_of = {id(t): i for i, t in enumerate(inputs)}
+        inputs.clear()
+
+    def recording(self, held: list[Any]) -> Recording:
+        session = self.session
+        result = replaced(held.pop(), self._returned)  # and with this the recorded tensors go
+        gradients = [self._gradient(*entry) for entry in session.gradients.values()]
+        kept = () if session.backward is None else session.backward.saved
+        saved = tuple(self.outputs.setdefault(s, len(self.outputs)) for s in kept)
+        arguments = tuple(_given(m) for m in session.arguments)
+        numbers = tuple(s for r in session.repeated for s in r.numbers)
+        states = tuple(_given(m) for m in session.states)
+        memories = (*session.arguments, *session.states)
+        updates = tuple(
+            (_given(m), m.whole) for m in memories if m.whole is not m.given and m.whole is not None
+        )
+        graph = Graph(
+            (*arguments, *numbers, *states), tuple(session.nodes), tuple(self.outputs), updates,
+            dict(session.constants),
+        )  # fmt: skip
+        written = {old for old, _ in updates}
+        recording = Recording(
+            graph,
+            arguments,
+            tuple(session.states),
+            tuple(session.repeated),
+            result,
+            self.sources,
+            gradients,
+            tuple(m.storage for m in session.states if _given(m) in written),
+            tuple(i for i, symbol in enumerate(arguments) if symbol in written),
+            session.backward,
+            saved,
+            self._holders(),
+            session.modes,
+            self.surroundings,
+        )
+        self._check_nothing_is_kept()
+        return recording
+
+    def _returned(self, tensor: Tensor) -> Place:
+        self.sources.append(self._source(tensor))
+        return Place(len(self.sources) - 1)
+
+    def _source(self, tensor: Tensor) -> Source:
+        """Where a tensor's memory will be after a run."""
+        session = self.session
+        memory = session.memory_of(tensor)
+        offset = tensor.pointer - memory.begin
+        if memory in session.arguments:
+            return Source("argument", session.arguments.index(memory), offset, tensor.type)
+        if not isinstance(tensor.storage, RecordedStorage) and memory.given is not None:
+            plain = tensor if tensor.base is None and tensor.node is None else tensor.detach()
+            return Source("outside", 0, 0, None, plain)
+        symbol = session._whole(memory)
+        index = self.outputs.setdefault(symbol, len(self.outputs))
+        return Source("result", index, offset, tensor.type)
+
+    def _gradient(self, tensor: Tensor, before: Tensor | None, was_read: bool) -> Gradient:
+        after = tensor._grad
+        tensor._grad = before
+        place = None if after is None else self._source(after)
+        argument = self.argument_of.get(id(tensor), -1)
+        if argument < 0 and isinstance(tensor.storage, RecordedStorage):
+            place = None  # of a computed tensor that is gone
+        return Gradient(None if argument >= 0 else tensor, argument, before, was_read, place)
+
+    def _holders(self) -> Holders:
+        session = self.session
+        captured = list(session.captured.values())
+        return Holders(captured, (id(session.captured), id(session.kept)))
+
+    def _check_nothing_is_kept(self) -> None:
+        """Raise TraceError where Python keeps a tensor that exists only in the recording."""
+        session = self.session
+        session.captured.clear()
+        session.gradients = {
+            key: entry
+            for key, entry in session.gradients.items()
+            if not isinstance(entry[0].storage, RecordedStorage)
+        }
+        if not session.recorded:
+            return
+        gc.collect()  # what is left of autograd may be cycles
+        for storage in list(session.recorded):
+            raise TraceError(
+                f"{storage.line}: a tensor that the step made here is kept after it, "
+                f"{_holder_of(storage)}; it exists only in the recording. Return it, or write it "
+                "in place into a tensor that lives outside (x.copy_(...))"
+            )
+
+
+def _holder_of(storage: RecordedStorage) -> str:
+    """Who holds a tensor over this storage, in words."""
+    tensors = [t for t in gc.get_referrers(storage) if isinstance(t, Tensor)]
+    for tensor in tensors:
+        for holder in gc.get_referrers(tensor):
+            if holder is tensors or (isinstance(holder, (list, tuple)) and not len(holder)):
+                continue
+            if isinstance(holder, dict):
+                name = next((k for k, v in holder.items() if v is tensor), None)
+                return f"under the name {name!r}"
+            if isinstance(holder, (list, tuple, set)):
+                return f"in a {type(holder).__name__}"
+            if hasattr(holder, "__dict__"):
+                return f"by a {type(holder).__name__}"
+    return "by something outside"
+
+
+def _given(memory: Memory) -> Symbol:
+    assert memory.given is not None
+    return memory.given
