@@ -106,6 +106,7 @@ class Op:
 
     updates = False
     extras = 0
+    body: Callable[..., Any] | None = None  # its meaning in public ops, for the compiler to fuse
 
     def __init__(
         self,
@@ -174,6 +175,7 @@ class Interpreter:
     """What gives op calls their effect: eager execution, or a recorder."""
 
     recording = False
+    modes_set: set[int]  # of a recorder: ids of the modules whose mode the step itself sets
 
     def apply(
         self,
@@ -199,6 +201,12 @@ class Interpreter:
         of numbers that it returns is known anew at each step, so a recorder gives stand-ins.
         """
         return action()
+
+    def made(self, tensor: Any) -> None:
+        """A tensor was made from Python data."""
+
+    def meets(self, module: Any) -> None:
+        """A module was called."""
 
 
 OPS: Final[dict[str, Op]] = {}
