@@ -31,8 +31,10 @@ from flame.compiler.schedule.task import Schedule, Task
 from flame.core.errors import DTypeError
 from flame.core.types import TensorType
 from flame.graph import Operand, Symbol
-from flame.kernel.builder import BoundKernel, Ref
+from flame.kernel.builder import PARALLEL_WORK, BoundKernel, Ref
 from flame.ops.conversion import copy as copy_op
+from flame.ops.elementwise import Elementwise
+from flame.ops.views import ViewOp
 from flame.runtime.cpu.executor_text import COPY_BLOCK
 
 LITERAL: Final = 0
@@ -56,6 +58,7 @@ class StepPlan:
 
     words: where its arguments stand among all words, from the first up to below the second.
     scratch: (the argument's number, bytes for each worker). error: the slot to look at afterwards.
+    work: in chunks that are worth a thread.
     """
 
     task: int
@@ -67,6 +70,7 @@ class StepPlan:
     grain: int
     error: int = -1
     scratch: tuple[tuple[int, int], ...] = ()
+    work: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -226,6 +230,7 @@ class _Writer:
                 return first_constant + ref.position, 0
             return ERROR, slot * ERROR_SLOT_BYTES
 
+        limit = _most_work(task)
         for stage, bound in enumerate(kernels):
             words = [word(ref) for ref in bound.operands]
             scratch = tuple(
@@ -244,6 +249,7 @@ class _Writer:
                 bound.grain,
                 slot if last else -1,
                 scratch,
+                min(limit, bound.extent / bound.grain),
             )
 
     def _kernel(self, bound: BoundKernel) -> int:
@@ -274,7 +280,11 @@ class _Writer:
         if copy.type.dense or copy.target.space != "input":
             words = self._words([target, source, (LITERAL, nbytes)])
             blocks = -(-nbytes // COPY_BLOCK)
-            self.draft.steps.append(StepPlan(-1, group, 0, COPY, words, blocks, COPY_GRAIN))
+            self.draft.steps.append(
+                StepPlan(
+                    -1, group, 0, COPY, words, blocks, COPY_GRAIN, work=nbytes / COPY_BLOCK / 4
+                )
+            )
             return
         # A state with gaps, in which others may have their numbers.
         (bound,) = copy_op.lower((copy.type,), (copy.type,)).kernels
@@ -284,6 +294,15 @@ class _Writer:
         )
         step = StepPlan(-1, group, 0, self._kernel(bound), words, bound.extent, bound.grain)
         self.draft.steps.append(step)
+
+
+def _most_work(task: Task) -> float:
+    """A bound on a task's work where its elements give one: blocks may be much larger than it."""
+    if not all(isinstance(node.op, Elementwise | ViewOp) for node in task.nodes):
+        return float("inf")
+    symbols = [x for x in (*task.inputs, *task.outputs) if isinstance(x, Symbol)]
+    counts = [s.type.numel for s in symbols if isinstance(s.type, TensorType)]
+    return max(counts, default=0) / PARALLEL_WORK
 
 
 def bits_of(number: bool | int | float) -> int:

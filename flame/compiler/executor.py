@@ -121,8 +121,10 @@ class Executor:
         self.header[native.STEPS] = rows.ctypes.data
         self.header[native.STEP_COUNT] = len(layout.steps)
         self.header[native.BUILT_FOR] = threads
+        # One thread now may be more at the next run.
+        asked = layout if threads > 1 else arrange(blueprint.steps, 2)
         self.header[native.WIDE] = any(
-            s.kind in (native.PARALLEL, native.REGION) for s in layout.steps
+            s.kind in (native.PARALLEL, native.REGION) for s in asked.steps
         )
 
     def _fill(self, scratch_offsets: Mapping[int, int]) -> None:

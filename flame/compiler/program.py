@@ -21,7 +21,9 @@ from typing import Any
 
 from flame.compiler.blueprint import Blueprint, Host, make_blueprint
 from flame.compiler.executor import Executor
-from flame.compiler.schedule.memory import MemoryPlan, Place, plan_memory
+from flame.compiler.regions import Layout
+from flame.compiler.schedule.groups import best_plan
+from flame.compiler.schedule.memory import MemoryPlan, Place
 from flame.compiler.schedule.task import Schedule
 from flame.core.errors import CompileError, FlameError
 from flame.graph import Graph, Symbol
@@ -63,7 +65,7 @@ class Program:
     @classmethod
     def build(cls, schedule: Schedule, state: Mapping[Symbol, int]) -> Program:
         """Plan the memory of a schedule, and render and load its kernels. Raises CompileError."""
-        plan: MemoryPlan = plan_memory(schedule)
+        plan: MemoryPlan = best_plan(schedule)
         blueprint = make_blueprint(schedule, plan)
         hosts = {
             call.step: host
@@ -104,6 +106,16 @@ class Program:
     def source(self, i: int) -> str:
         """LLVM IR of a kernel."""
         return self.blueprint.kernels[i].text
+
+    @property
+    def layout(self) -> Layout:
+        """The native steps, for the present number of threads."""
+        return self._executor.layout
+
+    @property
+    def arena_bytes(self) -> int:
+        """What the program holds between calls, without its constants and scratch memory."""
+        return self.blueprint.arena
 
     @property
     def kernels(self) -> Any:

@@ -73,13 +73,8 @@ def _together(steps: Sequence[StepPlan], i: int) -> tuple[int, ...]:
     return step.group, step.stage, -1
 
 
-def work(step: StepPlan) -> float:
-    """In chunks that are worth a thread."""
-    return step.n / step.grain
-
-
 def _region(steps: Sequence[StepPlan], row: list[int], threads: int) -> list[NativeStep]:
-    total = sum(work(steps[i]) for i in row)
+    total = sum(steps[i].work for i in row)
     if len(row) == 1 or threads == 1 or total <= 1:
         return [NativeStep(_kind(steps[i], threads), (i,)) for i in row]
     target = max(SMALLEST, min(1.0, total / (CHUNKS_A_THREAD * threads)))
@@ -96,7 +91,7 @@ def _region(steps: Sequence[StepPlan], row: list[int], threads: int) -> list[Nat
             ]
             continue
         open_pieces.append(Piece(i, 0, step.n))
-        filled += work(step)
+        filled += step.work
         if filled >= target:
             chunks.append(tuple(open_pieces))
             open_pieces, filled = [], 0.0

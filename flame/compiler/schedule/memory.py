@@ -37,11 +37,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Copy:
-    """The elements of a tensor of ``type``, from ``source`` to ``target``."""
+    """What ``symbol`` holds, from ``source`` to ``target``."""
 
     target: Place
     source: Place
-    type: TensorType
+    symbol: Symbol
+
+    @property
+    def type(self) -> TensorType:
+        return tensor_of(self.symbol)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +139,7 @@ class _Planner:
         copied = [pair for pair in late if not self._update_directly(*pair)]
         arena, temporaries = self._arrange()
         for old, new in copied:
-            self.after.append(Copy(self.places[old], self._place(new), tensor_of(old)))
+            self.after.append(Copy(self.places[old], self._place(new), new))
         dropped = {
             t
             for t, task in enumerate(self.tasks)
@@ -197,7 +201,7 @@ class _Planner:
                 outputs.append(Place("result", number, 0))
                 if not known:
                     self._read(symbol, 0, -1)
-                    self.before.append(Copy(outputs[-1], self._place(symbol), type_))
+                    self.before.append(Copy(outputs[-1], self._place(symbol), symbol))
         return tuple(outputs)
 
     def _read_updates(self) -> list[tuple[Symbol, Symbol]]:
@@ -325,8 +329,8 @@ class _Planner:
         )
         for old, new in self.stages:
             aside = Place("arena", 0, next(found))
-            self.before.append(Copy(aside, self._place(new), tensor_of(new)))
-            self.after.append(Copy(self.places[old], aside, tensor_of(old)))
+            self.before.append(Copy(aside, self._place(new), new))
+            self.after.append(Copy(self.places[old], aside, new))
         return total, temporaries
 
     def _homeless(self, buffer: _Buffer) -> bool:

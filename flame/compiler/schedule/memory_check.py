@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flame.compiler.schedule.memory import MemoryPlan, Place, itemsize, nbytes_of, tensor_of
+from flame.compiler.schedule.memory import Copy, MemoryPlan, Place, itemsize, nbytes_of, tensor_of
 from flame.compiler.schedule.task import Schedule
 from flame.core.errors import CompileError
 from flame.core.types import TensorType
@@ -87,21 +87,19 @@ class _Check:
         for symbol in (*graph.inputs, *graph.constants):
             if isinstance(symbol.type, TensorType):
                 self.memory.write(self.whole(symbol), symbol)
-        aside: dict[_Range, Symbol] = {}
-        sources = {
-            **{self.part(s): s for s in graph.outputs if isinstance(s.type, TensorType)},
-            **{self.part(s): s for _, s in graph.updates},
-        }
         for copy in plan.before:
-            symbol = sources[_range(copy.source, nbytes_of(copy.type))]
-            self.expect(symbol, "a copy at the start")
-            target = _range(copy.target, nbytes_of(copy.type))
-            owner = self.schedule.owner(symbol)[0]
-            self.memory.write(target, owner)
-            aside[target] = owner
+            self.expect(copy.symbol, "a copy at the start")
+            self.copy(copy)
         for group in plan.groups:
             self.group(*group)
-        self.finish(aside)
+        self.finish()
+
+    def copy(self, copy: Copy) -> None:
+        owner = self.schedule.owner(copy.symbol)[0]
+        nbytes = nbytes_of(copy.type)
+        if not self.memory.holds(_range(copy.source, nbytes), owner):
+            self.fail(f"{copy} copies something else")
+        self.memory.write(_range(copy.target, nbytes), owner)
 
     def group(self, begin: int, end: int) -> None:
         """Tasks that may run at once."""
@@ -151,19 +149,10 @@ class _Check:
                 if a.meets(read) and ((position, i) not in task.in_place or a != read):
                     self.fail(f"{task.name} writes over its operand {x}")
 
-    def finish(self, aside: dict[_Range, Symbol]) -> None:
+    def finish(self) -> None:
         graph, plan = self.schedule.graph, self.plan
-        wanted = dict(graph.updates)
         for copy in plan.after:
-            old = graph.inputs[copy.target.index]
-            new = wanted[old]
-            source = _range(copy.source, nbytes_of(copy.type))
-            owner = self.schedule.owner(new)[0]
-            if source not in aside or aside[source] is not owner:
-                self.expect(new, "an update")
-            elif not self.memory.holds(source, owner):
-                self.fail(f"what was put aside for {old} is gone")
-            self.memory.write(_range(copy.target, nbytes_of(copy.type)), owner)
+            self.copy(copy)
         for old, new in graph.updates:
             where = _range(plan.places[old], nbytes_of(tensor_of(old)))
             if not self.memory.holds(where, self.schedule.owner(new)[0]):

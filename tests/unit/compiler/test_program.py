@@ -2,80 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-import flame  # noqa: F401 - gives the ops their interpreter
-from flame.compiler.program import Program
-from flame.compiler.schedule import one_task_a_node
+import flame
 from flame.core import dtypes
 from flame.core.errors import IndexRangeError
-from flame.core.types import TensorType, tensor_type
-from flame.graph import Graph, Node, Symbol, interpret
-from flame.graph.graph import infer
-from flame.ops.op import OPS
-from flame.runtime.storage import Storage
-
-
-class Recorder:
-    """Builds a graph call by call."""
-
-    def __init__(self) -> None:
-        self.inputs: list[Symbol] = []
-        self.nodes: list[Node] = []
-        self.updates: list[tuple[Symbol, Symbol]] = []
-        self.constants: dict[Symbol, Any] = {}
-
-    def input(self, *shape: int, dtype: Any = dtypes.float32) -> Symbol:
-        made = Symbol(f"x{len(self.inputs)}", tensor_type(dtype, shape))
-        self.inputs.append(made)
-        return made
-
-    def number(self, kind: type) -> Symbol:
-        made = Symbol(f"x{len(self.inputs)}", kind)
-        self.inputs.append(made)
-        return made
-
-    def constant(self, array: Any) -> Symbol:
-        made = Symbol(
-            f"c{len(self.constants)}", tensor_type(dtypes.from_numpy(array.dtype), array.shape)
-        )
-        self.constants[made] = array
-        return made
-
-    def __call__(self, name: str, *operands: Any, **attributes: Any) -> Any:
-        op = OPS[name]
-        types = tuple(
-            None if x is None else x.type if isinstance(x, Symbol) else type(x) for x in operands
-        )
-        made = tuple(
-            Symbol(f"v{len(self.nodes)}_{i}", t) for i, t in enumerate(infer(op, types, attributes))
-        )
-        self.nodes.append(Node(op, operands, made, attributes, line=f"line {len(self.nodes)}"))
-        return made[0] if len(made) == 1 else made
-
-    def graph(self, *outputs: Symbol) -> Graph:
-        made = Graph(
-            tuple(self.inputs),
-            tuple(self.nodes),
-            outputs,
-            tuple(self.updates),
-            self.constants,
-        )
-        made.verify()
-        return made
-
-
-def held(array: Any) -> Storage:
-    """A storage with the numbers of an array."""
-    made = Storage.allocate(array.nbytes)
-    made.as_numpy(array.dtype, array.shape, [s // array.itemsize for s in array.strides])[...] = (
-        array
-    )
-    return made
+from flame.core.types import TensorType
+from flame.graph import Graph, Symbol, interpret
+from flame.runtime import cpu
+from flame.runtime.cpu.allocator import rounded
+from flame.testing.programs import (
+    GraphWriter,
+    ProgramRunner,
+    memory_of,
+    random_graph,
+    random_values,
+    view,
+)
 
 
 def type_of(symbol: Symbol) -> TensorType:
@@ -83,58 +32,16 @@ def type_of(symbol: Symbol) -> TensorType:
     return symbol.type
 
 
-def view(storage: Storage, type_: TensorType, offset: int = 0) -> Any:
-    return storage.as_numpy(
-        type_.dtype.numpy, type_.shape, type_.strides, offset // type_.dtype.itemsize
-    )
-
-
-class Runner:
-    """A program with memory for its inputs."""
-
-    def __init__(self, graph: Graph, values: Sequence[Any], state: Sequence[Symbol] = ()) -> None:
-        self.graph, self.state = graph, list(state)
-        self.memory = {
-            s: held(np.ascontiguousarray(v)) if isinstance(s.type, TensorType) else v
-            for s, v in zip(graph.inputs, values, strict=True)
-        }
-        self.program = Program.build(
-            one_task_a_node(graph), {s: self.memory[s].pointer for s in self.state}
-        )
-
-    def __call__(self, **changed: Any) -> list[Any]:
-        given = [
-            m.pointer if isinstance(m, Storage) else m
-            for s, m in self.memory.items()
-            if s not in self.state
-        ]
-        results = [Storage.allocate(n) for _, n in self.program.result_types]
-        self.program.run(*given, *[r.pointer for r in results])
-        found = []
-        for symbol, place in zip(self.graph.outputs, self.program.output_places, strict=True):
-            if place.space == "input":
-                found.append(self.read(self.graph.inputs[place.index]))
-            else:
-                found.append(view(results[place.index], type_of(symbol), place.offset).copy())
-        return found
-
-    def read(self, symbol: Symbol) -> Any:
-        memory = self.memory[symbol]
-        return view(memory, type_of(symbol)).copy() if isinstance(memory, Storage) else memory
-
-    def updated(self) -> list[Any]:
-        return [self.read(old) for old, _ in self.graph.updates]
-
-
-def check(graph: Graph, values: Sequence[Any], state: Sequence[Symbol] = ()) -> Runner:
+def check(graph: Graph, values: Sequence[Any], state: Sequence[Symbol] = ()) -> ProgramRunner:
     """Outputs and updates of two runs are those of the interpreter."""
-    runner = Runner(graph, values, state)
+    runner = ProgramRunner(graph, values, state)
     current = list(values)
     for _ in range(2):
         wanted = interpret(graph, current)
         found = [*runner(), *runner.updated()]
         for a, b in zip(found, wanted, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+            scale = max(1.0, float(np.abs(b).max()))
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * scale)
         current = [runner.read(s) for s in graph.inputs]
     return runner
 
@@ -144,7 +51,7 @@ def numbers(*shape: int) -> Any:
 
 
 def test_a_chain_with_a_number_and_a_view() -> None:
-    g = Recorder()
+    g = GraphWriter()
     x, scale = g.input(4, 6), g.number(float)
     y = g("mul", x, scale)
     z = g("permute", y, dims=(1, 0))
@@ -153,7 +60,7 @@ def test_a_chain_with_a_number_and_a_view() -> None:
 
 
 def test_an_update_in_place_needs_no_copy() -> None:
-    g = Recorder()
+    g = GraphWriter()
     p, grad, rate = g.input(300), g.input(300), g.number(float)
     new = g("sub", p, g("mul", grad, rate))
     g.updates.append((p, new))
@@ -162,7 +69,7 @@ def test_an_update_in_place_needs_no_copy() -> None:
 
 
 def test_outputs_of_every_kind() -> None:
-    g = Recorder()
+    g = GraphWriter()
     p, x = g.input(3, 4), g.input(3, 4)
     c = g.constant(numbers(2, 2))
     y = g("mul", p, x)
@@ -178,20 +85,22 @@ def test_outputs_of_every_kind() -> None:
 
 
 def test_states_that_change_places() -> None:
-    g = Recorder()
+    g = GraphWriter()
     a, b = g.input(5), g.input(5)
     g.updates += [(a, b), (b, a)]
     check(g.graph(), [numbers(5), numbers(5) + 1], [a, b])
 
 
 def test_a_refused_index_names_its_op_and_stops() -> None:
-    g = Recorder()
+    g = GraphWriter()
     table, index, p = g.input(5, 3), g.input(4, 1, dtype=dtypes.int64), g.input(4, 3)
     wide = g("expand", index, shape=(4, 3))
     rows = g("embedding", table, wide, padding=None, by_frequency=False)
     g.updates.append((p, g("add", p, rows)))
     graph = g.graph()
-    runner = Runner(graph, [numbers(5, 3), np.array([[0], [1], [7], [2]]), numbers(4, 3)], [p])
+    runner = ProgramRunner(
+        graph, [numbers(5, 3), np.array([[0], [1], [7], [2]]), numbers(4, 3)], [p]
+    )
     with pytest.raises(IndexRangeError, match="7"):
         runner()
     np.testing.assert_array_equal(runner.updated()[0], numbers(4, 3))
@@ -202,16 +111,16 @@ def test_a_refused_index_names_its_op_and_stops() -> None:
 
 
 def test_host_calls_stand_between_kernels() -> None:
-    g = Recorder()
+    g = GraphWriter()
     x = g.input(20)
     order = g("argsort", g("neg", x), dim=0, descending=False, stable=True)
     check(g.graph(g("add", order, 1)), [numbers(20)])
 
 
 def test_words_are_checked() -> None:
-    g = Recorder()
+    g = GraphWriter()
     x, n = g.input(3), g.number(int)
-    runner = Runner(g.graph(g("mul", x, n)), [numbers(3), 2])
+    runner = ProgramRunner(g.graph(g("mul", x, n)), [numbers(3), 2])
     with pytest.raises(TypeError, match="takes 3 words"):
         runner.program.run(1)
     with pytest.raises(TypeError):
@@ -220,12 +129,101 @@ def test_words_are_checked() -> None:
 
 
 def test_state_can_move() -> None:
-    g = Recorder()
+    g = GraphWriter()
     p = g.input(7)
     g.updates.append((p, g("mul", p, 2.0)))
-    runner = Runner(g.graph(), [numbers(7)], [p])
-    moved = held(numbers(7))
+    runner = ProgramRunner(g.graph(), [numbers(7)], [p])
+    moved = memory_of(numbers(7), type_of(p))
     runner.program.rebind({p: moved.pointer})
     runner.program.run()
     np.testing.assert_array_equal(view(moved, type_of(p)), numbers(7) * 2)
     np.testing.assert_array_equal(runner.updated()[0], numbers(7))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_graphs_are_what_the_interpreter_says(seed: int) -> None:
+    graph = random_graph(seed)
+    state = [s for s in graph.inputs if seed % 2 and s in dict(graph.updates)]
+    check(graph, random_values(graph, seed), state)
+
+
+@pytest.fixture
+def threads() -> Iterator[Any]:
+    before = flame.get_num_threads()
+    yield flame.set_num_threads
+    flame.set_num_threads(before)
+
+
+def many_updates(count: int, size: int) -> Graph:
+    w = GraphWriter()
+    for i in range(count):
+        p, grad = w.input(size + i), w.input(size + i)
+        w.updates.append((p, w("sub", p, grad)))
+    return w.graph()
+
+
+@pytest.mark.parametrize("size", [3, 20_000, 70_000])
+def test_independent_steps_run_as_one_region(size: int, threads: Any) -> None:
+    threads(3)
+    graph = many_updates(30, size)
+    runner = check(graph, random_values(graph, 0))
+    steps = runner.program.layout.steps
+    assert len(steps) == (30 if size == 3 else 1)
+
+
+def test_a_program_follows_the_number_of_threads(threads: Any) -> None:
+    threads(1)
+    graph = many_updates(30, 20_000)
+    runner = check(graph, random_values(graph, 0))
+    assert len(runner.program.layout.steps) == 30
+    for count in (4, 2):
+        threads(count)
+        before = runner.updated()
+        runner()
+        gradients = [runner.read(s) for s in graph.inputs[1::2]]
+        for a, b, g in zip(runner.updated(), before, gradients, strict=True):
+            np.testing.assert_array_equal(a, b - g)
+        assert len(runner.program.layout.steps) == 1
+
+
+def test_several_threads_may_run_one_program() -> None:
+    graph = many_updates(5, 1000)
+    values = random_values(graph, 0)
+    runner = ProgramRunner(graph, values, graph.inputs)
+    calls = [threading.Thread(target=lambda: [runner() for _ in range(50)]) for _ in range(4)]
+    for call in calls:
+        call.start()
+    for call in calls:
+        call.join()
+    assert len(calls) == 4
+    for found, old, g in zip(runner.updated(), values[::2], values[1::2], strict=True):
+        np.testing.assert_allclose(found, old - 200 * g, rtol=1e-3, atol=1e-3)
+
+
+def test_programs_give_their_memory_back() -> None:
+    graph = random_graph(5, 30)
+    values = random_values(graph, 5)
+    ProgramRunner(graph, values)()
+    gc.collect()
+    before = cpu.ALLOCATOR.statistics().allocated
+    objects = len(gc.get_objects())
+    for _ in range(100):
+        ProgramRunner(graph, values)()
+    gc.collect()
+    assert cpu.ALLOCATOR.statistics().allocated == before
+    assert len(gc.get_objects()) < objects + 100
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_run_takes_more_than_the_planned_peak(seed: int) -> None:
+    graph = random_graph(seed, 40)
+    runner = ProgramRunner(graph, random_values(graph, seed))
+    runner()
+    allocator = cpu.ALLOCATOR
+    outside = allocator.statistics().allocated - rounded(runner.program.arena_bytes)
+    allocator.reset_peak()
+    runner()
+    results = [n for _, n in runner.program.result_types]
+    measured = allocator.statistics().peak_allocated - outside
+    classes = rounded(runner.program.arena_bytes) + sum(map(rounded, results))
+    assert measured <= classes <= 1.125 * runner.program.peak + 64 * (len(results) + 1)
