@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flame.autograd import engine
-from flame.autograd.node import Edge, Node
+from flame.autograd.node import Edge, Node, OpNode
 from flame.compiler.compilation import compile_graph
 from flame.compiler.schedule.task import owners_of
 from flame.core.errors import GradientError
@@ -54,12 +54,16 @@ class Backward:
 
 def record_backward(session: Any, results: Sequence[Tensor], inputs: Sequence[Tensor]) -> Any:
     """Record the gradients of the ``results`` that have any; None where no gradient can flow."""
-    wanted = [(i, t) for i, t in enumerate(results) if t.requires_grad and not t.is_leaf]
+    wanted = [
+        (i, t)
+        for i, t in enumerate(results)
+        if t.requires_grad and not t.is_leaf and not _gone_through(t)
+    ]
     if not wanted:
         return None
     mark = len(session.nodes)
     tensors = [t for _, t in wanted]
-    leaves = list(_leaves(tensors))
+    leaves = _leaves(tensors)
     given = []
     for tensor in tensors:
         type_ = tensor_type(tensor.dtype, tensor.shape, None, tensor.type.device)
@@ -78,23 +82,28 @@ def record_backward(session: Any, results: Sequence[Tensor], inputs: Sequence[Te
     )
 
 
-def _leaves(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The leaves that gradients of these reach, in the order of a walk through the graph."""
+def _gone_through(tensor: Tensor) -> bool:
+    """Whether a backward pass inside of the function has freed some of the history already."""
+    return any(isinstance(n, OpNode) and n.kept is None for n in _history([tensor]))
+
+
+def _history(tensors: Iterable[Tensor]) -> Iterator[Node]:
+    """The nodes behind tensors, each once."""
     seen: set[int] = set()
     waiting = [t.current_node() for t in tensors]
     while waiting:
         node = waiting.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        for edge in node.edges:
-            if edge is None:
-                continue
-            if isinstance(edge[0], Node):
-                waiting.append(edge[0])
-            elif id(edge[0]) not in seen:
-                seen.add(id(edge[0]))
-                yield edge[0]
+        if id(node) not in seen:
+            seen.add(id(node))
+            yield node
+            waiting += [edge[0] for edge in node.edges if edge and isinstance(edge[0], Node)]
+
+
+def _leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The leaves that gradients of these reach."""
+    edges = [edge for node in _history(tensors) for edge in node.edges if edge is not None]
+    found = {id(target): target for target, _ in edges if not isinstance(target, Node)}
+    return list(found.values())
 
 
 class _Partition:
