@@ -133,7 +133,7 @@ def _contraction(
     biased = bias if isinstance(bias, TensorType) else None
     plan = winograd.plan_for(x, out, c, groups)
     if plan is not None:
-        return winograd.lower(plan, x, weight, biased, out, summed_axis=summed_axis)
+        return winograd.lower(plan, winograd.Operands(x, weight, biased, out, summed_axis))
     tile = tile_for(dtype, lanes)
     kernels: list[BoundKernel] = []
     temporaries = _Temporaries()

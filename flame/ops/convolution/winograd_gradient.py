@@ -19,12 +19,12 @@ from flame.kernel.values import Value, const, fma, read
 from flame.ops.convolution.blocking import vector_bytes
 from flame.ops.convolution.geometry import Geometry
 from flame.ops.convolution.windows import GAP, Strips, Window, round_up
-from flame.ops.convolution.winograd import (
-    LEAST_CHANNELS,
-    LEAST_SIZE,
+from flame.ops.convolution.winograd import LEAST_CHANNELS, LEAST_SIZE
+from flame.ops.convolution.winograd_stages import (
     TAPS,
+    flat,
     load_points,
-    store_points,
+    transform_strip,
 )  # fmt: skip
 from flame.ops.convolution.winograd_transforms import Transform, both_dimensions, transform
 
@@ -167,14 +167,12 @@ class _Gradient:
                 (count - 1) * m + self.t.size, row,
             )  # fmt: skip
             self.gradient.fill(image, top, left, count * m, lane)
-            for window, target, one, size in (
+            for window, target, one, columns in (
                 (self.source, self.left, self.t.source, self.t.size),
                 (self.gradient, self.right, self.t.gradient, m),
             ):
-                with k.loop(count) as tile, k.vector(window.depth, 1) as v:
-                    grid = window.grid(window.at(tile * m) + v, size)
-                    results = both_dimensions(k, one, grid)
-                    store_points(k, target, (first + tile) * window.depth + v, results)
+                offset = first * window.depth
+                transform_strip(k, one, window, columns, m, count, target, offset)
 
     def _multiply(self, tiles: Value, *, fresh: bool) -> None:
         """sums[point] (+)= left[point]^T @ right[point], a register tile at a time."""
@@ -183,7 +181,7 @@ class _Gradient:
         vectors = vectors if vectors < 4 else 2
         width = vectors * vector_bytes() // 4
         zero = const(0, dtypes.float32)
-        flat = Operand(self.sums.buffer, (1,), (const(1),))
+        sums_memory = flat(self.sums)
         with k.loop(self.t.points) as point, k.loop(lanes // width) as part:
             column = part * width
             right = self.right.at((point, column))
@@ -199,20 +197,20 @@ class _Gradient:
                             k.assign(total, fma(value, vector, read(total)))
                     for i, total in enumerate(sums):
                         at = target + v + i * lanes
-                        k.store(flat, (at,), read(total) if fresh else flat[at] + read(total))
+                        value = read(total) if fresh else sums_memory[at] + read(total)
+                        k.store(sums_memory, (at,), value)
 
     def _finish(self, part: Value, row: Value, lane: Value) -> None:
         k, rows, lanes = self.k, self.plan.rows, self.plan.lanes
         zero = const(0)
         target = self.result if self.target is None else self.target
         place = zero if self.target is None else target.at((part, row, lane, zero, zero))
-        flat = Operand(target.buffer, (1,), (const(1),))
         with k.loop(rows) as c, k.vector(lanes, 1) as v:
             grid = load_points(self.sums, c * lanes + v, self.t.size)
             for i, line in enumerate(both_dimensions(k, self.t.weight_result, grid)):
                 for j, value in enumerate(line):
                     at = place + c * (TAPS * lanes) + (i * 3 + j) * lanes
-                    k.store(flat, (at + v,), value)
+                    k.store(flat(target), (at + v,), value)
         if self.target is None:
             store_weights(
                 k, self.plan, self.result, self.out, row * rows, lane * lanes, const(rows)
