@@ -57,7 +57,7 @@ class Program:
         self.peak = blueprint.arena + sum(blueprint.results)
         self.blueprint = blueprint
         self._failures = failures
-        addresses = [jit.load(k.text, k.symbol) for k in blueprint.kernels]
+        addresses = jit.load_many([(k.text, k.symbol) for k in blueprint.kernels])
         self._numbers = {s: i for i, s in enumerate(graph.inputs)}
         self._executor = Executor(blueprint, addresses, self._numbered(state), hosts, self._failure)
         self._run, self._address = self._executor.native.run, self._executor.address

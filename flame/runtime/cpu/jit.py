@@ -12,13 +12,14 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol
 
 from flame.core.errors import CompileError
 from flame.runtime.cpu.cache import FORMAT_VERSION, DiskCache, Entry, default_directory
+from flame.runtime.cpu.emission import compile_threads, emit, new_machine, over_machines
 
 
 @dataclass
@@ -58,13 +59,8 @@ class Compiler:
         llvm_version = ".".join(map(str, binding.llvm_version_info))
         self.version = f"llvmlite {llvmlite.__version__}, LLVM {llvm_version}"
         self._binding: Any = binding
-        self._machine: Any = binding.Target.from_default_triple().create_target_machine(
-            cpu=self.cpu_name,
-            features=self.cpu_features,
-            opt=2,
-            codemodel="jitdefault",
-            jit=True,
-        )
+        self._machine: Any = new_machine(self.cpu_name, self.cpu_features)
+        self._machines = [self._machine]  # more where several kernels are compiled at once
         # Alignments and calling conventions are the host's, not LLVM's defaults. No line break, so
         # that LLVM counts lines as the source does.
         layout, triple = self._machine.target_data, self._machine.triple
@@ -93,21 +89,66 @@ class Compiler:
             if entry is not None:
                 self.statistics.disk_hits += 1
             else:
-                entry = self._compile(source, symbols, optimize=optimize)
-                self.statistics.compiled += 1
-                self.disk.write(key, entry)
-            addresses = self._link(entry, source, symbols)
+                entry = self._compile(self._machine, source, symbols, optimize=optimize)
+                self._keep(key, entry, symbols[0])
+            addresses = self._link([entry], source, symbols)
             self._addresses[identity] = addresses
             self.statistics.seconds += time.perf_counter() - started
             return addresses
+
+    def load_many(self, sources: Sequence[tuple[str, str]]) -> list[int]:
+        """The addresses of one function each of many texts: (text, symbol).
+
+        What neither cache has is compiled in several threads; all of it becomes one library, so
+        what texts define beside their symbols must be internal to them.
+        """
+        with self.lock:
+            started = time.perf_counter()
+            identities = [(source, (symbol,), False) for source, symbol in sources]
+            new = list(dict.fromkeys(i for i in identities if i not in self._addresses))
+            self.statistics.memory_hits += len(sources) - len(new)
+            if new:
+                keys = [self._key(source, optimize=False) for source, _, _ in new]
+                entries = [self.disk.read(key) for key in keys]
+                self.statistics.disk_hits += sum(entry is not None for entry in entries)
+                missing = [i for i, entry in enumerate(entries) if entry is None]
+                compiled = self._compile_many([new[i][:2] for i in missing])
+                for i, entry in zip(missing, compiled, strict=True):
+                    entries[i] = entry
+                    self._keep(keys[i], entry, new[i][1][0])
+                found = [entry for entry in entries if entry is not None]
+                addresses = self._link(found, new[0][0], tuple(i[1][0] for i in new))
+                for identity, address in zip(new, addresses, strict=True):
+                    self._addresses[identity] = (address,)
+                self.statistics.seconds += time.perf_counter() - started
+            return [self._addresses[identity][0] for identity in identities]
+
+    def _keep(self, key: str, entry: Entry, symbol: str) -> None:
+        for name in entry.externals:
+            self._resolve(name, symbol)
+        self.statistics.compiled += 1
+        self.disk.write(key, entry)
+
+    def _compile_many(self, sources: Sequence[tuple[str, tuple[str, ...]]]) -> list[Entry]:
+        wanted = min(compile_threads(), len(sources))
+        while len(self._machines) < wanted:
+            self._machines.append(new_machine(self.cpu_name, self.cpu_features))
+
+        def work(machine: Any, source: tuple[str, tuple[str, ...]]) -> Entry:
+            return self._compile(machine, *source, optimize=False)
+
+        return over_machines(self._machines[: max(wanted, 1)], work, sources)
 
     def _key(self, source: str, *, optimize: bool) -> str:
         text = f"{self._identity}\n{'optimized' if optimize else 'plain'}\n{source}"
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _compile(self, source: str, symbols: tuple[str, ...], *, optimize: bool) -> Entry:
+    def _compile(
+        self, machine: Any, source: str, symbols: tuple[str, ...], *, optimize: bool
+    ) -> Entry:
+        context = self._binding.create_context()
         try:
-            module = self._binding.parse_assembly(self._target + source)
+            module = self._binding.parse_assembly(self._target + source, context)
             module.verify()
         except RuntimeError as error:
             raise CompileError(_refusal(symbols[0], source, str(error))) from None
@@ -126,13 +167,11 @@ class Compiler:
                 if value.is_declaration and not value.name.startswith("llvm.")
             )
         )
-        for name in externals:
-            self._resolve(name, symbols[0])
         if optimize:
             options = self._binding.create_pipeline_tuning_options(speed_level=2)
-            builder = self._binding.create_pass_builder(self._machine, options)
+            builder = self._binding.create_pass_builder(machine, options)
             builder.getModulePassManager().run(module, builder)
-        return Entry(self._machine.emit_object(module), externals)
+        return Entry(emit(machine, module), externals)
 
     def _resolve(self, name: str, symbol: str) -> int | None:
         """The address of a registered name; None for one that the process itself has."""
@@ -145,10 +184,14 @@ class Compiler:
             )
         return None
 
-    def _link(self, entry: Entry, source: str, symbols: tuple[str, ...]) -> tuple[int, ...]:
-        library = self._binding.JITLibraryBuilder().add_object_img(entry.machine_code)
+    def _link(
+        self, entries: Sequence[Entry], source: str, symbols: tuple[str, ...]
+    ) -> tuple[int, ...]:
+        library = self._binding.JITLibraryBuilder()
+        for entry in entries:
+            library.add_object_img(entry.machine_code)
         library.add_current_process()
-        for name in entry.externals:
+        for name in dict.fromkeys(name for entry in entries for name in entry.externals):
             if (address := self._resolve(name, symbols[0])) is not None:
                 library.import_symbol(name, address)
         for symbol in symbols:
@@ -222,6 +265,14 @@ def load(source: str, symbol: str, *, optimize: bool = False) -> int:
     Raises CompileError where LLVM refuses the text or a declared name does not exist.
     """
     return compiler().load(source, (symbol,), optimize=optimize)[0]
+
+
+def load_many(sources: Sequence[tuple[str, str]]) -> list[int]:
+    """As `load`, for many (text, symbol) at once: several threads compile what is not cached.
+
+    Apart from its symbol, a text may define only what is internal to it.
+    """
+    return compiler().load_many(sources)
 
 
 def load_symbols(source: str, symbols: tuple[str, ...]) -> tuple[int, ...]:
