@@ -193,6 +193,17 @@ def tanh(x: Value) -> Value:
     return binary("copysign", chosen, x)
 
 
+def vanishing_exp2(x: Value) -> Value:
+    """2**x for x up to 100, within 1 ulp; 0 where that would be no normal number.
+
+    What is left of exp2 where arguments are known not to overflow; attention's weights are such.
+    """
+    shifted, whole = nearest(x, 1.0)
+    made = horner(x - whole, _EXP2[x.dtype]) * power_of_two(shifted)
+    lowest = -126.0 if x.dtype is dtypes.float32 else -1022.0
+    return select(compare("lt", x, number(lowest, x)), number(0, x), made)
+
+
 def decaying_exp(x: Value, factor: float) -> Value:
     """e**(factor x) for a result in [2**-60, 1] and ``factor`` plus or minus a power of two.
 

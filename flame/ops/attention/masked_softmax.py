@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: two matrix products around a fused, masked softmax.
+"""Softmax of the masked scores of attention, for the paths that need the probabilities.
 
 Invariant: masked entries are -inf before the softmax, never 0; a row that is masked throughout
 gives 0, as PyTorch's attention does (its softmax gives NaN there).
@@ -7,7 +7,7 @@ gives 0, as PyTorch's attention does (its softmax gives NaN there).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,19 +17,11 @@ from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
 from flame.kernel.values import Value, cast, const
-from flame.ops.arithmetic import mul
-from flame.ops.conversion import convert
 from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import broadcast_strides
 from flame.ops.op import Arg, Joint, Op, Sample, Types
 from flame.ops.rows import Index, RowLoops, rows_of, type_of
-from flame.ops.shapes import reshape, transpose, unsqueeze
 from flame.ops.softmax import softmax_backward
-
-if TYPE_CHECKING:
-    from flame.tensor import Tensor
-
-__all__: list[str] = []
 
 
 def _infer(types: Types, *, causal: bool) -> TensorType:
@@ -173,87 +165,3 @@ masked_softmax = Op(
         Sample((Arg((3, 1)), None), {"causal": False}),
     ],
 )  # fmt: skip
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
-    name = "scaled_dot_product_attention"
-    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-    if min(query.ndim, key.ndim, value.ndim) < 2:
-        raise ShapeError(f"{name}: needs tensors (..., length, width), got {shapes}")
-    if not query.dtype is key.dtype is value.dtype:
-        raise DTypeError(
-            f"{name}: query, key and value are {query.dtype.name}, {key.dtype.name} and "
-            f"{value.dtype.name}; make them equal"
-        )
-    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
-        raise ShapeError(
-            f"{name}: widths of query and key, and lengths of key and value differ: {shapes}"
-        )
-
-
-def scaled_dot_product_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """softmax(query keyᵀ scale + mask) value.
-
-    query (..., H, L, E), key (..., H, S, E), value (..., H, S, Ev) give (..., H, L, Ev). attn_mask
-    broadcasts to (..., H, L, S): bool (True takes part) or floating (added). is_causal: query i
-    sees keys up to i. scale: 1 / sqrt(E) by default. enable_gqa: key and value may have fewer
-    heads, each serving as many neighbouring query heads. dropout_p: applied to the probabilities.
-    Source: Vaswani and others, "Attention Is All You Need", 2017.
-    """
-    from flame.ops.products import matmul
-
-    _check(query, key, value)
-    dtype = query.dtype
-    if compute_dtype(dtype) is not dtype:  # half-width scores would lose too many digits
-        wide = compute_dtype(dtype)
-        query, key, value = (convert(t, dtype=wide) for t in (query, key, value))
-    shape = query.shape
-    grouped = enable_gqa and query.ndim > 2 and not shape[-3] == key.shape[-3] == value.shape[-3]
-    if grouped:
-        query, key, value, attn_mask = _grouped(query, key, value, attn_mask)
-    factor = 1 / math.sqrt(shape[-1]) if scale is None and shape[-1] else (scale or 1.0)
-    scores = matmul(mul(query, float(factor)), transpose(key, -2, -1))
-    weights = masked_softmax(scores, attn_mask, causal=bool(is_causal))
-    if dropout_p:
-        from flame.ops.dropouts import dropout
-
-        weights = dropout(weights, dropout_p)
-    result = matmul(weights, value)
-    if grouped:
-        result = reshape(result, (*shape[:-1], value.shape[-1]))
-    return convert(result, dtype=dtype)
-
-
-def _grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
-    """Query heads (..., H, L, E) as (..., G, H / G, L, E); a key head broadcasts over its group."""
-    heads = query.shape[-3]
-    for other in (key, value):
-        if other.ndim < 3 or not other.shape[-3] or heads % other.shape[-3]:
-            raise ShapeError(
-                f"scaled_dot_product_attention: {heads} query heads cannot share the heads of "
-                f"{other.shape}"
-            )
-    groups = max(key.shape[-3], value.shape[-3])
-
-    def split(t: Tensor) -> Tensor:
-        own = t.shape[-3]
-        if own == heads:
-            return reshape(t, (*t.shape[:-3], groups, heads // groups, *t.shape[-2:]))
-        if own != groups:  # key and value with different numbers of heads
-            t = reshape(unsqueeze(t, -3).expand(
-                *t.shape[:-2], groups // own, *t.shape[-2:]), (*t.shape[:-3], groups, *t.shape[-2:])
-            )  # fmt: skip
-        return unsqueeze(t, -3)
-
-    if mask is not None and mask.ndim >= 3:
-        mask = split(mask) if mask.shape[-3] == heads else unsqueeze(mask, -3)
-    return split(query), split(key), split(value), mask

@@ -1,0 +1,12 @@
+"""Scaled dot-product attention.
+
+`functions` is what users call; `operation` declares the ops; `forward` and `backward` are their
+kernels, made of the register tiles in `tiles`; `masked_softmax` serves dropout, which needs all
+probabilities.
+"""
+
+from flame.ops.attention.functions import (
+    scaled_dot_product_attention as scaled_dot_product_attention,
+)
+
+__all__: list[str] = []

@@ -1,0 +1,189 @@
+"""The kernel of attention: scores of a block of queries and keys live in scratch memory alone.
+
+For a block of queries, blocks of keys pass by; the greatest score so far and the sum of powers
+are kept for each query, and what was summed before is scaled down when a greater score is met.
+Source: Dao and others, "FlashAttention: fast and memory-efficient exact attention", 2022; the
+running softmax is Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+"""
+
+from __future__ import annotations
+
+import math
+
+from flame.core.types import Shape, TensorType, tensor_type
+from flame.kernel import values
+from flame.kernel.builder import BoundKernel, KernelBuilder
+from flame.kernel.values import Value, const, read
+from flame.ops.attention.tiles import (
+    KEYS,
+    LOG2_E,
+    Mask,
+    clear,
+    flat,
+    give,
+    product,
+    query_tile,
+    source,
+    take,
+    turn,
+)
+from flame.ops.elementwise import compute_dtype
+from flame.ops.loops import Nest, broadcast_strides, coalesce
+from flame.render.math.exponential import vanishing_exp2
+
+
+def over_batch(types: tuple[TensorType | None, ...], batch: Shape) -> Nest:
+    """The batch's dimensions, merged where all operands (batch, rows, columns) allow it."""
+    strides = []
+    for t in types:
+        if t is None:
+            strides.append((0,) * len(batch))
+        else:
+            outer = tensor_type(t.dtype, t.shape[:-2], t.strides[:-2])
+            strides.append(broadcast_strides(outer, batch))
+    return coalesce(batch, strides)
+
+
+def column(type_: TensorType) -> TensorType:
+    """(..., L) as (..., L, 1)."""
+    return tensor_type(type_.dtype, (*type_.shape, 1), (*type_.strides, 1))
+
+
+def matrix(type_: TensorType) -> TensorType:
+    """A mask of less than two dimensions as one of two."""
+    if type_.ndim >= 2:
+        return type_
+    missing = 2 - type_.ndim
+    return tensor_type(type_.dtype, (1,) * missing + type_.shape, (0,) * missing + type_.strides)
+
+
+def attend(
+    types: tuple[TensorType, TensorType, TensorType, TensorType | None],
+    outputs: tuple[TensorType, ...],
+    *, causal: bool, scale: float,
+) -> BoundKernel:  # fmt: skip
+    """Of (query, key, value, mask) the kernel that gives (out, log_sum)."""
+    return _Forward(types, outputs, causal=causal, scale=scale).kernel()
+
+
+class _Forward:
+    def __init__(
+        self, types: tuple[TensorType, TensorType, TensorType, TensorType | None],
+        outputs: tuple[TensorType, ...], *, causal: bool, scale: float,
+    ) -> None:  # fmt: skip
+        query, key, value, mask = types
+        out, log_sum = outputs
+        mask = None if mask is None else matrix(mask)
+        self.scale = scale
+        self.dtype = dtype = compute_dtype(query.dtype)
+        self.queries, self.keys = query.shape[-2], key.shape[-2]
+        self.width, self.value_width = query.shape[-1], value.shape[-1]
+        operands = (query, key, value, mask, out, column(log_sum))
+        self.nest = nest = over_batch(operands, out.shape[:-2])
+        self.tile = tile = query_tile(dtype, self.queries)
+        self.k = k = KernelBuilder("attention")
+        self.query = source(k, "input", 0, query, nest.strides[0])
+        self.key = source(k, "input", 1, key, nest.strides[1])
+        self.value = source(k, "input", 2, value, nest.strides[2])
+        self.mask = Mask(k, 3, tile, dtype, mask, nest.strides[3], causal=causal)
+        self.out = source(k, "output", 0, out, nest.strides[4])
+        self.log_sum = source(k, "output", 1, column(log_sum), nest.strides[5])
+        lanes, rows = tile.lanes, tile.rows(self.value_width)
+        self.rows = k.scratch(dtype, (lanes, self.width))
+        self.turned = k.scratch(dtype, (self.width, lanes))
+        self.key_rows = k.scratch(dtype, (KEYS, self.width))
+        # tiles of sums may read a little beyond the last value
+        self.value_rows = k.scratch(dtype, (KEYS + tile.height, self.value_width))
+        self.spare = k.scratch(dtype, (lanes, self.value_width))
+        self.scores = k.scratch(dtype, (KEYS, lanes))
+        self.total = k.scratch(dtype, (rows, lanes))
+        self.peak, self.mass, self.decay = (k.scratch(dtype, (1, lanes)) for _ in range(3))
+
+    def kernel(self) -> BoundKernel:
+        k, lanes = self.k, self.tile.lanes
+        blocks = -(-self.queries // lanes)
+        work = max(1, self.keys * lanes * (self.width + self.value_width + 16) // 32)
+        with k.parallel(*self.nest.sizes, blocks, work=work) as (*index, block):
+            begin = block * lanes
+            count = values.binary("min", k.size(self.queries) - begin, const(lanes))
+            self._start(tuple(index), begin, count)
+            limit = self.mask.limit(k.size(self.keys), begin)
+            with k.loop(values.binary("udiv", limit + (KEYS - 1), const(KEYS))) as part:
+                key = part * KEYS
+                keys = values.binary("min", limit - key, const(KEYS))
+                self._block(tuple(index), begin, count, key, keys)
+            self._finish(tuple(index), begin, count)
+        return k.bind()
+
+    def _start(self, index: tuple[Value, ...], begin: Value, count: Value) -> None:
+        k, tile, dtype = self.k, self.tile, self.dtype
+        offset = self.query.at(index) + begin * self.query.row
+        take(k, self.query, offset, count, self.rows, self.scale * LOG2_E)
+        clear(k, self.rows, count, tile.lanes)
+        turn(k, self.rows, tile.lanes, self.turned)
+        self.mask.begin()
+        with k.vector(tile.lanes, tile.vectors) as v:
+            k.store(self.peak, (const(0), v), const(-math.inf, dtype))
+            k.store(self.mass, (const(0), v), const(0.0, dtype))
+            with k.loop(self.total.shape[0]) as d:
+                k.store(self.total, (d, v), const(0.0, dtype))
+
+    def _block(
+        self, index: tuple[Value, ...], begin: Value, count: Value, key: Value, keys: Value
+    ) -> None:
+        """One block of keys."""
+        k, tile = self.k, self.tile
+        take(k, self.key, self.key.at(index) + key * self.key.row, keys, self.key_rows)
+        take(k, self.value, self.value.at(index) + key * self.value.row, keys, self.value_rows)
+        tiles = values.binary("udiv", keys + (tile.height - 1), const(tile.height))
+        product(
+            k, self.scores, tile, tiles, self.width,
+            lambda j, d: self.key_rows[j, d], lambda d, v: self.turned[d, v],
+        )  # fmt: skip
+        self.mask.apply(self.scores, index, begin, count, key, keys)
+        self._weigh(keys)
+        product(
+            k, self.total, tile, self.total.shape[0] // tile.height, keys,
+            lambda d, j: self.value_rows[j, d], lambda j, v: self.scores[j, v],
+            lambda d, v: self.total[d, v] * self.decay[const(0), v],
+        )  # fmt: skip
+
+    def _weigh(self, keys: Value) -> None:
+        """Scores to powers of two, relative to the greatest score that each query has met."""
+        k, dtype, first = self.k, self.dtype, const(0)
+        with k.vector(self.tile.lanes, self.tile.vectors) as v:
+            peak = k.register(self.peak[first, v])
+            with k.loop(keys) as j:
+                score = self.scores[j, v]
+                greater = values.compare("gt", score, read(peak))
+                k.assign(peak, values.select(greater, score, read(peak)))
+            none = values.compare("eq", read(peak), const(-math.inf, dtype))
+            base = k.register(values.select(none, const(0.0, dtype), read(peak)))
+            decay = k.register(vanishing_exp2(self.peak[first, v] - read(base)))
+            mass = k.register(self.mass[first, v] * read(decay))
+            with k.loop(keys) as j:
+                # a register, as the store makes what was loaded stale
+                power = k.register(vanishing_exp2(self.scores[j, v] - read(base)))
+                k.store(self.scores, (j, v), read(power))
+                k.assign(mass, read(mass) + read(power))
+            k.store(self.peak, (first, v), read(peak))
+            k.store(self.decay, (first, v), read(decay))
+            k.store(self.mass, (first, v), read(mass))
+
+    def _finish(self, index: tuple[Value, ...], begin: Value, count: Value) -> None:
+        k, dtype, first = self.k, self.dtype, const(0)
+        with k.vector(self.tile.lanes, self.tile.vectors) as v:
+            mass = self.mass[first, v]
+            none = values.compare("eq", mass, const(0.0, dtype))
+            zero, one = const(0.0, dtype), const(1.0, dtype)
+            factor = k.register(values.select(none, zero, one / mass))
+            log_sum = (self.peak[first, v] + values.unary("log2", mass)) * (1 / LOG2_E)
+            k.store(self.decay, (first, v), values.select(none, zero, log_sum))
+            with k.loop(self.value_width) as d:
+                k.store(self.total, (d, v), self.total[d, v] * read(factor))
+        offset = self.log_sum.at(index) + begin * self.log_sum.row
+        with k.vector(count) as v:
+            place = offset + v * self.log_sum.row
+            k.store(flat(self.log_sum.operand), (place,), self.decay[first, v])
+        offset = self.out.at(index) + begin * self.out.row
+        give(k, self.total, self.value_width, count, self.out, offset, self.spare)

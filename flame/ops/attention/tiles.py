@@ -1,0 +1,282 @@
+"""What the kernels of attention are made of: register tiles of sums, and blocks copied to scratch.
+
+Vectors lie along the queries of a block wherever scores are: a block of scores is (keys, queries),
+so that maxima and sums over keys need nothing from a neighbouring lane, and a key or a value enters
+a product as single numbers, whatever its layout. Invariant: blocks depend on shapes and the vector
+width alone, so results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flame.core import dtypes
+from flame.core.dtypes import DType
+from flame.core.types import Shape, TensorType, tensor_type
+from flame.kernel import values
+from flame.kernel.builder import KernelBuilder, Operand, Role
+from flame.kernel.program import Matrix
+from flame.kernel.values import Value, cast, const, fma, read
+from flame.ops.convolution.blocking import vector_bytes
+
+LOG2_E = 1 / math.log(2)
+KEYS = 64  # of a block; a multiple of every tile's height
+# vectors of a tile's rows -> rows: 16 sums or more in 32 (else 16) registers hide their latency
+WIDE_HEIGHTS = {1: 16, 2: 8, 3: 8, 4: 4}
+NARROW_HEIGHTS = {1: 8, 2: 4}
+EFFICIENCY = {1: 0.6, 2: 0.9, 3: 1.0, 4: 1.0}  # the fewer vectors, the more loads for each product
+
+
+@dataclass(frozen=True)
+class Tile:
+    """``height`` rows of ``vectors`` vectors, ``lanes`` numbers together."""
+
+    height: int
+    vectors: int
+    lanes: int
+
+    def rows(self, count: int) -> int:
+        """``count`` rounded up to whole tiles."""
+        return -(-count // self.height) * self.height
+
+
+def heights() -> dict[int, int]:
+    return WIDE_HEIGHTS if vector_bytes() == 64 else NARROW_HEIGHTS
+
+
+def tile_of(dtype: DType, vectors: int) -> Tile:
+    return Tile(heights()[vectors], vectors, vectors * vector_bytes() // dtype.itemsize)
+
+
+def query_tile(dtype: DType, length: int) -> Tile:
+    """The tile whose rows hold one block of ``length`` queries."""
+    native = vector_bytes() // dtype.itemsize
+    powers = [v for v in sorted(heights(), reverse=True) if v != 3]
+    best = min(powers, key=lambda v: -(-length // (v * native)) * v / EFFICIENCY[v])
+    return tile_of(dtype, best)
+
+
+def width_tile(dtype: DType, width: int) -> tuple[Tile, int]:
+    """(tile, how many side by side) whose rows hold one row of ``width`` numbers."""
+    native = vector_bytes() // dtype.itemsize
+    vectors = max(1, -(-width // native))
+    pieces = -(-vectors // max(heights()))
+    return tile_of(dtype, -(-vectors // pieces)), pieces
+
+
+def product(
+    k: KernelBuilder,
+    out: Operand,
+    tile: Tile,
+    tiles: Value | int,
+    length: Value | int,
+    left: Callable[[Value, Value], Value],
+    right: Callable[[Value, Value], Value],
+    start: Callable[[Value, Value], Value] | None = None,
+    *,
+    pieces: int = 1,
+    base: tuple[Value, ...] = (),
+) -> None:
+    """out[r, v] = start(r, v) + the sum over c < length of left(r, c) * right(c, v).
+
+    ``left`` gives a number, ``right`` a vector. All rows of all ``tiles`` are written, those of
+    all ``pieces`` side by side. ``base`` goes before r in the index of ``out``.
+    """
+    with k.loop(pieces) as piece, k.loop(tiles) as t, k.vector(tile.lanes, tile.vectors) as lane:
+        rows = [t * tile.height + i for i in range(tile.height)]
+        v = piece * tile.lanes + lane
+        zero = const(0.0, out.dtype)
+        sums = [k.register(zero if start is None else start(r, v)) for r in rows]
+        with k.loop(length) as c:
+            vector = right(c, v)
+            for total, r in zip(sums, rows, strict=True):
+                k.assign(total, fma(left(r, c), vector, read(total)))
+        for total, r in zip(sums, rows, strict=True):
+            k.store(out, (*base, r, v), read(total))
+
+
+@dataclass(frozen=True)
+class Source:
+    """(batch, rows, columns) in memory: its strides over the batch, between rows and columns."""
+
+    operand: Operand
+    batch: tuple[Value, ...]
+    row: Value
+    column: Value
+    rows_adjoin: bool  # neighbouring rows, not columns, lie side by side
+
+    def at(self, index: tuple[Value, ...]) -> Value:
+        """The offset of the first element of an entry of the batch."""
+        offset = const(0)
+        for i, stride in zip(index, self.batch, strict=True):
+            offset = offset + i * stride
+        return offset
+
+    def load(self, offset: Value) -> Value:
+        return values.load(self.operand.buffer, offset)
+
+    def turnable(self, scratch: Operand) -> bool:
+        """Whether `KernelBuilder.transpose` can copy from or to ``scratch``."""
+        return self.operand.dtype is scratch.dtype and scratch.dtype.itemsize >= 4
+
+
+def source(k: KernelBuilder, role: Role, position: int, type_: TensorType, batch: Shape) -> Source:
+    """The operand of this type; ``batch``: its strides over the dimensions of the batch."""
+    operand = k.tensor(role, position, tensor_type(type_.dtype, (2,), (1,)))
+    sizes, steps = type_.shape[-2:], type_.strides[-2:]
+    row, column = (k.stride(0 if n == 1 else s) for n, s in zip(sizes, steps, strict=True))
+    adjoin = steps[0] == 1 and sizes[1] > 1 and steps[1] != 1
+    return Source(operand, tuple(k.stride(s) for s in batch), row, column, adjoin)
+
+
+def flat(operand: Operand) -> Operand:
+    """The same memory addressed by one offset."""
+    return Operand(operand.buffer, (1,), (const(1),))
+
+
+def take(
+    k: KernelBuilder, given: Source, offset: Value, rows: Value, target: Operand,
+    scale: float = 1.0,
+) -> None:  # fmt: skip
+    """The first rows of ``target`` (rows, columns) = rows from ``offset`` on, times ``scale``."""
+    width = target.shape[1]
+    if given.rows_adjoin and given.turnable(target):
+        k.transpose(
+            const(width), rows, Matrix(given.operand.buffer, offset, given.column),
+            Matrix(target.buffer, const(0), target.strides[0]),
+        )  # fmt: skip
+        if scale != 1.0:
+            with k.loop(rows) as r, k.vector(width) as v:
+                k.store(target, (r, v), target[r, v] * const(scale, target.dtype))
+        return
+    with k.loop(rows) as r, k.vector(width) as v:
+        found = cast(given.load(offset + r * given.row + v * given.column), target.dtype)
+        made = found if scale == 1.0 else found * const(scale, target.dtype)
+        k.store(target, (r, v), made)
+
+
+def turn(k: KernelBuilder, source: Operand, rows: Value | int, target: Operand) -> None:
+    """target[j, i] = source[i, j], both in scratch memory, for i < rows."""
+    count = const(rows) if isinstance(rows, int) else rows
+    k.transpose(
+        count, const(source.shape[1]), Matrix(source.buffer, const(0), source.strides[0]),
+        Matrix(target.buffer, const(0), target.strides[0]),
+    )  # fmt: skip
+
+
+def give(
+    k: KernelBuilder, turned: Operand, width: int, count: Value, target: Source, offset: Value,
+    spare: Operand,
+) -> None:  # fmt: skip
+    """target[q, d] = turned[d, q] for q < count, d < width; ``spare`` (queries, width) is scratch.
+
+    In whichever way writes neighbouring elements together.
+    """
+    lanes = turned.shape[1]
+    buffer = target.operand
+    if target.rows_adjoin:
+        with k.loop(width) as d, k.vector(count) as v:
+            place = offset + d * target.column + v * target.row
+            k.store(flat(buffer), (place,), turned[d, v])
+        return
+    whole = Matrix(turned.buffer, const(0), const(lanes))
+    if target.turnable(turned) and values.is_const(target.column, 1):
+        out = Matrix(buffer.buffer, offset, target.row)
+        k.transpose(const(width), count, whole, out)
+        return
+    k.transpose(const(width), count, whole, Matrix(spare.buffer, const(0), spare.strides[0]))
+    with k.loop(count) as q, k.vector(width) as v:
+        place = offset + q * target.row + v * target.column
+        k.store(flat(buffer), (place,), spare[q, v])
+
+
+def clear(k: KernelBuilder, target: Operand, begin: Value | int, end: int) -> None:
+    """Rows of scratch memory at 0."""
+    first = const(begin) if isinstance(begin, int) else begin
+    with k.loop(const(end) - first) as r, k.vector(target.shape[1]) as v:
+        k.store(target, (first + r, v), const(0.0, target.dtype))
+
+
+class Mask:
+    """What keeps queries from keys: a mask, the order of time, both or nothing."""
+
+    def __init__(
+        self, k: KernelBuilder, position: int, tile: Tile, dtype: DType, type_: TensorType | None,
+        batch: Shape, *, causal: bool,
+    ) -> None:  # fmt: skip
+        self.k, self.tile, self.dtype, self.causal = k, tile, dtype, causal
+        self.given = None if type_ is None else source(k, "input", position, type_, batch)
+        self.staged = False
+        if self.given is not None:
+            self.staged = not (self.given.rows_adjoin or values.is_const(self.given.row, 0))
+        if self.staged:
+            self.rows = k.scratch(dtype, (tile.lanes, KEYS))
+            self.turned = k.scratch(dtype, (KEYS, tile.lanes))
+        if causal:
+            self.places = k.scratch(dtype, (tile.lanes,))
+
+    def begin(self) -> None:
+        """Once in an iteration of the parallel loop."""
+        if self.causal:
+            with self.k.vector(self.tile.lanes, self.tile.vectors) as v:
+                self.k.store(self.places, (v,), cast(v, self.dtype))
+
+    def limit(self, keys: Value, query: Value) -> Value:
+        """Of the first ``keys`` keys, those that the block of queries from ``query`` on may see."""
+        if not self.causal:
+            return keys
+        whole = max(heights().values())  # a tile of keys that all may not see brings zeros only
+        end = query + self.tile.lanes
+        if self.tile.lanes % whole:
+            end = values.binary("udiv", end + (whole - 1), const(whole)) * whole
+        return values.binary("min", keys, end)
+
+    def apply(
+        self, scores: Operand, index: tuple[Value, ...], query: Value, queries: Value, key: Value,
+        keys: Value,
+    ) -> None:  # fmt: skip
+        """scores (keys, queries), in units of log 2, are -inf where masked."""
+        k, nothing = self.k, const(-math.inf, self.dtype)
+        if self.given is not None:
+            self._given(self.given, scores, index, query, queries, key, keys)
+        if self.causal:
+            with k.when(key + keys > query + 1), k.loop(keys) as j:
+                first = k.register(cast(key + j - query, self.dtype))  # the first that sees the key
+                with k.vector(self.tile.lanes, self.tile.vectors) as v:
+                    seen = values.compare("ge", self.places[v], read(first))
+                    k.store(scores, (j, v), values.select(seen, scores[j, v], nothing))
+
+    def _given(
+        self, given: Source, scores: Operand, index: tuple[Value, ...], query: Value,
+        queries: Value, key: Value, keys: Value,
+    ) -> None:  # fmt: skip
+        k, vectors = self.k, self.tile.vectors
+        base = given.at(index) + query * given.row + key * given.column
+        if not self.staged:
+            with k.loop(keys) as j, k.vector(queries, vectors) as v:
+                found = given.load(base + j * given.column + v * given.row)
+                k.store(scores, (j, v), self._masked(scores[j, v], self._number(found)))
+            return
+        with k.loop(queries) as q, k.vector(keys, 1) as v:
+            found = given.load(base + q * given.row + v * given.column)
+            k.store(self.rows, (q, v), self._number(found))
+        k.transpose(
+            queries, keys, Matrix(self.rows.buffer, const(0), self.rows.strides[0]),
+            Matrix(self.turned.buffer, const(0), self.turned.strides[0]),
+        )  # fmt: skip
+        with k.loop(keys) as j, k.vector(queries, vectors) as v:
+            k.store(scores, (j, v), self._masked(scores[j, v], self.turned[j, v]))
+
+    def _number(self, found: Value) -> Value:
+        """What is added to a score."""
+        if found.dtype is dtypes.bool_:
+            zero, nothing = const(0.0, self.dtype), const(-math.inf, self.dtype)
+            return values.select(found, zero, nothing)
+        return cast(found, self.dtype) * const(LOG2_E, self.dtype)
+
+    def _masked(self, score: Value, number: Value) -> Value:
+        """A masked score is -inf even where it was NaN or infinite."""
+        nothing = const(-math.inf, self.dtype)
+        return values.select(values.compare("eq", number, nothing), nothing, score + number)
