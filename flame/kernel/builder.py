@@ -114,6 +114,7 @@ class KernelBuilder:
         self._operands: list[Buffer | Value] = []
         self._refs: list[Ref] = []
         self._scratch: list[tuple[Buffer, int]] = []
+        self._local: list[tuple[Buffer, int]] = []
         self._size_params: list[Value] = []
         self._size_numbers: list[int] = []
         self._blocks: list[list[Statement]] = [[]]
@@ -145,13 +146,22 @@ class KernelBuilder:
 
     def scratch(self, dtype: DType, shape: tuple[int, ...]) -> Operand:
         """Row-major memory private to a worker; its sizes stand in the text."""
+        return self._private("scratch", self._scratch, dtype, shape)
+
+    def local(self, dtype: DType, shape: tuple[int, ...]) -> Operand:
+        """As `scratch`, on the thread's stack: for a few KiB, which no caller has to provide."""
+        return self._private("local", self._local, dtype, shape)
+
+    def _private(
+        self, name: str, kept: list[tuple[Buffer, int]], dtype: DType, shape: tuple[int, ...]
+    ) -> Operand:
         count = 1
         strides: list[Value] = []
         for size in reversed(shape):
             strides.insert(0, const(count))
             count *= size
-        buffer = Buffer(f"scratch{len(self._scratch)}", dtype, written=True)
-        self._scratch.append((buffer, count))
+        buffer = Buffer(f"{name}{len(kept)}", dtype, written=True)
+        kept.append((buffer, count))
         return Operand(buffer, shape, tuple(strides))
 
     def size(self, number: int) -> Value:
@@ -299,6 +309,7 @@ class KernelBuilder:
             tuple(self._scratch),
             tuple(self._size_params),
             self._parallel,
+            tuple(self._local),
         )
         return BoundKernel(
             kernel, tuple(self._refs), tuple(self._size_numbers), self._extent, self._grain

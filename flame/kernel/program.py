@@ -140,7 +140,7 @@ class Kernel:
 
     Its arguments in order: ``operands`` (pointers, and numbers as params), one base pointer for
     each ``scratch`` buffer (a worker uses its own part of the given number of elements),
-    ``sizes``.
+    ``sizes``. ``local`` buffers stand on the stack of the thread, 64-byte aligned.
     """
 
     name: str
@@ -148,11 +148,13 @@ class Kernel:
     scratch: tuple[tuple[Buffer, int], ...]
     sizes: tuple[Value, ...]
     body: Loop
+    local: tuple[tuple[Buffer, int], ...] = ()
 
     def __str__(self) -> str:
         heads = [
             *(_head(operand) for operand in self.operands),
             *(f"scratch {b.name}: {b.dtype.name}[{n}]" for b, n in self.scratch),
+            *(f"local {b.name}: {b.dtype.name}[{n}]" for b, n in self.local),
             *(f"{p.attr}" for p in self.sizes),
         ]
         return f"kernel {self.name}({', '.join(heads)})\n" + "\n".join(_lines(self.body, "  "))

@@ -1,30 +1,17 @@
-"""linear: a product and a bias in one kernel.
-
-The bias is written into a tile of the result first, and the library adds the product to it while
-the tile is warm in the cache.
-"""
+"""linear: a product and a bias in one kernel."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from flame.core.errors import DTypeError, ShapeError
 from flame.core.types import TensorType, tensor_type
-from flame.kernel import values
-from flame.kernel.builder import KernelBuilder, Lowering
-from flame.kernel.values import const
+from flame.kernel.builder import Lowering, Ref
 from flame.ops.arithmetic import add
+from flame.ops.contraction import BiasStore, Epilogue, Factor, PlainStore, Prologue, contract
 from flame.ops.op import Arg, Op, Sample, Types
-from flame.ops.products import (
-    LIBRARY,
-    advance,
-    matmul,
-    matrix_of,
-    swapped,
-    tile_of,
-    walkable,
-    work_of,
-)
+from flame.ops.products import matmul
 from flame.ops.reductions import sum_to
 from flame.ops.shapes import reshape, transpose
 
@@ -39,10 +26,10 @@ def _infer_linear(types: Types) -> TensorType:
     assert isinstance(x, TensorType)
     assert isinstance(weight, TensorType)
     assert isinstance(bias, TensorType)
-    if not x.dtype is weight.dtype is bias.dtype or x.dtype not in LIBRARY:
+    if not x.dtype is weight.dtype is bias.dtype or x.dtype.kind != "f":
         raise DTypeError(
             f"linear: operands are {x.dtype.name}, {weight.dtype.name} and {bias.dtype.name}; "
-            "all must be float32, or all float64"
+            "all must be of one floating dtype"
         )
     if bias.shape != weight.shape[:1] or x.shape[-1] != weight.shape[-1]:
         raise ShapeError(
@@ -53,37 +40,25 @@ def _infer_linear(types: Types) -> TensorType:
 
 
 def _lower_linear(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
-    """Tiles of rows or columns: filled with the bias, then the product is added by the library."""
+    return _lower_fused(types, outputs, PlainStore(outputs[0]))
+
+
+def _lower_fused(
+    types: Types,
+    outputs: tuple[TensorType, ...],
+    epilogue: Epilogue,
+    prologues: Mapping[int, Prologue] | None = None,
+) -> Lowering:
+    """Kernels that hand x @ weight.T + bias to an epilogue."""
     x, weight, bias = types
-    (out,) = outputs
     assert isinstance(x, TensorType)
     assert isinstance(weight, TensorType)
     assert isinstance(bias, TensorType)
-    (m, n), inner = out.shape, x.shape[-1]
-    turned = swapped(weight)
-    k = KernelBuilder("linear")
-    sources = [k.tensor("input", i, t) for i, t in enumerate((x, turned, bias))]
-    target = k.tensor("output", 0, out)
-    tall = m >= n
-    step, tiles = tile_of(m if tall else n, (n if tall else m) * inner)
-    with k.parallel(tiles, work=work_of(step, (n if tall else m) * inner)) as (tile,):
-        begin = tile * step
-        length = values.binary("min", k.size(m if tall else n) - begin, const(step))
-        rows, columns = (length, k.size(n)) if tall else (k.size(m), length)
-        first = begin if not tall else const(0)
-        with k.loop(rows) as i, k.vector(columns, 2) as j:
-            row = begin + i if tall else i
-            k.store(target, (row, first + j), sources[2][first + j])
-        matrices = [
-            matrix_of(k, t, o, const(0))
-            for t, o in zip((x, turned, out), (*sources[:2], target), strict=True)
-        ]
-        moved = 0 if tall else 1
-        matrices[moved] = advance(k, matrices[moved], (x, turned)[moved], begin, rows=tall)
-        matrices[2] = advance(k, matrices[2], out, begin, rows=tall)
-        left, right, result = matrices
-        k.gemm(rows, columns, k.size(inner), left, right, result, beta=const(1))
-    return k.finish()
+    given = prologues or {}
+    left = Factor(Ref("input", 0), x, -2, given.get(0))
+    right = Factor(Ref("input", 1), weight, -2, given.get(1)).turned()
+    biased = BiasStore(bias, Ref("input", 2), epilogue)
+    return contract(left, right, outputs[0].shape, biased)
 
 
 _linear = Op(
@@ -104,8 +79,8 @@ _linear = Op(
         ),
         Sample((Arg((0, 4), kind="double"), Arg((3, 4), kind="double"), Arg((3,), kind="double"))),
     ],
-    reads=lambda t: t.ndim < 2 or walkable(t),
     tolerance=4.0,
+    lower_fused=_lower_fused,
 )
 
 
@@ -131,5 +106,5 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _fusable(input: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    same = input.dtype is weight.dtype is bias.dtype and input.dtype in LIBRARY
+    same = input.dtype is weight.dtype is bias.dtype and input.dtype.kind == "f"
     return same and bias.shape == weight.shape[:1] and input.numel() > 0 and weight.numel() > 0

@@ -92,6 +92,9 @@ class Op:
     inputs: names of the operands; one that starts with ``*`` takes the rest.
     infer(types, **attributes): TensorType, or a tuple of them. Raises ShapeError and DTypeError.
     lower(types, outputs, **attributes): Lowering.
+    lower_fused(types, outputs, epilogue, prologues, **attributes): as lower, where an Epilogue gets
+        the results instead of memory, and Prologues (by operand) give elements of operands; None
+        where the op has no such form. See `flame.ops.contraction`.
     vjp: a formula for each input (None where it has no gradient), a Joint, or NOT_DIFFERENTIABLE.
     reference(*arrays, **attributes): the meaning, in NumPy.
     failure(code, types): the error for a number that a kernel put into its error slot.
@@ -123,6 +126,7 @@ class Op:
         updates: bool = False,
         reads: Callable[[TensorType], bool] | None = None,
         extras: int = 0,
+        lower_fused: Callable[..., Lowering] | None = None,
         register: bool = True,
     ) -> None:
         self.name = name
@@ -131,6 +135,7 @@ class Op:
         self.inputs = tuple(inputs)
         self.infer = infer
         self.lower = lower
+        self.lower_fused = lower_fused
         self.reference = reference
         self.samples = tuple(samples)
         self.failure = failure

@@ -1,31 +1,26 @@
-"""Matrix products: matmul with batch broadcasting, and everything that is one in disguise.
-
-A product is one kernel whose parallel loop hands tiles to the vendor's library, one thread each.
-"""
+"""Matrix products: matmul with batch broadcasting, and everything that is one in disguise."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from flame.core import dtypes
 from flame.core.errors import DTypeError, ShapeError
 from flame.core.handle import is_tensor
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.kernel import values
-from flame.kernel.builder import KernelBuilder, Lowering, Operand
-from flame.kernel.program import Matrix
-from flame.kernel.values import Value, cast, const
+from flame.kernel.builder import KernelBuilder, Lowering, Ref
+from flame.kernel.values import cast
 from flame.ops.arithmetic import add, mul
+from flame.ops.contraction import Epilogue, Factor, PlainStore, Prologue, contract
 from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import broadcast_shapes, broadcast_strides
 from flame.ops.op import Arg, Op, Sample, Types, constant
 from flame.ops.reductions import sum, sum_to
 from flame.ops.shapes import expand, reshape, transpose, unsqueeze
-from flame.runtime.cpu import get_num_threads
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -62,9 +57,6 @@ METHODS = (
     "vdot",
 )
 
-TILE_FLOPS: Final = 1 << 17  # multiply-adds of a tile worth a thread's while
-LIBRARY: Final = (dtypes.float32, dtypes.float64)
-
 
 def _split(x: TensorType) -> tuple[Shape, int, int]:
     return x.shape[:-2], x.shape[-2], x.shape[-1]
@@ -93,121 +85,33 @@ def _lower(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
     (out,) = outputs
     assert isinstance(a, TensorType)
     assert isinstance(b, TensorType)
-    if a.dtype in LIBRARY and 0 not in a.shape:
-        return _lower_library(a, b, out)
+    if a.dtype.kind == "f":
+        return _lower_fused(types, outputs, PlainStore(out))
     return _lower_loops(a, b, out)
 
 
-def walkable(x: TensorType) -> bool:
-    """Whether the vendor's library can read the matrices: one of the last two strides is 1."""
-    return _row_major(x) or _row_major(swapped(x))
+def _lower_fused(
+    types: Types,
+    outputs: tuple[TensorType, ...],
+    epilogue: Epilogue,
+    prologues: Mapping[int, Prologue] | None = None,
+) -> Lowering:
+    """Kernels that hand sums of ``outputs[0]``'s shape to an epilogue; floating dtypes only."""
+    a, b = types
+    assert isinstance(a, TensorType)
+    assert isinstance(b, TensorType)
+    given = prologues or {}
+    left = Factor(Ref("input", 0), a, -2, given.get(0))
+    right = Factor(Ref("input", 1), b, -1, given.get(1))
+    return contract(left, right, outputs[0].shape, epilogue)
 
 
-def swapped(x: TensorType) -> TensorType:
-    """The type with its last two dimensions swapped."""
-    shape, strides = list(x.shape), list(x.strides)
-    shape[-2:], strides[-2:] = shape[:-3:-1], strides[:-3:-1]
-    return tensor_type(x.dtype, tuple(shape), tuple(strides))
-
-
-def _row_major(x: TensorType) -> bool:
-    rows, columns = x.shape[-2:]
-    unit = x.strides[-1] == 1 or columns == 1 or x.numel == 0
-    return unit and (rows <= 1 or x.numel == 0 or x.strides[-2] >= max(1, columns))
-
-
-def matrix_of(k: KernelBuilder, x: TensorType, operand: Operand, offset: Value) -> Matrix:
-    """The matrix at ``offset``, as the library reads it."""
-    plain = _row_major(x)
-    rows, columns = x.shape[-2:] if plain else x.shape[:-3:-1]
-    stride = x.strides[-2] if plain else x.strides[-1]
-    row_stride = k.size(stride if rows > 1 else max(1, columns))
-    return Matrix(operand.buffer, offset, row_stride, transposed=not plain)
-
-
-def _lower_library(a: TensorType, b: TensorType, out: TensorType) -> Lowering:
-    """Tiles of rows or columns of every batch entry, each one call of the library.
-
-    A batch whose second operand is the same for all is one tall product.
-    """
-    a, b, out = _merge_batch(a, b, out)
-    batch, m, n = _split(out)
-    inner = a.shape[-1]
-    k = KernelBuilder("matmul")
-    operands = [k.tensor("input", 0, a), k.tensor("input", 1, b), k.tensor("output", 0, out)]
-    tall = m >= n
-    step, tiles = tile_of(m if tall else n, (n if tall else m) * inner)
-    strides = [_batch_strides(t, batch) for t in (a, b, out)]
-    work = work_of(step, (n if tall else m) * inner)
-    with k.parallel(*batch, tiles, work=work) as (*index, tile):
-        begin = tile * step
-        offsets = [_offset(k, index, s) for s in strides]
-        matrices = [
-            matrix_of(k, t, o, offset)
-            for t, o, offset in zip((a, b, out), operands, offsets, strict=True)
-        ]
-        length = values.binary("min", k.size(m if tall else n) - begin, const(step))
-        moved = 0 if tall else 1
-        matrices[moved] = advance(k, matrices[moved], (a, b)[moved], begin, rows=tall)
-        matrices[2] = advance(k, matrices[2], out, begin, rows=tall)
-        rows, columns = (length, k.size(n)) if tall else (k.size(m), length)
-        left, right, result = matrices
-        k.gemm(rows, columns, k.size(inner), left, right, result)
-    return k.finish()
-
-
-def _merge_batch(
-    a: TensorType, b: TensorType, out: TensorType
-) -> tuple[TensorType, TensorType, TensorType]:
-    if not out.ndim > 2 or math.prod(b.shape[:-2]) != 1 or not (a.contiguous and out.contiguous):
-        return a, b, out
-    if a.shape[:-2] != out.shape[:-2]:
-        return a, b, out
-    rows = math.prod(out.shape[:-1])
-    return (
-        tensor_type(a.dtype, (rows, a.shape[-1])),
-        tensor_type(b.dtype, b.shape[-2:], b.strides[-2:]),
-        tensor_type(out.dtype, (rows, out.shape[-1])),
-    )
-
-
-def tile_of(length: int, flops_each: int) -> tuple[int, int]:
-    """(step, count) of tiles along a dimension.
-
-    Every tile packs the other operand anew, so there are as few as keep the threads busy.
-    """
-    wanted = length * flops_each // TILE_FLOPS
-    count = max(1, min(wanted, get_num_threads(), -(-length // 16)))
-    step = -(-length // count)
-    step = max(1, min(length, -(-step // 16) * 16))
-    return step, max(1, -(-length // step))
-
-
-def work_of(step: int, flops_each: int) -> int:
-    """A tile's work in the units of `KernelBuilder.parallel`."""
-    return max(1, step * flops_each // 32)
-
-
-def _batch_strides(x: TensorType, batch: Shape) -> Shape:
-    return broadcast_strides(tensor_type(x.dtype, x.shape[:-2], x.strides[:-2]), batch)
-
-
-def _offset(k: KernelBuilder, index: Sequence[Value], strides: Shape) -> Value:
-    offset = const(0)
-    for i, stride in zip(index, strides, strict=True):
-        offset = offset + i * k.size(stride)
-    return offset
-
-
-def advance(k: KernelBuilder, x: Matrix, type_: TensorType, begin: Value, *, rows: bool) -> Matrix:
-    """The matrix from row (or column) ``begin`` on."""
-    axis = -2 if rows else -1
-    stride = type_.strides[axis] if type_.shape[axis] > 1 else 0
-    return Matrix(x.buffer, x.offset + begin * k.size(stride), x.row_stride, x.transposed)
+def _batch_of(x: TensorType) -> TensorType:
+    return tensor_type(x.dtype, x.shape[:-2], x.strides[:-2])
 
 
 def _lower_loops(a: TensorType, b: TensorType, out: TensorType) -> Lowering:
-    """Any dtype and any strides: columns of the output side by side, a serial sum over k."""
+    """Integers and bools: columns of the output side by side, a serial sum over k."""
     batch, m, n = _split(out)
     inner = a.shape[-1]
     total = compute_dtype(a.dtype)
@@ -217,7 +121,9 @@ def _lower_loops(a: TensorType, b: TensorType, out: TensorType) -> Lowering:
             "input",
             i,
             tensor_type(
-                t.dtype, (*batch, *t.shape[-2:]), (*_batch_strides(t, batch), *t.strides[-2:])
+                t.dtype,
+                (*batch, *t.shape[-2:]),
+                (*broadcast_strides(_batch_of(t), batch), *t.strides[-2:]),
             ),
         )
         for i, t in enumerate((a, b))
@@ -270,8 +176,8 @@ _matmul = Op(
         Sample((Arg((1, 70)), Arg((70, 33)))),
         Sample((Arg((2, 3, 4)), Arg((2, 4, 1)))),
     ],
-    reads=lambda t: t.dtype not in LIBRARY or t.ndim < 2 or walkable(t),
     tolerance=4.0,
+    lower_fused=_lower_fused,
 )
 
 

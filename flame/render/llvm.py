@@ -148,6 +148,9 @@ class _Renderer(MemoryAccess):
             mine = self.emit(f"mul i64 %worker, {count * buffer.dtype.itemsize}", 0)
             self.pointers[buffer] = self.emit(f"getelementptr i8, ptr {base}, i64 {mine}", 0)
             position += 1
+        for buffer, count in self.kernel.local:
+            room = f"[{count * buffer.dtype.itemsize} x i8]"
+            self.pointers[buffer] = self.emit(f"alloca {room}, align 64", 0)
         for size in self.kernel.sizes:
             self.scopes[0].known[size, 1] = self._argument(position, "i64")
             position += 1
