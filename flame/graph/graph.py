@@ -79,6 +79,13 @@ def type_of(operand: Operand) -> TensorType | type | None:
     return operand.type if isinstance(operand, Symbol) else type(operand)
 
 
+def tensor_of(operand: Operand) -> TensorType:
+    """The type of what is known to be a tensor symbol."""
+    assert isinstance(operand, Symbol)
+    assert isinstance(operand.type, TensorType)
+    return operand.type
+
+
 def operand_text(operand: Operand) -> str:
     if operand is None:
         return "none"

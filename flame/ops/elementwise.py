@@ -207,7 +207,7 @@ class Elementwise(Op):
         results = [
             t.dtype for t, n in zip(types, needs, strict=True) if n and isinstance(t, TensorType)
         ]
-        operand_dtypes, _ = self.rule(self.name, types)
+        operand_dtypes, (result, *_) = self.rule(self.name, types)
         by_name = dict(zip(self.inputs, operand_dtypes, strict=True))
 
         def scalar(g: Value, *saved: Value, **attributes: Any) -> tuple[Value, ...]:
@@ -220,10 +220,9 @@ class Elementwise(Op):
             return tuple(made)
 
         def rule(name: str, given: Types) -> tuple[Sequence[DType], Sequence[DType]]:
-            first = given[0]
-            assert isinstance(first, TensorType)
-            kept = [by_name.get(n, first.dtype) for n in names]
-            return [first.dtype, *kept], results
+            first = given[0].dtype if isinstance(given[0], TensorType) else result
+            kept = [by_name.get(n, first) for n in names]
+            return [first, *kept], results
 
         return Elementwise(
             f"{self.name}_backward",
