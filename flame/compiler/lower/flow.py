@@ -7,6 +7,7 @@ through; any other view reads its source from memory.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 
 from flame.compiler.schedule.task import owners_of
 from flame.core.types import TensorType, tensor_type
@@ -43,6 +44,17 @@ class Flow:
                 if order is not None:
                     self.regrouped[node] = order
         self.results = set(graph.results)
+        self.live = self._live()
+
+    def _live(self) -> set[Node]:
+        """The nodes that the results need."""
+        found: set[Node] = set()
+        wanted = set(self.results)
+        for node in reversed(self.graph.nodes):
+            if not wanted.isdisjoint(node.outputs):
+                found.add(node)
+                wanted.update(node.symbols)
+        return found
 
     def owner(self, symbol: Symbol) -> Symbol:
         """Whose memory a symbol lies in."""
@@ -56,7 +68,7 @@ class Flow:
             node = self.producer.get(symbol)
         return symbol
 
-    def leaves(self, symbol: Symbol, inside: set[Node]) -> bool:
+    def leaves(self, symbol: Symbol, inside: Collection[Node]) -> bool:
         """Whether a value, or a view of it, is needed by more than the nodes ``inside``."""
         waiting = [symbol]
         while waiting:
@@ -64,6 +76,8 @@ class Flow:
             if one in self.results:
                 return True
             for node in self.consumers[one]:
+                if node not in self.live:
+                    continue
                 if node in self.regrouped:
                     waiting.append(node.outputs[0])
                 elif node not in inside:

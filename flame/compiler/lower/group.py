@@ -50,7 +50,7 @@ def kind_of(space: Space) -> Kind:
     if len(space.accesses) + len(space.stores) > MAX_OPERANDS or _weight(space) > MAX_WEIGHT:
         raise Mismatch
     if not space.reduced and not any(isinstance(n.op, Reduction) for n in space.nodes):
-        if len(space.full) != len(space.nodes):
+        if any(node not in space.full for node in space.nodes):
             raise Mismatch
         _check_vectors(space, len(space.loops) - 1)
         return POINTWISE

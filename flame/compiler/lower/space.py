@@ -37,8 +37,10 @@ class Access:
 class Space:
     """loops: kept and reduced ones, from the largest step in memory to the smallest.
 
-    full: the nodes at the full level, and reductions. reads: what operand ``i`` of a node reads
-    from memory. stores: the results that are needed outside. dims: of the symbols inside.
+    head: a node with a kernel of its own, whose first output the group takes at the full level; not
+    among ``nodes``. full: the nodes at the full level, and reductions. reads: what operand ``i`` of
+    a node reads from memory. stores: the results that are needed outside. dims: of the symbols
+    inside.
     """
 
     flow: Flow
@@ -49,6 +51,7 @@ class Space:
     reads: Mapping[tuple[Node, int], Access]
     stores: tuple[Access, ...]
     dims: Mapping[Symbol, Dims]
+    head: Node | None = None
 
     @property
     def sizes(self) -> Shape:
@@ -81,9 +84,9 @@ class Space:
 
 
 class _Builder:
-    def __init__(self, flow: Flow, nodes: Sequence[Node]) -> None:
-        self.flow, self.nodes = flow, tuple(nodes)
-        self.members = set(nodes)
+    def __init__(self, flow: Flow, nodes: Sequence[Node], head: Node | None) -> None:
+        self.flow, self.nodes, self.head = flow, tuple(nodes), head
+        self.members = {*nodes} if head is None else {*nodes, head}
         self.dims: dict[Symbol, Dims] = {}
         self.reads: list[tuple[Node, int, Symbol, Dims]] = []
         self.iterated: dict[Node, Dims] = {}
@@ -149,9 +152,12 @@ class _Builder:
                     unify(mine, its)
 
     def space(self) -> Space:
+        if self.head is not None:
+            result = self.head.outputs[0]
+            self.iterated[self.head] = self.dims[result] = fresh(tensor_of(result).shape)
         for node in self.nodes:
             (self.reduction if isinstance(node.op, Reduction) else self.elementwise)(node)
-        largest = max(self.nodes, key=lambda n: element_count(_sizes(self.iterated[n])))
+        largest = max(self.iterated, key=lambda n: element_count(_sizes(self.iterated[n])))
         if any(
             set(joined(d)) - set(joined(self.iterated[largest])) for d in self.iterated.values()
         ):
@@ -170,15 +176,19 @@ class _Builder:
                 raise Mismatch  # it reads other elements of what the group writes
         stores = tuple(
             access_of(symbol, self.dims[symbol])
-            for node in self.nodes
-            for symbol in node.outputs
+            for symbol in self._made()
             if self.flow.leaves(symbol, self.members)
         )
         ordered = _ordered(loops, [*stores, *reads.values()])
         return Space(
             self.flow, self.nodes, ordered, reduced, full, reads, stores,
-            {s: [flat(d) for d in dims] for s, dims in self.dims.items()},
+            {s: [flat(d) for d in dims] for s, dims in self.dims.items()}, self.head,
         )  # fmt: skip
+
+    def _made(self) -> list[Symbol]:
+        """What the group computes, the head's result first."""
+        first = [] if self.head is None else [self.head.outputs[0]]
+        return [*first, *(symbol for node in self.nodes for symbol in node.outputs)]
 
     def _reduced(self, loops: set[Atom]) -> frozenset[Atom]:
         found = {frozenset(flat(atoms)) for atoms in self.folded.values()}
@@ -196,10 +206,10 @@ class _Builder:
             if len(set(atoms)) != len(atoms) or not whole.issuperset(atoms):
                 raise Mismatch
         for node, dims in self.iterated.items():
-            atoms = joined(dims)
-            if len(atoms) == len(loops):
+            mine = set(joined(dims))
+            if mine == whole:
                 full.add(node)
-            elif node in self.folded or set(atoms) != whole - reduced:
+            elif node in self.folded or mine != whole - reduced:
                 raise Mismatch
         return frozenset(full)
 
@@ -228,6 +238,6 @@ def _ordered(loops: Atoms, accesses: Sequence[Access]) -> tuple[Atom, ...]:
     return tuple(loops)
 
 
-def space_of(flow: Flow, nodes: Sequence[Node]) -> Space:
+def space_of(flow: Flow, nodes: Sequence[Node], head: Node | None = None) -> Space:
     """The space of nodes that stand in the graph's order. Raises Mismatch."""
-    return _Builder(flow, nodes).space()
+    return _Builder(flow, nodes, head).space()

@@ -4,18 +4,21 @@ The partition is greedy, in the graph's order: each node is merged with the grou
 and with groups that read the same operand, the youngest first, where
  - no path leads from one through a third group to the other;
  - both have one space of loops (`compiler.lower.space`) and kernels that gain (`lower.group`).
-Elementwise nodes, copies and reductions are merged; every other node is a task of its own, by its
-op's own lowering, and so is a group of one node.
+Elementwise nodes, copies and reductions are merged with each other. Any other node is the head of a
+group, which elementwise nodes that follow may join (`lower.epilogue`). A group of one node is a
+task by its op's own lowering. Nodes that no result needs are left out.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from flame.compiler.lower.atoms import Mismatch
+from flame.compiler.lower.epilogue import can_be_head, head_inputs, lower_head
 from flame.compiler.lower.flow import Flow, tensor_of
-from flame.compiler.lower.group import Kind, kind_of, pairs_of
+from flame.compiler.lower.group import POINTWISE, Kind, kind_of, pairs_of
 from flame.compiler.lower.operands import kernel_name, task_inputs
 from flame.compiler.lower.space import Space, space_of
 from flame.compiler.schedule.fusion_groups import Group, Groups
@@ -23,6 +26,7 @@ from flame.compiler.schedule.task import Schedule, Task
 from flame.compiler.schedule.unfused import task_of
 from flame.core.types import TensorType
 from flame.graph import Graph, Node, Symbol
+from flame.kernel.builder import Lowering
 from flame.ops.conversion import copy
 from flame.ops.elementwise import Elementwise
 from flame.ops.reductions import Reduction
@@ -37,7 +41,7 @@ def fuse(graph: Graph) -> Schedule:
     """The tasks of a graph, fused; the same results as `one_task_a_node`."""
     flow = Flow(graph)
     groups = _partition(flow)
-    tasks = tuple(_task(flow, group) for group in _in_order(flow, groups))
+    tasks = tuple(_task(group) for group in _in_order(flow, groups))
     return Schedule(graph, tasks, flow.owners)
 
 
@@ -58,12 +62,12 @@ def _partition(flow: Flow) -> Groups:
     groups = Groups()
     readers: dict[Symbol, list[Group]] = {}
     for node in flow.graph.nodes:
-        if isinstance(node.op, ViewOp):
+        if isinstance(node.op, ViewOp) or node not in flow.live:
             continue
         before = {groups.of[producer] for producer in _producers(flow, node)}
         mine = groups.add(node, before, flow.position[node])
-        mine.open = fusable(node)
-        if mine.open:
+        mine.open = fusable(node) or can_be_head(node)
+        if fusable(node):
             for other in _candidates(flow, groups, node, readers):
                 merged = _merge(flow, groups, mine, other)
                 mine = mine if merged is None else merged
@@ -112,10 +116,27 @@ def _merge(flow: Flow, groups: Groups, mine: Group, other: Group) -> Group | Non
         return None
     nodes = sorted([*mine.nodes, *other.nodes], key=flow.position.__getitem__)
     try:
-        kind_of(space_of(flow, nodes))
+        task = _plan(flow, nodes)
     except Mismatch:
         return None
-    return groups.merge(mine, other, nodes)
+    merged = groups.merge(mine, other, nodes)
+    merged.task = task
+    return merged
+
+
+def _plan(flow: Flow, nodes: list[Node]) -> Callable[[], Task]:
+    """What makes the task of several nodes. Raises Mismatch where they are better apart."""
+    heads = [node for node in nodes if not fusable(node)]
+    if not heads:
+        space = space_of(flow, nodes)
+        return partial(_fused_task, space, kind_of(space))
+    (head, *more), members = heads, set(nodes)
+    if more or not members.isdisjoint(_producers(flow, head)):
+        raise Mismatch
+    space = space_of(flow, [node for node in nodes if node is not head], head)
+    if kind_of(space) is not POINTWISE:
+        raise Mismatch
+    return partial(_headed_task, head, space, lower_head(head, space))
 
 
 def _in_order(flow: Flow, groups: Groups) -> list[Group]:
@@ -140,12 +161,8 @@ def _in_order(flow: Flow, groups: Groups) -> list[Group]:
     return order
 
 
-def _task(flow: Flow, group: Group) -> Task:
-    if len(group.nodes) == 1:
-        return task_of(group.nodes[0])
-    space = space_of(flow, group.nodes)
-    kind: Kind = kind_of(space)
-    return _fused_task(space, kind)
+def _task(group: Group) -> Task:
+    return task_of(group.nodes[0]) if group.task is None else group.task()
 
 
 def _fused_task(space: Space, kind: Kind) -> Task:
@@ -156,4 +173,16 @@ def _fused_task(space: Space, kind: Kind) -> Task:
         kind.lower(space),
         space.nodes,
         pairs_of(space),
+    )
+
+
+def _headed_task(head: Node, space: Space, lowering: Lowering) -> Task:
+    alone = task_of(head)
+    return Task(
+        f"{head.op.name}_{kernel_name(space)}",
+        head_inputs(head, space),
+        (*head.outputs[1:], *(a.symbol for a in space.stores)),
+        lowering,
+        (head, *space.nodes),
+        failure=alone.failure,
     )

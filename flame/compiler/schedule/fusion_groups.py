@@ -6,21 +6,25 @@ it and after it, as sets of bits; groups never depend on each other in a cycle.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from flame.compiler.schedule.task import Task
 from flame.graph import Node
 
 
 class Group:
-    """Nodes, in the graph's order. ``open``: others may be merged into it."""
+    """Nodes, in the graph's order. open: others may be merged into it. task: makes the task of
+    several nodes.
+    """
 
-    __slots__ = ("after", "before", "into", "last", "nodes", "number", "open")
+    __slots__ = ("after", "before", "into", "last", "nodes", "number", "open", "task")
 
     def __init__(self, number: int, node: Node, last: int) -> None:
         self.number, self.last = number, last
         self.nodes: list[Node] = [node]
         self.before = self.after = 0
         self.open = True
+        self.task: Callable[[], Task] | None = None
         self.into: Group | None = None
 
 
