@@ -16,8 +16,8 @@ def compiled_module(module: Any) -> Any:
     kind = type(module)
     if issubclass(kind, _Compiled):
         return module
-    namespace = {"compiled": CompiledFunction(module.__call__), "__doc__": kind.__doc__}
-    made = object.__new__(type(f"Compiled{kind.__name__}", (_Compiled, kind), namespace))
+    namespace = {"_compiled_call": CompiledFunction(module.__call__), "__doc__": kind.__doc__}
+    made: Any = object.__new__(type(f"Compiled{kind.__name__}", (_Compiled, kind), namespace))
     object.__setattr__(made, "__dict__", vars(module))
     return made
 
@@ -25,16 +25,29 @@ def compiled_module(module: Any) -> Any:
 class _Compiled:
     """What a compiled module adds to its class."""
 
-    compiled: CompiledFunction
+    _compiled_call: CompiledFunction
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self).compiled(*args, **kwargs)
+        return type(self)._compiled_call(*args, **kwargs)
+
+    @property
+    def compiled(self) -> CompiledFunction:
+        """The compiled function, with its programs."""
+        made: CompiledFunction = type(self)._compiled_call
+        return made
+
+    @property
+    def recordings(self) -> int:
+        """How many programs were made so far."""
+        made: int = self.compiled.recordings
+        return made
 
     @property
     def program(self) -> Any:
         """The program of the latest signature."""
-        return type(self).compiled.program
+        return self.compiled.program
 
     def report(self) -> str:
         """What the latest program does; see `Program.report`."""
-        return type(self).compiled.report()
+        text: str = self.compiled.report()
+        return text
