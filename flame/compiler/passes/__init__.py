@@ -10,11 +10,13 @@ import os
 from collections.abc import Callable
 from typing import Final
 
+from flame.compiler.passes.assemble import assemble
 from flame.compiler.passes.canonicalize import canonicalize
 from flame.compiler.passes.cse import cse
 from flame.compiler.passes.dead import dead
 from flame.compiler.passes.fold import fold
 from flame.compiler.passes.readable import readable
+from flame.compiler.passes.simplify import simplify
 from flame.core.errors import CompileError
 from flame.graph import Graph
 
@@ -25,6 +27,8 @@ SIMPLIFYING: Final[tuple[Pass, ...]] = (
     dead,  # first: the tape records much that nobody reads, and no pass should look at it
     fold,  # numbers, before the rules that look for 0, 1 and -1
     canonicalize,  # one form of everything, before equal nodes are looked for
+    simplify,
+    assemble,  # sums of gradients of parts, once no zeros are added any more
     cse,
 )
 FINISHING: Final[tuple[Pass, ...]] = (

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from flame.core.dtypes import DType
+from flame.core.errors import ShapeError
 from flame.core.types import TensorType
 from flame.graph import Graph, Node, Operand, Rewriter, Symbol, tensor_of, type_of
 from flame.kernel import values
@@ -54,6 +55,28 @@ def _view_of_all(rewriter: Rewriter, old: Node, node: Node) -> bool:
             return False
         offset += maker.op.view(maker.types, **maker.attributes)[1]
         (source,) = maker.symbols
+
+
+def _view_of_view(rewriter: Rewriter, old: Node, node: Node) -> bool:
+    """Two reshapes are one, and so are two permutations."""
+    maker = rewriter.makers.get(node.symbols[0]) if isinstance(node.op, ViewOp) else None
+    if maker is None or maker.op is not node.op:
+        return False
+    if node.op is OPS["view"]:
+        attributes = node.attributes
+    elif node.op is OPS["permute"]:
+        attributes = {"dims": tuple([maker.attributes["dims"][d] for d in node.attributes["dims"]])}
+    else:
+        return False
+    assert isinstance(node.op, ViewOp)
+    try:
+        made, _ = node.op.view(maker.types, **attributes)
+    except ShapeError:
+        return False
+    if made is not old.outputs[0].type:  # strides of dimensions of size 1 may differ
+        return False
+    rewriter.append(Node(node.op, maker.inputs, old.outputs, attributes, old.line))
+    return True
 
 
 def _copy(rewriter: Rewriter, old: Node, node: Node) -> bool:
@@ -221,6 +244,7 @@ def _which(
 
 RULES: Final[tuple[Rule, ...]] = (
     _view_of_all,
+    _view_of_view,
     _copy,
     _number_last,
     _division,

@@ -17,7 +17,7 @@ from flame.ops.again import again
 
 def cse(graph: Graph) -> Graph:
     rewriter = Rewriter(graph)
-    _constants(rewriter)
+    _merge_constants(rewriter)
     seen: dict[Any, Node] = {}
     for old in graph.nodes:
         node = rewriter.renewed(old)
@@ -30,10 +30,10 @@ def cse(graph: Graph) -> Graph:
             continue
         for symbol, equal in zip(old.outputs, first.outputs, strict=True):
             rewriter.replace(symbol, equal)
-    return graph if len(rewriter.nodes) == len(graph.nodes) else rewriter.done()
+    return rewriter.done()
 
 
-def _constants(rewriter: Rewriter) -> None:
+def _merge_constants(rewriter: Rewriter) -> None:
     seen: dict[Any, Symbol] = {}
     for symbol, numbers in list(rewriter.constants.items()):
         array = np.asarray(numbers)

@@ -153,7 +153,10 @@ class Drawn:
         return self.g("permute", made, dims=(1, 0)) if self.draw(st.booleans()) else made
 
     def pick_like(self, x: Symbol) -> Symbol:
-        fitting = [y for y in self.values if shape_of(y) == shape_of(x)]
+        dtype = type_of(x).dtype
+        fitting = [
+            y for y in self.values if shape_of(y) == shape_of(x) and type_of(y).dtype is dtype
+        ]
         found: Symbol = self.draw(st.sampled_from(fitting))
         return found
 
