@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 from flame.compiler.passes import optimize
 from flame.compiler.program import Program
-from flame.compiler.schedule import Schedule, one_task_a_node
+from flame.compiler.schedule import Schedule
+from flame.compiler.schedule.fusion import fuse
 from flame.compiler.schedule.task import owners_of
 from flame.core.types import TensorType
 from flame.graph import Graph, Node, Symbol
@@ -25,7 +26,7 @@ def compile_graph(graph: Graph, state: Mapping[Symbol, int]) -> Program:
 
 def schedule_of(graph: Graph) -> Schedule:
     """The graph optimized and divided into tasks."""
-    return one_task_a_node(set_apart(optimize(graph)))
+    return fuse(set_apart(optimize(graph)))
 
 
 def set_apart(graph: Graph) -> Graph:

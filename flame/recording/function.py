@@ -35,7 +35,7 @@ class Step:
 
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
-        state = {_given(m): m.storage.pointer for m in recording.states}
+        state = recording.addresses()
         self.program = compile_graph(recording.graph, state)
         numbered = [i for i, r in enumerate(recording.repeated) if r.numbers]
         last = numbered[-1] + 1 if numbered else 0
@@ -265,7 +265,3 @@ def _compiled_module(module: Any) -> Any:
     from flame.recording.module import compiled_module
 
     return compiled_module(module)
-
-
-def _given(memory: Any) -> Any:
-    return memory.given

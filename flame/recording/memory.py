@@ -40,6 +40,11 @@ class RecordedStorage:
         self.as_numpy()
 
 
+def is_recorded(tensor: Any) -> bool:
+    """Whether a tensor exists only in the graph."""
+    return isinstance(tensor.storage, RecordedStorage)
+
+
 class Memory:
     """The symbols of one storage.
 

@@ -41,7 +41,7 @@ for _name in _ARITHMETIC:
     for _kind in (RecordedFloat, RecordedInt):
         setattr(_kind, f"__{_name}__", _refuse)
 for _kind in (RecordedFloat, RecordedInt):
-    _kind.__hash__ = object.__hash__  # type: ignore[assignment]
+    _kind.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 def stand_in(symbol: Symbol, number: float | int) -> RecordedFloat | RecordedInt:

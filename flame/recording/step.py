@@ -19,7 +19,7 @@ from flame.graph import Graph, Symbol
 from flame.ops.op import interpreter, set_interpreter
 from flame.recording.differentiable import Backward, record_backward
 from flame.recording.guards import Holders, Modes, Surroundings
-from flame.recording.memory import Memory, RecordedStorage
+from flame.recording.memory import Memory, RecordedStorage, is_recorded
 from flame.recording.recorder import Recorder, Repeated
 from flame.recording.structure import Place, replaced, tensors_in
 from flame.tensor import Tensor
@@ -72,6 +72,10 @@ class Recording:
     modes: Modes
     surroundings: Surroundings
 
+    def addresses(self) -> dict[Symbol, int]:
+        """Where the state lies."""
+        return {_given(m): m.storage.pointer for m in self.states}
+
 
 class _Session(Recorder):
     """A recorder with what the step does to gradients and modules."""
@@ -102,14 +106,12 @@ def record(
     session = _Session(beneath)
     surroundings = Surroundings(function)
     inputs = [session.argument(t) for t in tensors]
-    given = iter(inputs)
-    args = replaced(args, lambda _: next(given))
-    kwargs = replaced(kwargs, lambda _: next(given))
+    args, kwargs = _stand_ins((args, kwargs), inputs)
     set_interpreter(session)
     before, mode.recorder = mode.recorder, session
     try:
         held = [function(*args, **kwargs)]
-        del args, kwargs, given
+        del args, kwargs
         surroundings.check_unchanged()
         session.modes.check_unchanged("the compiled function", session.modes_set)
         session.modes.ignore(session.modes_set)
@@ -121,6 +123,12 @@ def record(
         set_interpreter(beneath)
         for tensor, gradient, _ in session.gradients.values():
             tensor._grad = gradient
+
+
+def _stand_ins(given: Any, inputs: list[Tensor]) -> Any:
+    """The same arguments with the recorded tensors in place of those of the call."""
+    following = iter(inputs)
+    return replaced(given, lambda _: next(following))
 
 
 class _Finish:
@@ -181,7 +189,7 @@ class _Finish:
         offset = tensor.pointer - memory.begin
         if memory in session.arguments:
             return Source("argument", session.arguments.index(memory), offset, tensor.type)
-        if not isinstance(tensor.storage, RecordedStorage) and memory.given is not None:
+        if not is_recorded(tensor) and memory.given is not None:
             plain = tensor if tensor.base is None and tensor.node is None else tensor.detach()
             return Source("outside", 0, 0, None, plain)
         symbol = session._whole(memory)
@@ -193,7 +201,7 @@ class _Finish:
         tensor._grad = before
         place = None if after is None else self._source(after)
         argument = self.argument_of.get(id(tensor), -1)
-        if argument < 0 and isinstance(tensor.storage, RecordedStorage):
+        if argument < 0 and is_recorded(tensor):
             place = None  # of a computed tensor that is gone
         return Gradient(None if argument >= 0 else tensor, argument, before, was_read, place)
 
@@ -207,9 +215,7 @@ class _Finish:
         session = self.session
         session.captured.clear()
         session.gradients = {
-            key: entry
-            for key, entry in session.gradients.items()
-            if not isinstance(entry[0].storage, RecordedStorage)
+            key: entry for key, entry in session.gradients.items() if not is_recorded(entry[0])
         }
         if not session.recorded:
             return

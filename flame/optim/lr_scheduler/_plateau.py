@@ -75,7 +75,7 @@ class ReduceLROnPlateau(LRScheduler):
         """Whether bad epochs do not count at present."""
         return self.cooldown_counter > 0
 
-    def step(  # type: ignore[override]  # as PyTorch's, it takes a metric first
+    def step(  # as PyTorch's, it takes a metric first
         self, metrics: SupportsFloat, epoch: int | None = None
     ) -> None:
         """Take note of an epoch's metric, a number or a tensor of one element."""
