@@ -239,7 +239,7 @@ class KernelBuilder:
 
     @contextmanager
     def when(self, condition: Value) -> Iterator[None]:
-        """Statements that run only where ``condition`` holds; not inside a vector loop."""
+        """Statements that run only where ``condition`` holds, for all lanes of a vector loop."""
         self._blocks.append([])
         yield
         self._emit(If(condition, tuple(self._blocks.pop())))

@@ -299,8 +299,8 @@ class _Renderer(MemoryAccess):
         return [r for r in dict.fromkeys(written_registers(body)) if r not in own]
 
     def _if(self, statement: If) -> None:
-        if self.vector_var is not None:
-            raise CompileError(f"kernel {self.kernel.name}: a condition inside a vector loop")
+        if self.varying(statement.condition):
+            raise CompileError(f"kernel {self.kernel.name}: a condition that differs by lane")
         condition = self.value(statement.condition, 1)
         self.branch(condition, lambda: self.statements(statement.body), statement.body)
 

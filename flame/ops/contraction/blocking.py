@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 from flame.core.dtypes import DType
 
-CHUNK = 384  # depth that is summed in registers at once
+CHUNK = 256  # depth that is summed in registers at once
 SMALL = 1 << 18  # products of a problem that is not worth packing
-ROWS_TOGETHER = 8  # tiles whose rows of A stay in the second-level cache
-PANELS_TOGETHER = 32
-WHOLE = 24  # so many tiles make up one block of rows, without a second one
+ROWS_TOGETHER = 8  # tiles whose sums and copies of A stay in the second-level cache
+PANELS_TOGETHER = 32  # at most; half of it where sums are kept between chunks, too
+WHOLE = 24  # so many tiles still make up one block, or share what is copied from a row of memory
 
 
 @functools.cache
@@ -110,14 +110,20 @@ def tile_for(dtype: DType, m: int, n: int) -> Tile:
     return best[1]
 
 
-def blocking_for(dtype: DType, m: int, n: int, depth: int, batch: int, threads: int) -> Blocking:
-    """How a problem of non-empty sizes is cut; ``batch`` such problems stand side by side."""
+def blocking_for(
+    dtype: DType, m: int, n: int, depth: int, batch: int, threads: int, *, deep: bool
+) -> Blocking:
+    """How a problem of non-empty sizes is cut; ``batch`` such problems stand side by side.
+
+    ``deep``: the elements of a row of the first factor are neighbours in memory.
+    """
     tile = tile_for(dtype, m, n)
     made = Blocking(m, n, depth, tile, 1, 1)
     tiles, panels = made.all_tiles, made.all_panels
-    if tiles > WHOLE:
-        tiles = ROWS_TOGETHER
-    panels = -(-panels // -(-panels // PANELS_TOGETHER))
+    if tiles > WHOLE and not (deep and made.chunks == 1):
+        tiles = ROWS_TOGETHER if deep else WHOLE
+    limit = PANELS_TOGETHER if made.chunks == 1 else PANELS_TOGETHER // 2
+    panels = -(-panels // -(-panels // limit))
     made = replace(made, tiles=tiles, panels=panels)
     wanted = 2 * threads if threads > 1 else 1
     least = max(1, made.products * batch // SMALL)

@@ -38,6 +38,11 @@ class Factor:
         return -3 - self.width_axis
 
     @property
+    def deep(self) -> bool:
+        """Whether it is the depth that stands side by side in memory."""
+        return self.side_by_side(self.depth_axis) and not self.side_by_side(self.width_axis)
+
+    @property
     def width(self) -> int:
         return self.type.shape[self.width_axis]
 
@@ -99,12 +104,16 @@ class Reader:
 
     def element(self, batch: Sequence[Value], depth: Value, width: Value) -> Value:
         """One element, of the dtype of the sums; ``batch`` is an index of the whole result."""
-        last = (depth, width) if self.factor.width_axis == -1 else (width, depth)
-        index = (*self._own(batch), *last)
+        index = self.index(batch, depth, width)
         if self.operand is None:
             assert self.factor.prologue is not None
             return cast(self.factor.prologue.load(self.k, index), self.dtype)
         return cast(self.operand[index], self.dtype)
+
+    def index(self, batch: Sequence[Value], depth: Value, width: Value) -> tuple[Value, ...]:
+        """The index of an element in the factor."""
+        last = (depth, width) if self.factor.width_axis == -1 else (width, depth)
+        return (*self._own(batch), *last)
 
     def _own(self, batch: Sequence[Value]) -> tuple[Value, ...]:
         """The part of a batch index that this factor has; 0 where it is broadcast."""
@@ -123,8 +132,7 @@ class Reader:
         ``depth``: (begin, length). Lanes beyond the valid ones are left as they are.
         """
         k, factor, (begin, length), lanes = self.k, self.factor, depth, panels.lanes
-        deep = factor.side_by_side(factor.depth_axis) and not factor.side_by_side(factor.width_axis)
-        if deep:
+        if factor.deep:
             turn = self._turn if factor.plain(self.dtype) else self._stage
             with k.loop(panels.count) as i:
                 turn(batch, depth, panels.first(i), panels.valid(i), lanes, target, place(i))

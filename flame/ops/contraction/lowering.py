@@ -16,6 +16,9 @@ from flame.ops.contraction.tiles import TileKernel, Ways
 from flame.ops.elementwise import compute_dtype
 from flame.runtime.cpu import get_num_threads
 
+DIRECT_TILES = 5  # so few tiles do not pay for a copy of the second factor
+PACKED_BELOW = 16  # tiles of a block that do not pay for one of its own
+
 
 def contract(a: Factor, b: Factor, out: Shape, epilogue: Epilogue) -> Lowering:
     """a (batch..., m, k) @ b (batch..., k, n), handed to the epilogue by sums of ``out``'s shape.
@@ -29,7 +32,8 @@ def contract(a: Factor, b: Factor, out: Shape, epilogue: Epilogue) -> Lowering:
     batch, m, n, depth = out[:-2], out[-2], out[-1], a.type.shape[-1]
     if n == 1 and m > 1:
         a, b, m, n, epilogue = b.turned(), a.turned(), n, m, Turned(epilogue)
-    cut = blocking_for(dtype, m, n, depth, math.prod(batch), get_num_threads())
+    threads = get_num_threads()
+    cut = blocking_for(dtype, m, n, depth, math.prod(batch), threads, deep=a.deep)
     ways = _ways(a, b, dtype, cut)
     kernels: list[BoundKernel] = []
     temporaries: list[int] = []
@@ -46,12 +50,10 @@ def _ways(a: Factor, b: Factor, dtype: DType, cut: Blocking) -> Ways:
     small = cut.products <= SMALL
     few = cut.all_panels <= 2 and a.side_by_side(-1)
     rows_direct = a.prologue is None and (small or cut.m == 1 or few)
-    direct = b.plain(dtype) and b.side_by_side(-1) and (small or cut.all_tiles == 1)
-    return Ways(
-        copy_rows=not rows_direct,
-        copy_columns=not direct and cut.row_blocks == 1,
-        packed=not direct and cut.row_blocks > 1,
-    )
+    direct = b.plain(dtype) and b.side_by_side(-1) and (small or cut.all_tiles <= DIRECT_TILES)
+    packed = not direct and cut.row_blocks > 1 and (b.deep or cut.tiles < PACKED_BELOW)
+    copied = not direct and not packed
+    return Ways(not rows_direct, copied, copied and not b.deep and cut.tiles > 1, packed)
 
 
 def _merge_batch(

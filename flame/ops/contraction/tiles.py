@@ -9,7 +9,7 @@ depth are summed on their own and then added up, which also keeps rounding error
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from flame.core.dtypes import DType
@@ -37,10 +37,12 @@ class Ways:
     """Where the inner loop reads its factors: as they are, or from copies that a block makes.
 
     A ``packed`` second factor stands in panels (batch..., panels, depth, lanes) in memory.
+    ``copy_at_first``: the columns are copied while the first tile reads them.
     """
 
     copy_rows: bool
     copy_columns: bool
+    copy_at_first: bool
     packed: bool
 
 
@@ -65,15 +67,17 @@ class TileKernel:
         else:
             self.columns = Reader(k, columns, dtype)
         epilogue.declare(k)
-        self.at_once = epilogue.repeatable and cut.chunks == 1
+        self.at_once = epilogue.repeatable
         native = native_lanes(dtype)
         self.row_lanes = -(-cut.tile.rows // native) * native
         self.room = _round_up(cut.chunk)
         if ways.copy_rows:
-            self.row_copy = self._memory(cut.tiles, self.room, self.row_lanes)
+            self.row_by_row = cut.chunks == 1 and rows.deep
+            kept = 1 if self.row_by_row else cut.tiles
+            self.row_copy = self._memory(kept, self.room, self.row_lanes)
         if ways.copy_columns:
             self.column_copy = self._memory(cut.panels, self.room, self.tile.lanes)
-        if not self.at_once:
+        if cut.chunks > 1 or not self.at_once:
             kept = cut.panels * cut.tiles if cut.chunks > 1 else 1
             self.sums = self._memory(kept, self.tile.rows, self.tile.lanes)
         self.m, self.n, self.depth = k.size(cut.m), k.size(cut.n), k.size(cut.depth)
@@ -95,8 +99,6 @@ class TileKernel:
         with k.parallel(*self.batch, *blocks, work=work) as (*index, row_block, column_block):
             first_tile, tiles = self._part(row_block, cut.tiles, cut.all_tiles)
             first_panel, panels = self._part(column_block, cut.panels, cut.all_panels)
-            if cut.chunks > 1:
-                self._clear(panels)
             with k.loop(k.size(cut.chunks)) as chunk:
                 begin = chunk * k.size(cut.chunk)
                 length = self.depth
@@ -106,17 +108,34 @@ class TileKernel:
                 if self.ways.copy_columns:
                     if cut.n < self.tile.lanes:
                         clear(k, self.column_copy, const(0), length, self.tile.lanes)
-                    self._copy_columns(index, depth, first_panel, panels)
-                if self.ways.copy_rows:
+                    if not self.ways.copy_at_first:
+                        self._copy_columns(index, depth, first_panel, panels)
+                if self.ways.copy_rows and not self.row_by_row:
                     self._copy_rows(index, depth, first_tile, tiles)
-                with k.loop(tiles) as t, k.loop(panels) as j:
-                    self._sum(index, depth, (first_panel + j, j), (first_tile + t, t))
-                    if cut.chunks > 1:
-                        with k.when(chunk >= k.size(cut.chunks) - 1):
-                            self._finish(index, (first_panel + j, j), (first_tile + t, t))
-                    elif not self.at_once:
-                        self._finish(index, (first_panel + j, j), (first_tile + t, t))
+                done = 0
+                if self.ways.copy_at_first:
+                    self._tile(index, depth, (first_panel, panels), (first_tile, const(0)), done)
+                    done = 1
+                with k.loop(tiles - done) as t:
+                    tile = (first_tile + (t + done), t + done)
+                    self._tile(index, depth, (first_panel, panels), tile, done)
         return k.bind()
+
+    def _tile(
+        self, index: Sequence[Value], depth: tuple[Value, Value], panels: tuple[Value, Value],
+        tile: tuple[Value, Value], done: int,
+    ) -> None:  # fmt: skip
+        """A chunk's products of one tile with all panels; ``done`` tiles have passed before."""
+        k = self.k
+        if self.ways.copy_rows and self.row_by_row:
+            tile = (tile[0], const(0))
+            self._copy_rows(index, depth, tile[0], const(1))
+        with k.loop(panels[1]) as j:
+            panel = (panels[0] + j, j)
+            self._sum(index, depth, panel, tile, copying=self.ways.copy_at_first and not done)
+            if not self.at_once:
+                with self._last(depth):
+                    self._finish(index, panel, tile)
 
     def _part(self, block: Value, size: int, total: int) -> tuple[Value, Value]:
         """(first, count) of a block's tiles or panels."""
@@ -162,15 +181,14 @@ class TileKernel:
 
     # --- one tile ---------------------------------------------------------------------------------
 
-    def _clear(self, panels: Value) -> None:
-        k, rows = self.k, self.tile.rows * self.cut.tiles
-        place = self.sums.at
-        with k.loop(panels) as j, k.loop(k.size(rows)) as i, self._vector() as v:
-            at = place((j * k.size(self.cut.tiles), const(0), const(0)))
-            k.store(flat_of(self.sums), (at + i * self.tile.lanes + v,), const(0, self.dtype))
-
     def _vector(self) -> AbstractContextManager[Value]:
         return self.k.vector(self.width, self.tile.vectors)
+
+    def _last(self, depth: tuple[Value, Value]) -> AbstractContextManager[None]:
+        """What runs with the last chunk of the depth only."""
+        if self.cut.chunks == 1:
+            return nullcontext()
+        return self.k.when(depth[0] + depth[1] >= self.depth)
 
     def _place(self, panel: Value, tile: Value) -> Value:
         """Where the sums of a tile stand."""
@@ -180,31 +198,41 @@ class TileKernel:
 
     def _sum(
         self, index: Sequence[Value], depth: tuple[Value, Value], panel: tuple[Value, Value],
-        tile: tuple[Value, Value],
+        tile: tuple[Value, Value], *, copying: bool,
     ) -> None:  # fmt: skip
-        """A chunk's products of one tile."""
+        """A chunk's products of one tile and one panel, which is copied as it is read."""
         k, rows, lanes = self.k, self.tile.rows, self.tile.lanes
         begin, length = depth
         first_row, first_column = self._first_row(tile[0]), self._first_column(panel[0])
         with self._vector() as v:
             sums = [k.register(const(0, self.dtype)) for _ in range(rows)]
             with k.loop(length) as step:
-                vector = self._column(index, begin, step, panel, first_column, v)
+                if copying:
+                    assert self.columns is not None
+                    vector = self.columns.element(index, begin + step, first_column + v)
+                    place = self.column_copy.at((panel[1], step, v))
+                    k.store(flat_of(self.column_copy), (place,), vector)
+                else:
+                    vector = self._column(index, begin, step, panel, first_column, v)
                 for i, total in enumerate(sums):
                     value = self._row(index, begin, step, tile[1], first_row, i)
                     k.assign(total, fma(value, vector, read(total)))
-            if self.at_once:
-                for i, total in enumerate(sums):
-                    here = (*index, first_row + i, first_column + v)
-                    self.epilogue.store(k, here, read(total))
-                return
             at = self._place(panel[1], tile[1])
-            for i, total in enumerate(sums):
-                place = at + i * lanes + v
-                made = read(total)
-                if self.cut.chunks > 1:
-                    made = made + values.load(self.sums.buffer, place)
-                k.store(flat_of(self.sums), (place,), made)
+            if self.cut.chunks > 1:
+                with k.when(begin > 0):
+                    for i, total in enumerate(sums):
+                        before = values.load(self.sums.buffer, at + i * lanes + v)
+                        k.assign(total, read(total) + before)
+            if self.cut.chunks > 1 or not self.at_once:
+                earlier = self.k.when(begin + length < self.depth)
+                with earlier if self.at_once else nullcontext():
+                    for i, total in enumerate(sums):
+                        k.store(flat_of(self.sums), (at + i * lanes + v,), read(total))
+            if self.at_once:
+                with self._last(depth):
+                    for i, total in enumerate(sums):
+                        here = (*index, first_row + i, first_column + v)
+                        self.epilogue.store(k, here, read(total))
 
     def _column(
         self, index: Sequence[Value], begin: Value, step: Value, panel: tuple[Value, Value],
