@@ -21,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from flame.compiler.pipeline import source_of
+from flame.compiler.report import TaskInfo, task_info
 from flame.compiler.schedule.memory import (
     Copy,
     MemoryPlan,
@@ -115,6 +116,7 @@ class Blueprint:
     kernels: tuple[KernelText, ...]
     constants: tuple[Any, ...]
     host_calls: tuple[HostCall, ...]
+    tasks: tuple[TaskInfo, ...]
 
     @property
     def first_input(self) -> int:
@@ -172,6 +174,7 @@ class _Writer:
             tuple(text for _, text in draft.kernels.values()),
             tuple(draft.constants),
             tuple(draft.host_calls),
+            tuple(task_info(task) for task in self.schedule.tasks),
         )
 
     # --- words ------------------------------------------------------------------------------------

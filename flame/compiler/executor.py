@@ -97,7 +97,7 @@ class Executor:
 
     def _prepare(self) -> None:
         """Write all that depends on the number of threads, or on addresses."""
-        threads = get_num_threads()
+        self.threads = threads = get_num_threads()
         blueprint = self.blueprint
         layout = arrange(blueprint.steps, threads)
         if layout.scratch > self.scratch.nbytes:

@@ -65,7 +65,8 @@ class Compiler:
         # that LLVM counts lines as the source does.
         layout, triple = self._machine.target_data, self._machine.triple
         self._target = f'target datalayout = "{layout}" target triple = "{triple}" '
-        self._identity = "\n".join(
+        # What decides the machine code of a text.
+        self.identity = "\n".join(
             (str(FORMAT_VERSION), self.version, self.cpu_name, self.cpu_features, self._target)
         )
         self._linker: Any = binding.create_lljit_compiler(self._machine)
@@ -140,7 +141,7 @@ class Compiler:
         return over_machines(self._machines[: max(wanted, 1)], work, sources)
 
     def _key(self, source: str, *, optimize: bool) -> str:
-        text = f"{self._identity}\n{'optimized' if optimize else 'plain'}\n{source}"
+        text = f"{self.identity}\n{'optimized' if optimize else 'plain'}\n{source}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _compile(

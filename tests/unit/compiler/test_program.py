@@ -220,10 +220,10 @@ def test_no_run_takes_more_than_the_planned_peak(seed: int) -> None:
     runner = ProgramRunner(graph, random_values(graph, seed))
     runner()
     allocator = cpu.ALLOCATOR
-    outside = allocator.statistics().allocated - rounded(runner.program.arena_bytes)
+    outside = allocator.statistics().allocated - rounded(runner.program.blueprint.arena)
     allocator.reset_peak()
     runner()
     results = [n for _, n in runner.program.result_types]
     measured = allocator.statistics().peak_allocated - outside
-    classes = rounded(runner.program.arena_bytes) + sum(map(rounded, results))
+    classes = rounded(runner.program.blueprint.arena) + sum(map(rounded, results))
     assert measured <= classes <= 1.125 * runner.program.peak + 64 * (len(results) + 1)
