@@ -14,7 +14,14 @@ from flame.core.errors import DTypeError, ShapeError, UnsupportedError
 from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Ref
 from flame.kernel.values import const
-from flame.ops.convolution import depthwise, references, winograd, winograd_gradient
+from flame.ops.convolution import (
+    depthwise,
+    pointwise,
+    pointwise_gradient,
+    references,
+    winograd,
+    winograd_gradient,
+)
 from flame.ops.convolution.blocking import Tile, tile_for
 from flame.ops.convolution.contraction import Operands, Target, contract
 from flame.ops.convolution.geometry import (
@@ -134,6 +141,10 @@ def _contraction(
     plan = winograd.plan_for(x, out, c, groups)
     if plan is not None:
         return winograd.lower(plan, winograd.Operands(x, weight, biased, out, summed_axis))
+    ends = (x, out) if summed_axis == 1 else (out, x)
+    product = pointwise.plan_for(*ends, geometry)
+    if product is not None and (product.last or weight.contiguous):
+        return pointwise.lower(product, weight, biased, c.phases[0], forward=summed_axis == 1)
     tile = tile_for(dtype, lanes)
     kernels: list[BoundKernel] = []
     temporaries = _Temporaries()
@@ -315,6 +326,9 @@ def _lower_weight_gradient(
     plan = winograd_gradient.plan_for(g, x, geometry)
     if plan is not None:
         return winograd_gradient.lower(plan, g, x, out)
+    product = pointwise.plan_for(x, g, geometry)
+    if product is not None and pointwise_gradient.fits(product):
+        return pointwise_gradient.lower(product, out)
     c = forward(geometry, g.shape[2:])
     phase = c.phases[0]
     kernels: list[BoundKernel] = []

@@ -73,7 +73,7 @@ class Plan:
 
     @property
     def few_tiles(self) -> bool:
-        return self.tiles <= self.channels
+        return 2 * self.tiles <= self.channels
 
     @property
     def part(self) -> int:

@@ -15,13 +15,14 @@ from flame.core.types import TensorType, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Operand
 from flame.kernel.program import Matrix
-from flame.kernel.values import Value, const, fma, read
+from flame.kernel.values import Value, const, read
 from flame.ops.convolution.blocking import vector_bytes
 from flame.ops.convolution.geometry import Geometry
 from flame.ops.convolution.windows import GAP, Strips, Window, round_up
 from flame.ops.convolution.winograd import LEAST_CHANNELS, LEAST_SIZE
 from flame.ops.convolution.winograd_stages import (
     TAPS,
+    add_outer_products,
     flat,
     load_points,
     transform_strip,
@@ -31,7 +32,6 @@ from flame.ops.convolution.winograd_transforms import Transform, both_dimensions
 LEAST_ITEMS = 16
 TOGETHER = 32  # tiles, at most, that are transformed at a time
 BLOCK = 64  # channels of a block, at most, on either side
-ROWS = 8  # of a register tile
 
 
 @dataclass(frozen=True)
@@ -175,30 +175,15 @@ class _Gradient:
                 transform_strip(k, one, window, columns, m, count, target, offset)
 
     def _multiply(self, tiles: Value, *, fresh: bool) -> None:
-        """sums[point] (+)= left[point]^T @ right[point], a register tile at a time."""
-        k, rows, lanes = self.k, self.plan.rows, self.plan.lanes
-        vectors = lanes * 4 // vector_bytes()
-        vectors = vectors if vectors < 4 else 2
-        width = vectors * vector_bytes() // 4
-        zero = const(0, dtypes.float32)
-        sums_memory = flat(self.sums)
-        with k.loop(self.t.points) as point, k.loop(lanes // width) as part:
-            column = part * width
-            right = self.right.at((point, column))
-            with k.loop(rows // ROWS) as group:
-                left = self.left.at((point, group * ROWS))
-                target = self.sums.at((point, group * (ROWS * lanes) + column))
-                with k.vector(width, vectors) as v:
-                    sums = [k.register(zero) for _ in range(ROWS)]
-                    with k.loop(tiles) as t:
-                        vector = values.load(self.right.buffer, right + t * lanes + v)
-                        for i, total in enumerate(sums):
-                            value = values.load(self.left.buffer, left + t * rows + i)
-                            k.assign(total, fma(value, vector, read(total)))
-                    for i, total in enumerate(sums):
-                        at = target + v + i * lanes
-                        value = read(total) if fresh else sums_memory[at] + read(total)
-                        k.store(sums_memory, (at,), value)
+        """sums[point] (+)= left[point]^T @ right[point]."""
+        rows, lanes, zero = self.plan.rows, self.plan.lanes, const(0)
+        with self.k.loop(self.t.points) as point:
+            left = self.left, self.left.at((point, zero))
+            right = self.right, self.right.at((point, zero))
+            target = self.sums.at((point, zero))
+            add_outer_products(
+                self.k, self.sums, target, left, right, (rows, lanes), tiles, fresh=fresh
+            )
 
     def _finish(self, part: Value, row: Value, lane: Value) -> None:
         k, rows, lanes = self.k, self.plan.rows, self.plan.lanes

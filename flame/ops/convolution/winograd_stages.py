@@ -15,10 +15,12 @@ from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Operand
 from flame.kernel.program import Matrix
 from flame.kernel.values import Value, const, fma, read
+from flame.ops.convolution.blocking import vector_bytes
 from flame.ops.convolution.windows import Strips, Window
 from flame.ops.convolution.winograd_transforms import Map, Transform, both_dimensions
 
 TAPS = 9
+ROWS = 8  # of a register tile of sums of outer products
 _ORIGIN = (const(0), const(0), const(0))
 
 
@@ -154,6 +156,34 @@ class Products:
                 for i, total in enumerate(sums):
                     at = target + v + i * lanes
                     k.store(memory, (at,), read(total) if fresh else memory[at] + read(total))
+
+
+def add_outer_products(
+    k: KernelBuilder, sums: Operand, target: Value, left: tuple[Operand, Value],
+    right: tuple[Operand, Value], shape: tuple[int, int], length: Value, *, fresh: bool,
+) -> None:  # fmt: skip
+    """sums (+)= left^T @ right: ``left`` (length, rows) and ``right`` (length, lanes), each with
+    the offset of its first element. ``rows`` is a multiple of `ROWS`, ``lanes`` of a vector; the
+    sums (rows, lanes) begin at ``target``.
+    """
+    (source, begin), (other, start), (rows, lanes) = left, right, shape
+    dtype = sums.dtype
+    native = vector_bytes() // dtype.itemsize
+    vectors = next(n for n in (2, 3, 1) if lanes % (n * native) == 0)
+    memory = flat(sums)
+    with k.loop(lanes // (vectors * native)) as part, k.loop(rows // ROWS) as group:
+        column, row = part * (vectors * native), group * ROWS
+        place = target + row * lanes + column
+        with k.vector(vectors * native, vectors) as v:
+            totals = [k.register(const(0, dtype)) for _ in range(ROWS)]
+            with k.loop(length) as t:
+                vector = values.load(other.buffer, start + column + t * lanes + v)
+                for i, total in enumerate(totals):
+                    value = values.load(source.buffer, begin + row + t * rows + i)
+                    k.assign(total, fma(value, vector, read(total)))
+            for i, total in enumerate(totals):
+                at = place + v + i * lanes
+                k.store(memory, (at,), read(total) if fresh else memory[at] + read(total))
 
 
 class Results:
