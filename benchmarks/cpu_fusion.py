@@ -1,6 +1,6 @@
 """Fused and unfused schedules, and PyTorch eager, on patterns of training steps; one thread.
 
-    FLAME_NUM_THREADS=1 python benchmarks/cpu_fusion.py [pattern...]
+FLAME_NUM_THREADS=1 python benchmarks/cpu_fusion.py [pattern...]
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def residual_layer_norm() -> Pattern:
     total = g("add", x, r)
     mean = g("mean", total, dims=(1,), keepdim=True)
     centred = g("sub", total, mean)
-    scale = g("rsqrt", g("add", g("mean", g("mul", centred, centred), dims=(1,), keepdim=True), 1e-5))
+    scale = g(
+        "rsqrt", g("add", g("mean", g("mul", centred, centred), dims=(1,), keepdim=True), 1e-5)
+    )
     made = g("add", g("mul", g("mul", centred, scale), w), b)
 
     def reference(x: Any, r: Any, w: Any, b: Any) -> Any:

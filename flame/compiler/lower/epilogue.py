@@ -5,8 +5,9 @@ Two ways, for the first output of the op, the *head* of the group:
    any way that the result's dimensions can walk;
  - else the stores of its kernels are rewritten: ``out[i] = v`` becomes a store of what the group
    computes of v, at the same i. That is right where the kernels never read what they have stored
-   there, and where every operand and result of the group lies as the head's result does. (A kernel
-   may store an element twice: the group is a pure function, so the last store counts as before.)
+   there, and where every operand and result of the group lies as the head's result does. A kernel
+   may store an element twice: the group is a pure function, so the last store counts as before.
+   So nothing may be written in place, and what the graph updates stays a task of its own.
 """
 
 from __future__ import annotations
@@ -48,14 +49,32 @@ def head_inputs(head: Node, space: Space) -> tuple[GraphOperand, ...]:
     return (*head.inputs, *(a.symbol for a in space.accesses), *space.numbers)
 
 
-def lower_head(head: Node, space: Space) -> Lowering:
-    """The head's kernels with the group in them. Raises Mismatch where there is no way."""
+def lower_head(head: Node, space: Space) -> tuple[Lowering, frozenset[tuple[int, int]]]:
+    """The head's kernels with the group in them, and `Task.in_place`.
+
+    Raises Mismatch where there is no way.
+    """
     result = head.outputs[0]
     if head.op.lower_fused is not None and tensor_of(result).dtype.kind == "f":
         types = tuple(tensor_of(s) for s in head.outputs)
         epilogue = GroupEpilogue(head, space)
-        return head.op.lower_fused(head.types, types, epilogue, **head.attributes)
-    return _rewritten(head, space)
+        lowering = head.op.lower_fused(head.types, types, epilogue, **head.attributes)
+        return lowering, frozenset() if epilogue.repeatable else _in_place(head, space)
+    return _rewritten(head, space), frozenset()
+
+
+def _in_place(head: Node, space: Space) -> frozenset[tuple[int, int]]:
+    """Pairs of one type and place, of which the input is read there alone."""
+    flow = space.flow
+    owners = [flow.owner(x) if isinstance(x, Symbol) else None for x in head_inputs(head, space)]
+    return frozenset(
+        (o, len(head.inputs) + i)
+        for o, store in enumerate(space.stores)
+        for i, access in enumerate(space.accesses)
+        if access.type is store.type
+        and access.steps == store.steps
+        and owners.count(flow.owner(access.symbol)) == 1
+    )
 
 
 class GroupEpilogue:
@@ -65,7 +84,8 @@ class GroupEpilogue:
         self.space, self.result = space, head.outputs[0]
         self.first = len(head.inputs)
         self.strides = {a: self._along(a) for a in (*space.accesses, *space.stores)}
-        self.repeatable = sum(map(weight_of, space.nodes)) <= SHORT
+        updates = any(s.symbol in space.flow.updated for s in space.stores)
+        self.repeatable = not updates and sum(map(weight_of, space.nodes)) <= SHORT
         self.bound: dict[Access, Operand] = {}
         self.numbers: dict[Symbol, Value] = {}
 
@@ -117,7 +137,7 @@ def _rewritten(head: Node, space: Space) -> Lowering:
         steps = {atom: step for atom, step in access.steps.items() if step}
         if steps and steps != own:
             raise Mismatch
-    if any(not space.covers(s) for s in space.stores):
+    if any(s.symbol in space.flow.updated for s in space.stores):
         raise Mismatch
     types = tuple(tensor_of(s) for s in head.outputs)
     lowering = head.op.lower(head.types, types, **head.attributes)

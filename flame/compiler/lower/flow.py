@@ -44,6 +44,7 @@ class Flow:
                 if order is not None:
                     self.regrouped[node] = order
         self.results = set(graph.results)
+        self.updated = {new for _, new in graph.updates}
         self.live = self._live()
 
     def _live(self) -> set[Node]:

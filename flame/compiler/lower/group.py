@@ -14,14 +14,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flame.compiler.lower.atoms import Mismatch
+from flame.compiler.lower.atoms import Atom, Mismatch
+from flame.compiler.lower.flow import tensor_of
 from flame.compiler.lower.parts import lower_parts
 from flame.compiler.lower.passes import in_place_pairs, passes_of
 from flame.compiler.lower.pointwise import lower_pointwise
 from flame.compiler.lower.rows import lower_rows, rows_in
 from flame.compiler.lower.scalars import weight_of
-from flame.compiler.lower.space import Space
+from flame.compiler.lower.space import Access, Space
+from flame.graph import Node
 from flame.kernel.builder import Lowering
+from flame.ops.loops import broadcast_strides
 from flame.ops.reductions import Reduction
 
 MAX_OPERANDS = 24
@@ -74,14 +77,30 @@ def _weight(space: Space) -> int:
 
 
 def _check_vectors(space: Space, inner: int) -> None:
-    """Raise Mismatch where a large operand would be gathered or scattered."""
+    """Raise Mismatch where a large operand would be gathered or scattered, but for the group."""
     if inner < 0:
         return
     atom = space.loops[inner]
-    for access in (*space.accesses, *space.stores):
-        large = math.prod(a.size for a in access.steps) > 4096
-        if large and access.steps.get(atom, 0) not in (0, 1):
+    if any(_across(access, atom) for access in space.stores):
+        raise Mismatch
+    for (node, position), access in space.reads.items():
+        if _across(access, atom) and not _gathers(node, position):
             raise Mismatch
+
+
+def _across(access: Access, atom: Atom) -> bool:
+    large = math.prod(a.size for a in access.steps) > 4096
+    return large and access.steps.get(atom, 0) not in (0, 1)
+
+
+def _gathers(node: Node, position: int) -> bool:
+    """Whether a node by itself steps over its operand's memory."""
+    if isinstance(node.op, Reduction):
+        return False
+    operand, result = tensor_of(node.inputs[position]), tensor_of(node.outputs[0])
+    steps = broadcast_strides(operand, result.shape)
+    inner = min((d for d, n in enumerate(result.shape) if n != 1), key=lambda d: result.strides[d])
+    return steps[inner] not in (0, 1)
 
 
 def _uses_results(space: Space) -> bool:

@@ -2,7 +2,7 @@
 
 Invariants: a value at the full level belongs to the first pass in which all that it depends on is
 known; a reduction is complete after its pass. A later pass computes a cheap value again from
-memory; a dear one (`DEAR`) is kept for it in the worker's scratch.
+memory; it reads one that was stored anyway, and a dear one (`DEAR`) from the worker's scratch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from flame.compiler.lower.flow import tensor_of
-from flame.compiler.lower.scalars import DEAR, weight_of
+from flame.compiler.lower.scalars import DEAR, inner_dtype, weight_of
 from flame.compiler.lower.space import Access, Space
 from flame.graph import Node, Symbol
 from flame.ops.reductions import Reduction
@@ -20,12 +20,14 @@ from flame.ops.reductions import Reduction
 @dataclass(frozen=True, eq=False)
 class Passes:
     """first: the pass of every value at the full level; for one at the kept level, the pass after
-    which it is known (-1: before any). stash: what is kept for later passes. count: of passes.
+    which it is known (-1: before any). stash: what is kept in scratch for later passes; reload:
+    what they read from where it was stored. count: of passes.
     """
 
     space: Space
     first: dict[Symbol, int] = field(default_factory=dict)
     stash: dict[Symbol, None] = field(default_factory=dict)
+    reload: dict[Symbol, Access] = field(default_factory=dict)
     count: int = 1
 
     def reductions(self, number: int) -> list[Node]:
@@ -85,7 +87,8 @@ class Passes:
         waiting, seen = list(self.roots(number)), set()
         while waiting:
             symbol = waiting.pop()
-            kept_before = self.first[symbol] < number and symbol in self.stash
+            kept = symbol in self.stash or symbol in self.reload
+            kept_before = kept and self.first[symbol] < number
             if symbol in seen or kept_before or not self.full(symbol):
                 continue
             seen.add(symbol)
@@ -116,7 +119,16 @@ def passes_of(space: Space) -> Passes:
         for symbol in node.outputs:
             first[symbol], weights[symbol] = number, total
     count = 1 + max([0, *(first[s] for s in first if space.flow.producer[s] in space.full)])
-    made = Passes(space, first, {}, count)
+    stored = {s.symbol: s for s in space.stores if s.type.dtype is inner_dtype(s.symbol)}
+    reads = dict.fromkeys(space.nodes, 0)
+    for node, _ in space.reads:
+        reads[node] += 1
+    reload = {
+        symbol: access
+        for symbol, access in stored.items()
+        if symbol in weights and (weights[symbol] >= 4 or reads[space.flow.producer[symbol]] > 1)
+    }
+    made = Passes(space, first, {}, reload, count)
     for number in range(1, count):
         _keep(made, weights, number)
     return made
@@ -128,6 +140,8 @@ def _keep(passes: Passes, weights: dict[Symbol, int], number: int) -> None:
     while waiting:
         symbol = waiting.pop()
         if not passes.full(symbol):
+            continue
+        if passes.first[symbol] < number and symbol in passes.reload:
             continue
         if passes.first[symbol] < number and weights[symbol] >= DEAR:
             passes.stash[symbol] = None

@@ -113,6 +113,9 @@ class _RowKernel:
             for symbol, room in self.stash.items():
                 if passes.first[symbol] < number:
                     here[symbol] = room[self._place(index)]
+            for symbol, access in passes.reload.items():
+                if passes.first[symbol] < number:
+                    here[symbol] = self.bound[access][index]
             scalars = Scalars(self.space, self.numbers, lambda a: self.bound[a][index], here)
             for node, total, register in folds:
                 fold(k, scalars, node, total, register)

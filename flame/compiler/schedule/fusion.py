@@ -23,7 +23,7 @@ from flame.compiler.lower.operands import kernel_name, task_inputs
 from flame.compiler.lower.space import Space, space_of
 from flame.compiler.schedule.fusion_groups import Group, Groups
 from flame.compiler.schedule.task import Schedule, Task
-from flame.compiler.schedule.unfused import task_of
+from flame.compiler.schedule.unfused import failure_of, task_of
 from flame.core.types import TensorType
 from flame.graph import Graph, Node, Symbol
 from flame.kernel.builder import Lowering
@@ -136,7 +136,7 @@ def _plan(flow: Flow, nodes: list[Node]) -> Callable[[], Task]:
     space = space_of(flow, [node for node in nodes if node is not head], head)
     if kind_of(space) is not POINTWISE:
         raise Mismatch
-    return partial(_headed_task, head, space, lower_head(head, space))
+    return partial(_headed_task, head, space, *lower_head(head, space))
 
 
 def _in_order(flow: Flow, groups: Groups) -> list[Group]:
@@ -176,13 +176,15 @@ def _fused_task(space: Space, kind: Kind) -> Task:
     )
 
 
-def _headed_task(head: Node, space: Space, lowering: Lowering) -> Task:
-    alone = task_of(head)
+def _headed_task(
+    head: Node, space: Space, lowering: Lowering, in_place: frozenset[tuple[int, int]]
+) -> Task:
     return Task(
         f"{head.op.name}_{kernel_name(space)}",
         head_inputs(head, space),
         (*head.outputs[1:], *(a.symbol for a in space.stores)),
         lowering,
         (head, *space.nodes),
-        failure=alone.failure,
+        in_place,
+        failure=failure_of(head),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from flame.compiler.schedule.task import Schedule, Task, owners_of
@@ -30,8 +31,13 @@ def task_of(node: Node) -> Task:
         (node,),
         in_place_of(node),
         op.updates,
-        None if op.failure is None else partial(_failure, node),
+        failure_of(node),
     )
+
+
+def failure_of(node: Node) -> Callable[[int], FlameError] | None:
+    """What makes the error of a code that the node's kernels give."""
+    return None if node.op.failure is None else partial(_failure, node)
 
 
 def _failure(node: Node, code: int) -> FlameError:
