@@ -15,14 +15,16 @@ from flame.compiler.passes.canonicalize import canonicalize
 from flame.compiler.passes.cse import cse
 from flame.compiler.passes.dead import dead
 from flame.compiler.passes.fold import fold
+from flame.compiler.passes.order import order
 from flame.compiler.passes.readable import readable
+from flame.compiler.passes.recompute import recompute
 from flame.compiler.passes.simplify import simplify
 from flame.core.errors import CompileError
 from flame.graph import Graph
 
 Pass = Callable[[Graph], Graph]
 
-# Repeated while they make the graph smaller.
+# Repeated while they change anything.
 SIMPLIFYING: Final[tuple[Pass, ...]] = (
     dead,  # first: the tape records much that nobody reads, and no pass should look at it
     fold,  # numbers, before the rules that look for 0, 1 and -1
@@ -33,7 +35,10 @@ SIMPLIFYING: Final[tuple[Pass, ...]] = (
 )
 FINISHING: Final[tuple[Pass, ...]] = (
     dead,
+    recompute,  # no cse may follow, which would merge both computations again
+    dead,  # views of what is not kept any more
     readable,  # adds copies, so after all that changes layouts
+    order,  # last: it needs all nodes, and a schedule keeps the order
 )
 ALL: Final = tuple(dict.fromkeys((*SIMPLIFYING, *FINISHING)))
 ROUNDS: Final = 4
@@ -42,10 +47,10 @@ ROUNDS: Final = 4
 def optimize(graph: Graph) -> Graph:
     """The graph after all passes: the same results, by fewer and better nodes."""
     for _ in range(ROUNDS):
-        before = len(graph.nodes)
+        before = graph.nodes
         for step in SIMPLIFYING:
             graph = run(step, graph)
-        if len(graph.nodes) == before:
+        if graph.nodes == before:  # the same objects
             break
     for step in FINISHING:
         graph = run(step, graph)

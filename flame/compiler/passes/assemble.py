@@ -90,7 +90,8 @@ def part_of(node: Node) -> Part | None:
             return None
         axes[dim], sizes[dim] = axis, size
     order = [axes[d] for d in sorted(axes)]
-    order += [axis for axis in range(given.ndim) if axis not in axes.values()]  # of size 1
+    ones = [axis for axis in range(given.ndim) if axis not in axes.values()]
+    order = sorted(order + ones) if order == sorted(order) else order + ones
     return Part(source, starts, tuple(sizes), tuple(order))
 
 
