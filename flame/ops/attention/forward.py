@@ -12,12 +12,16 @@ import math
 
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.kernel import values
-from flame.kernel.builder import BoundKernel, KernelBuilder
+from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering
 from flame.kernel.values import Value, const, read
 from flame.ops.attention.tiles import (
     KEYS,
+    LEAST_ITEMS,
     LOG2_E,
+    BoundRows,
     Mask,
+    Packing,
+    Rows,
     clear,
     flat,
     give,
@@ -60,16 +64,24 @@ def matrix(type_: TensorType) -> TensorType:
 def attend(
     types: tuple[TensorType, TensorType, TensorType, TensorType | None],
     outputs: tuple[TensorType, ...],
-    *, causal: bool, scale: float,
-) -> BoundKernel:  # fmt: skip
-    """Of (query, key, value, mask) the kernel that gives (out, log_sum)."""
-    return _Forward(types, outputs, causal=causal, scale=scale).kernel()
+    *,
+    causal: bool,
+    scale: float,
+) -> Lowering:
+    """Of (query, key, value, mask): (out, log_sum)."""
+    dtype, out = compute_dtype(types[0].dtype), outputs[0]
+    if not math.prod(out.shape[:-1]):
+        return Lowering(())
+    packing = Packing(dtype, query_tile(dtype, out.shape[-2]))
+    rows = (packing.rows(1, types[1]), packing.rows(2, types[2]))
+    kernel = _Forward(types, rows, outputs, causal=causal, scale=scale).kernel()
+    return Lowering((*packing.kernels, kernel), tuple(packing.temporaries))
 
 
 class _Forward:
     def __init__(
         self, types: tuple[TensorType, TensorType, TensorType, TensorType | None],
-        outputs: tuple[TensorType, ...], *, causal: bool, scale: float,
+        rows: tuple[Rows, Rows], outputs: tuple[TensorType, ...], *, causal: bool, scale: float,
     ) -> None:  # fmt: skip
         query, key, value, mask = types
         out, log_sum = outputs
@@ -78,41 +90,46 @@ class _Forward:
         self.dtype = dtype = compute_dtype(query.dtype)
         self.queries, self.keys = query.shape[-2], key.shape[-2]
         self.width, self.value_width = query.shape[-1], value.shape[-1]
-        operands = (query, key, value, mask, out, column(log_sum))
+        operands = (query, rows[0].type, rows[1].type, mask, out, column(log_sum))
         self.nest = nest = over_batch(operands, out.shape[:-2])
         self.tile = tile = query_tile(dtype, self.queries)
         self.k = k = KernelBuilder("attention")
         self.query = source(k, "input", 0, query, nest.strides[0])
-        self.key = source(k, "input", 1, key, nest.strides[1])
-        self.value = source(k, "input", 2, value, nest.strides[2])
+        self.key = BoundRows(k, rows[0], nest.strides[1])
+        self.value = BoundRows(k, rows[1], nest.strides[2])
         self.mask = Mask(k, 3, tile, dtype, mask, nest.strides[3], causal=causal)
         self.out = source(k, "output", 0, out, nest.strides[4])
         self.log_sum = source(k, "output", 1, column(log_sum), nest.strides[5])
-        lanes, rows = tile.lanes, tile.rows(self.value_width)
+        lanes = tile.lanes
         self.rows = k.scratch(dtype, (lanes, self.width))
         self.turned = k.scratch(dtype, (self.width, lanes))
-        self.key_rows = k.scratch(dtype, (KEYS, self.width))
-        # tiles of sums may read a little beyond the last value
-        self.value_rows = k.scratch(dtype, (KEYS + tile.height, self.value_width))
         self.spare = k.scratch(dtype, (lanes, self.value_width))
         self.scores = k.scratch(dtype, (KEYS, lanes))
-        self.total = k.scratch(dtype, (rows, lanes))
+        self.total = k.scratch(dtype, (tile.rows(self.value_width), lanes))
         self.peak, self.mass, self.decay = (k.scratch(dtype, (1, lanes)) for _ in range(3))
 
     def kernel(self) -> BoundKernel:
         k, lanes = self.k, self.tile.lanes
         blocks = -(-self.queries // lanes)
-        work = max(1, self.keys * lanes * (self.width + self.value_width + 16) // 32)
-        with k.parallel(*self.nest.sizes, blocks, work=work) as (*index, block):
-            begin = block * lanes
-            count = values.binary("min", k.size(self.queries) - begin, const(lanes))
-            self._start(tuple(index), begin, count)
-            limit = self.mask.limit(k.size(self.keys), begin)
-            with k.loop(values.binary("udiv", limit + (KEYS - 1), const(KEYS))) as part:
-                key = part * KEYS
-                keys = values.binary("min", limit - key, const(KEYS))
-                self._block(tuple(index), begin, count, key, keys)
-            self._finish(tuple(index), begin, count)
+        wanted = blocks
+        if self.key.copy is not None or self.value.copy is not None:  # for all blocks that follow
+            wanted = min(blocks, -(-LEAST_ITEMS // math.prod(self.nest.sizes)))
+        span = -(-blocks // wanted)
+        work = max(1, span * self.keys * lanes * (self.width + self.value_width + 16) // 32)
+        with k.parallel(*self.nest.sizes, -(-blocks // span), work=work) as (*at, split):
+            index, first = tuple(at), split * k.size(span)
+            self.key.prepare(index)
+            self.value.prepare(index)
+            with k.loop(values.binary("min", k.size(blocks) - first, k.size(span))) as part:
+                begin = (first + part) * lanes
+                count = values.binary("min", k.size(self.queries) - begin, const(lanes))
+                self._start(index, begin, count)
+                limit = self.mask.limit(k.size(self.keys), begin)
+                with k.loop(values.binary("udiv", limit + (KEYS - 1), const(KEYS))) as block:
+                    key = block * KEYS
+                    keys = values.binary("min", limit - key, const(KEYS))
+                    self._block(index, begin, count, key, keys)
+                self._finish(index, begin, count)
         return k.bind()
 
     def _start(self, index: tuple[Value, ...], begin: Value, count: Value) -> None:
@@ -133,18 +150,16 @@ class _Forward:
     ) -> None:
         """One block of keys."""
         k, tile = self.k, self.tile
-        take(k, self.key, self.key.at(index) + key * self.key.row, keys, self.key_rows)
-        take(k, self.value, self.value.at(index) + key * self.value.row, keys, self.value_rows)
         tiles = values.binary("udiv", keys + (tile.height - 1), const(tile.height))
         product(
             k, self.scores, tile, tiles, self.width,
-            lambda j, d: self.key_rows[j, d], lambda d, v: self.turned[d, v],
+            lambda j, d: self.key.load(key + j, d), lambda d, v: self.turned[d, v],
         )  # fmt: skip
         self.mask.apply(self.scores, index, begin, count, key, keys)
         self._weigh(keys)
         product(
             k, self.total, tile, self.total.shape[0] // tile.height, keys,
-            lambda d, j: self.value_rows[j, d], lambda j, v: self.scores[j, v],
+            lambda d, j: self.value.load(key + j, d), lambda j, v: self.scores[j, v],
             lambda d, v: self.total[d, v] * self.decay[const(0), v],
         )  # fmt: skip
 

@@ -41,7 +41,8 @@ def scaled_dot_product_attention(
     if grouped:
         query, key, value, attn_mask = _grouped(query, key, value, attn_mask)
     factor = 1 / math.sqrt(shape[-1]) if scale is None and shape[-1] else (scale or 1.0)
-    options = {"causal": bool(is_causal), "scale": float(factor)}
+    options: dict[str, Any] = {"causal": bool(is_causal), "scale": float(factor)}
+    result: Tensor
     if dropout_p:
         result = _with_dropout(query, key, value, attn_mask, dropout_p, **options)
     else:

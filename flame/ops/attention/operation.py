@@ -109,8 +109,7 @@ def _infer(types: Types, *, causal: bool, scale: float) -> tuple[TensorType, ...
 def _lower(
     types: Types, outputs: tuple[TensorType, ...], *, causal: bool, scale: float
 ) -> Lowering:
-    kernel = attend(_tensors(types), outputs, causal=causal, scale=scale)
-    return Lowering((kernel,) if kernel.extent else ())
+    return attend(_tensors(types), outputs, causal=causal, scale=scale)
 
 
 def _vjp(
@@ -118,14 +117,14 @@ def _vjp(
     scale: float,
 ) -> tuple[Any, ...]:  # fmt: skip
     made, log_sum = out
-    options = {"causal": causal, "scale": scale}
+    options: dict[str, Any] = {"causal": causal, "scale": scale}
     found: list[Any] = [None] * 3
     if any(needs[:3]):
         grads = attention_backward(*g, query, key, value, mask, made, log_sum, **options)
         found = [sum_to(d, x.shape) for d, x in zip(grads, (query, key, value), strict=True)]
     slopes = None
     if needs[3]:
-        parts = _Parts(*g, query, key, value, mask, made, log_sum, causal=causal, scale=scale)
+        parts = _Parts(g[0], g[1], query, key, value, mask, made, log_sum, **options)
         slopes = convert(sum_to(parts.slopes, mask.shape), dtype=mask.dtype)
     return (*found, slopes)
 

@@ -16,13 +16,16 @@ from flame.core import dtypes
 from flame.core.dtypes import DType
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.kernel import values
-from flame.kernel.builder import KernelBuilder, Operand, Role
+from flame.kernel.builder import BoundKernel, KernelBuilder, Operand, Ref, Role
 from flame.kernel.program import Matrix
 from flame.kernel.values import Value, cast, const, fma, read
 from flame.ops.convolution.blocking import vector_bytes
+from flame.ops.loops import coalesce
 
 LOG2_E = 1 / math.log(2)
 KEYS = 64  # of a block; a multiple of every tile's height
+LEAST_ITEMS = 64  # iterations wanted, to keep threads evenly busy
+SCRATCH_BYTES = 1 << 18  # of keys, and of values: together a part of a second-level cache
 # vectors of a tile's rows -> rows: 16 sums or more in 32 (else 16) registers hide their latency
 WIDE_HEIGHTS = {1: 16, 2: 8, 3: 8, 4: 4}
 NARROW_HEIGHTS = {1: 8, 2: 4}
@@ -127,6 +130,10 @@ def source(k: KernelBuilder, role: Role, position: int, type_: TensorType, batch
     operand = k.tensor(role, position, tensor_type(type_.dtype, (2,), (1,)))
     sizes, steps = type_.shape[-2:], type_.strides[-2:]
     row, column = (k.stride(0 if n == 1 else s) for n, s in zip(sizes, steps, strict=True))
+    if (
+        steps[0] == sizes[1] and sizes[0] > 1
+    ):  # rows side by side: their distance stands in the text
+        row = const(sizes[1])
     adjoin = steps[0] == 1 and sizes[1] > 1 and steps[1] != 1
     return Source(operand, tuple(k.stride(s) for s in batch), row, column, adjoin)
 
@@ -138,23 +145,112 @@ def flat(operand: Operand) -> Operand:
 
 def take(
     k: KernelBuilder, given: Source, offset: Value, rows: Value, target: Operand,
-    scale: float = 1.0,
+    scale: float = 1.0, base: Value | None = None,
 ) -> None:  # fmt: skip
-    """The first rows of ``target`` (rows, columns) = rows from ``offset`` on, times ``scale``."""
+    """``target`` from ``base`` on = the rows from ``offset`` on, times ``scale``."""
     width = target.shape[1]
+    first = const(0) if base is None else base
+    out, step = flat(target), target.strides[0]
     if given.rows_adjoin and given.turnable(target):
         k.transpose(
             const(width), rows, Matrix(given.operand.buffer, offset, given.column),
-            Matrix(target.buffer, const(0), target.strides[0]),
+            Matrix(target.buffer, first, step),
         )  # fmt: skip
         if scale != 1.0:
             with k.loop(rows) as r, k.vector(width) as v:
-                k.store(target, (r, v), target[r, v] * const(scale, target.dtype))
+                place = first + r * step + v
+                k.store(out, (place,), out[place] * const(scale, target.dtype))
         return
     with k.loop(rows) as r, k.vector(width) as v:
         found = cast(given.load(offset + r * given.row + v * given.column), target.dtype)
         made = found if scale == 1.0 else found * const(scale, target.dtype)
-        k.store(target, (r, v), made)
+        k.store(out, (first + r * step + v,), made)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Keys or values as kernels read them: rows side by side, of the dtype computed in.
+
+    ``ref`` and ``type`` are the operand's or those of a temporary; ``capacity``: so many rows of
+    scratch memory hold a copy of the batch's entry at hand, where not 0.
+    """
+
+    ref: Ref
+    type: TensorType
+    dtype: DType
+    capacity: int = 0
+
+
+class BoundRows:
+    """Rows in a kernel, of the entry of the batch for which `prepare` was called last."""
+
+    def __init__(self, k: KernelBuilder, rows: Rows, batch: Shape) -> None:
+        self.k, self.width = k, rows.type.shape[-1]
+        self.count = k.size(rows.type.shape[-2])
+        self.given = source(k, rows.ref.role, rows.ref.position, rows.type, batch)
+        self.buffer, self.begin = self.given.operand.buffer, const(0)
+        self.copy: Operand | None = None
+        if rows.capacity:
+            self.copy = k.scratch(rows.dtype, (rows.capacity, self.width))
+            self.buffer = self.copy.buffer
+
+    def prepare(self, index: tuple[Value, ...]) -> None:
+        begin = self.given.at(index)
+        if self.copy is None:
+            self.begin = begin
+        else:
+            take(self.k, self.given, begin, self.count, self.copy)
+
+    def load(self, row: Value, column: Value) -> Value:
+        return values.load(self.buffer, self.begin + row * self.width + column)
+
+
+class Packing:
+    """Where kernels find keys and values, and the kernels that put them there.
+
+    Rows may be far apart in memory, as in heads that are a view of (B, T, H, E); then each block
+    of queries would meet them at the same few places of the cache. So they are copied once, to
+    scratch memory if they stay in the cache there.
+    """
+
+    def __init__(self, dtype: DType, tile: Tile) -> None:
+        self.dtype, self.tile = dtype, tile
+        self.kernels: list[BoundKernel] = []
+        self.temporaries: list[int] = []
+
+    def rows(self, position: int, type_: TensorType) -> Rows:
+        """Of the operand at ``position``. Tiles may read a little beyond its end."""
+        height, (count, width) = self.tile.height, type_.shape[-2:]
+        whole = count % height == 0 and width % height == 0
+        given = Ref("input", position)
+        if whole and type_.dtype is self.dtype and type_.strides[-2:] == (width, 1):
+            return Rows(given, type_, self.dtype)
+        spare = height * (width + 1)
+        # by powers of two, as the capacity stands in the kernel's text
+        capacity = 1 << (count + height * (1 + height) - 1).bit_length()
+        if capacity * width * self.dtype.itemsize <= SCRATCH_BYTES:
+            return Rows(given, type_, self.dtype, capacity)
+        packed = tensor_type(self.dtype, type_.shape)
+        found = Rows(Ref("temporary", len(self.temporaries)), packed, self.dtype)
+        self.temporaries.append((packed.numel + spare) * self.dtype.itemsize)
+        if packed.numel:
+            self.kernels.append(self._copy(position, type_, found))
+        return found
+
+    def _copy(self, position: int, type_: TensorType, found: Rows) -> BoundKernel:
+        k = KernelBuilder("attention_rows")
+        *batch, count, width = type_.shape
+        nest = coalesce(tuple(batch), [t.strides[:-2] for t in (type_, found.type)])
+        given = source(k, "input", position, type_, nest.strides[0])
+        made = source(k, found.ref.role, found.ref.position, found.type, nest.strides[1])
+        target = Operand(made.operand.buffer, (KEYS, width), (made.row, const(1)))
+        work = max(1, KEYS * width // 8)
+        with k.parallel(*nest.sizes, -(-count // KEYS), work=work) as (*index, block):
+            first = block * KEYS
+            rows = values.binary("min", k.size(count) - first, const(KEYS))
+            place = made.at(tuple(index)) + first * made.row
+            take(k, given, given.at(tuple(index)) + first * given.row, rows, target, base=place)
+        return k.bind()
 
 
 def turn(k: KernelBuilder, source: Operand, rows: Value | int, target: Operand) -> None:
