@@ -3,14 +3,18 @@
 graph    = optimize(graph)          Graph -> Graph, see `flame.compiler.passes`
 schedule = fuse(graph)              which nodes run together, as kernels
 program  = Program.build(schedule)  memory, machine code, one native call
+
+A program that an earlier process kept on disk is taken from there instead.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 from flame.compiler.passes import optimize
 from flame.compiler.program import Program
+from flame.compiler.program_key import program_key
 from flame.compiler.schedule import Schedule
 from flame.compiler.schedule.fusion import fuse
 from flame.compiler.schedule.task import owners_of
@@ -21,7 +25,16 @@ from flame.ops.conversion import copy
 
 def compile_graph(graph: Graph, state: Mapping[Symbol, int]) -> Program:
     """The program of a graph; ``state``: addresses of the inputs that stay where they are."""
-    return Program.build(schedule_of(graph), state)
+    key = program_key(graph)
+    program = Program.restore(key, graph, state)
+    if program is None:
+        started = time.perf_counter()
+        schedule = schedule_of(graph)
+        planned = time.perf_counter() - started
+        program = Program.build(schedule, state)
+        program.stages = {"passes and fusion": planned, **program.stages}
+        program.save(key)
+    return program
 
 
 def schedule_of(graph: Graph) -> Schedule:

@@ -30,6 +30,7 @@ from flame.compiler.regions import Layout
 from flame.compiler.report import head_of, report
 from flame.compiler.schedule.groups import best_plan
 from flame.compiler.schedule.memory import Place
+from flame.compiler.schedule.reorder import replacing_last
 from flame.compiler.schedule.task import Schedule
 from flame.core.errors import CompileError, FlameError, StateError
 from flame.core.log import log
@@ -84,6 +85,7 @@ class Program:
     def build(cls, schedule: Schedule, state: Mapping[Symbol, int]) -> Program:
         """Plan the memory of a schedule, and render and load its kernels. Raises CompileError."""
         stages: dict[str, float] = {}
+        schedule = replacing_last(schedule)
         log("schedule", lambda: f"{len(schedule.tasks)} tasks\n{schedule}")
         with _stage(stages, "memory plan"):
             plan = best_plan(schedule)

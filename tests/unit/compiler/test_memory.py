@@ -11,6 +11,7 @@ from flame.compiler.schedule.arena import Interval, aligned, needed, place
 from flame.compiler.schedule.groups import best_plan, groups_of
 from flame.compiler.schedule.memory import MemoryPlan, plan_memory
 from flame.compiler.schedule.memory_check import check_memory
+from flame.compiler.schedule.reorder import replacing_last
 from flame.core.errors import CompileError
 from flame.graph import Graph
 from flame.testing.programs import GraphWriter, random_graph
@@ -46,7 +47,7 @@ def test_a_stack_needs_no_more_than_what_lives() -> None:
 
 
 def plans(graph: Graph) -> list[MemoryPlan]:
-    schedule = one_task_a_node(graph)
+    schedule = replacing_last(one_task_a_node(graph))
     made = [
         plan_memory(schedule),
         plan_memory(schedule, groups_of(schedule, lambda task: True)),
@@ -92,12 +93,28 @@ def test_updates_reach_back_through_what_is_written_in_place() -> None:
     assert not plan.after
 
 
-def test_a_state_that_is_read_later_is_copied_at_the_end() -> None:
+def test_a_state_that_must_be_read_later_is_copied_at_the_end() -> None:
     w = GraphWriter()
     p = w.input(1000)
-    w.updates.append((p, w("tanh", p)))
-    (plan, *_) = plans(w.graph(w("sum", p, dims=(0,), keepdim=False)))
+    new = w("tanh", p)
+    w.updates.append((p, new))
+    (plan, *_) = plans(w.graph(w("sum", w("sub", p, new), dims=(0,), keepdim=False)))
     assert len(plan.after) == 1
+
+
+def test_a_task_that_replaces_a_state_waits_for_its_readers() -> None:
+    w = GraphWriter()
+    p, q = w.input(1000), w.input(1000)
+    w.updates += [(p, w("tanh", p)), (q, w("mul", p, 2.0))]
+    graph = w.graph(w("sum", p, dims=(0,), keepdim=False), w("add", p, q))
+    assert [t.name for t in replacing_last(one_task_a_node(graph)).tasks] == [
+        "sum",
+        "add",
+        "mul",
+        "tanh",
+    ]
+    for plan in plans(graph):
+        assert not plan.after
 
 
 def test_an_updating_op_drops_its_copy_where_it_writes_into_its_operand() -> None:
