@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from flame.compiler.pipeline import load, source_of
+from flame.compiler.program import Program
 from flame.compiler.schedule.task import Schedule, Task
 from flame.core import dtypes
 from flame.core.dtypes import DType
@@ -126,3 +127,24 @@ def _run(schedule: Schedule, task: Task, memory: dict[Symbol, Any]) -> None:
     if flag:
         assert task.failure is not None
         raise task.failure(code)
+
+
+def run_program(schedule: Schedule, values: Sequence[Any]) -> tuple[Any, ...]:
+    """The graph's results as arrays, by the native program with its planned memory."""
+    graph, program = schedule.graph, Program.build(schedule, {})
+    memory = [
+        memory_of(value, symbol.type) if isinstance(symbol.type, TensorType) else value
+        for symbol, value in zip(graph.inputs, values, strict=True)
+    ]
+    made = [Storage.allocate(max(nbytes, 1)) for _, nbytes in program.result_types]
+    program.run(*[m.pointer if isinstance(m, Storage) else m for m in (*memory, *made)])
+    found = []
+    for symbol, place in zip(graph.outputs, program.output_places, strict=True):
+        assert isinstance(symbol.type, TensorType)
+        storage = made[place.index] if place.space == "result" else memory[place.index]
+        offset = place.offset // symbol.type.dtype.itemsize
+        found.append(np.array(view(storage, symbol.type, offset)))
+    for old, _ in graph.updates:
+        assert isinstance(old.type, TensorType)
+        found.append(np.array(view(memory[graph.inputs.index(old)], old.type)))
+    return tuple(found)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from flame.compiler.lower.flow import tensor_of
 from flame.compiler.lower.scalars import DEAR, inner_dtype, weight_of
 from flame.compiler.lower.space import Access, Space
 from flame.graph import Node, Symbol
@@ -153,18 +152,19 @@ def _keep(passes: Passes, weights: dict[Symbol, int], number: int) -> None:
 def in_place_pairs(passes: Passes) -> frozenset[tuple[int, int]]:
     """(output, input) that may share memory: of one type and place, all reads before the write.
 
-    An input of which the group reads another view is left out.
+    Results at the kept level are written after all passes. An input of which the group reads
+    another view is left out.
     """
     space, last = passes.space, passes.reads()
     flow, accesses = space.flow, space.accesses
     owners = [flow.owner(a.symbol) for a in accesses]
     pairs = set()
     for o, store in enumerate(space.stores):
-        if not passes.full(store.symbol):
-            continue
+        full = passes.full(store.symbol)
+        written = passes.first[store.symbol] if full else passes.count
         for i, access in enumerate(accesses):
-            same = access.type is tensor_of(store.symbol) and access.steps == store.steps
+            same = access.type is store.type and access.steps == store.steps
             alone = owners.count(owners[i]) == 1
-            if same and alone and last.get(access, -1) <= passes.first[store.symbol]:
+            if same and alone and last.get(access, -1) <= written:
                 pairs.add((o, i))
     return frozenset(pairs)

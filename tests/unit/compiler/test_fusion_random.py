@@ -11,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flame  # noqa: F401 - declares every op
+from flame.compiler.compilation import set_apart
+from flame.compiler.lower import group, parts
 from flame.compiler.schedule.fusion import fuse
+from flame.compiler.schedule.task import owners_of
 from flame.core import dtypes
 from flame.core.types import TensorType
 from flame.graph import Graph, Symbol, interpret
-from flame.testing.schedules import GraphBuilder, run_schedule
+from flame.testing.schedules import GraphBuilder, run_program, run_schedule
 
 pytestmark = pytest.mark.unit
 
@@ -114,17 +117,27 @@ def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return all(x == y or 1 in (x, y) for x, y in zip(a[::-1], b[::-1], strict=False))
 
 
+def owned(g: GraphBuilder, symbols: list[Symbol]) -> set[Symbol]:
+    """Those that are views or inputs."""
+    return set(owners_of(g.graph(symbols[-1]))) | set(g.inputs)
+
+
 @st.composite
 def graphs(draw: Any) -> Graph:
     made = Drawn(draw)
     computed = made.values[2:] or made.values
     extra = draw(st.lists(st.sampled_from(computed), max_size=2))
-    return made.g.graph(*dict.fromkeys([computed[-1], *extra]))
+    x = made.values[0]
+    new = [v for v in computed if v.type is x.type and v not in owned(made.g, computed)]
+    updates = [(x, new[-1])] if new and draw(st.booleans()) else []
+    return set_apart(made.g.graph(*dict.fromkeys([computed[-1], *extra]), updates=updates))
 
 
-@settings(max_examples=120, deadline=None)
-@given(graphs(), st.integers(0, 1000))
-def test_random_graphs(graph: Graph, seed: int) -> None:
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("limits", [{}, {"SMALL": 0, "ROWS": 1 << 30}, {"SMALL": 0, "ROW": 2}])
+@pytest.mark.parametrize("planned", [False, True])
+@given(graph=graphs(), seed=st.integers(0, 1000))
+def test_random_graphs(graph: Graph, seed: int, planned: bool, limits: dict[str, int]) -> None:
     rng = np.random.default_rng(seed)
     values: list[Any] = []
     for symbol in graph.inputs:
@@ -133,8 +146,13 @@ def test_random_graphs(graph: Graph, seed: int) -> None:
             values.append(np.asarray(drawn).astype(symbol.type.dtype.numpy))
         else:
             values.append(float(rng.uniform(0.5, 1.5)))
-    schedule = fuse(graph)
-    made = run_schedule(schedule, values)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, limit in limits.items():  # small tensors take the ways of large ones
+            patch.setattr(group, name, limit)
+            patch.setattr(parts, "CHUNK", 8)
+        schedule = fuse(graph)
+    run = run_program if planned else run_schedule
+    made = run(schedule, values)
     for symbol, mine, oracle in zip(graph.results, made, interpret(graph, values), strict=True):
         assert isinstance(symbol.type, TensorType)
         single = any(
