@@ -47,6 +47,7 @@ def train(
     device: Device = None,
     data: Folder = None,
     limit: Whole = None,
+    eager: Flag = False,
     run_dir: Folder = None,
     resume: Folder = None,
     debug: Flag = False,
@@ -65,6 +66,7 @@ def train(
         device: cpu
         data: an image folder, DIR/CLASS/*.png, or DIR/train/CLASS/*.png and DIR/test/CLASS/*.png
         limit: use at most so many training images, and so many test images
+        eager: run operation by operation instead of as one compiled program
         run_dir: the folder to write to, instead of runs/RECIPE-TIME
         resume: the folder of an interrupted run to go on with
         debug: show the traceback of an error
@@ -79,6 +81,7 @@ def train(
         "device": device,
         "data": None if data is None else str(data.absolute()),
         "limit": limit,
+        "eager": eager or None,
     }
     return run(recipe, options, run_dir=run_dir, resume=resume)
 

@@ -13,6 +13,7 @@ from flame.train.task import Task
 class Settings:
     """What every recipe can be told. A recipe's own class gives the defaults and may add fields.
 
+    ``eager`` runs the training step operation by operation instead of compiled.
     ``data`` is an image folder, or None for the data that the recipe brings along; ``limit`` is the
     largest number of training images, and of test images, or None for all.
     """
@@ -24,6 +25,7 @@ class Settings:
     device: str = "cpu"
     data: str | None = None
     limit: int | None = None
+    eager: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("limit", 2)):

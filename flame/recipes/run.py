@@ -107,7 +107,9 @@ def evaluate_checkpoint(
 def _run(
     recipe: Recipe, settings: Settings, task: Task, folder: RunFolder, observers: Sequence[Observer]
 ) -> Run:
-    trainer = Trainer(task, folder, epochs=settings.epochs, observers=observers)
+    trainer = Trainer(
+        task, folder, epochs=settings.epochs, observers=observers, eager=settings.eager
+    )
     return Run(recipe, settings, task, folder, trainer)
 
 

@@ -36,7 +36,10 @@ class Observer(Protocol):
 
 
 class Trainer:
-    """Runs ``task`` for ``epochs`` epochs, keeping metrics and the checkpoint in ``folder``."""
+    """Runs ``task`` for ``epochs`` epochs, keeping metrics and the checkpoint in ``folder``.
+
+    The step runs as one compiled program, or, with ``eager``, operation by operation.
+    """
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class Trainer:
         epochs: int,
         observers: Sequence[Observer] = (),
         record_every: int = 10,
+        eager: bool = False,
     ) -> None:
         self.task = task
         self.folder = folder
@@ -55,6 +59,7 @@ class Trainer:
         self.totals = Totals()  # of the epoch that runs now
         self._observers = tuple(observers)
         self._record_every = record_every
+        self._learn = _learn if eager else flame.compile(_learn)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -93,15 +98,8 @@ class Trainer:
         return True
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        task = self.task
-        task.optimizer.zero_grad()
-        logits = task.model(images)  # (N, classes)
-        loss = task.loss(logits, labels)
-        loss.backward()
-        rate = task.optimizer.param_groups[0]["lr"]
-        task.optimizer.step()
-        task.scheduler.step()
-
+        rate = self.task.optimizer.param_groups[0]["lr"]
+        loss, logits = self._learn(self.task, images, labels)
         value = loss.item()
         if not math.isfinite(value):
             raise FlameError(
@@ -164,6 +162,17 @@ class Trainer:
                 f"{self.folder.checkpoint_file} does not fit the run: {error}; "
                 "it was written by another recipe or version, so start a new run"
             ) from error
+
+
+def _learn(task: Task, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of training; the mean loss of the batch, and its logits (N, classes)."""
+    task.optimizer.zero_grad()
+    logits = task.model(images)
+    loss = task.loss(logits, labels)
+    loss.backward()
+    task.optimizer.step()
+    task.scheduler.step()
+    return loss.detach(), logits.detach()
 
 
 def evaluate(task: Task) -> Totals:
