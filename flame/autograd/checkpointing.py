@@ -16,6 +16,8 @@ from typing import Any
 from flame.autograd.mode import _Switch, mode
 from flame.autograd.node import Node, Saved, save
 from flame.core.errors import ArgumentError, GradientError
+from flame.ops.again import again
+from flame.ops.op import interpreter
 
 
 class _Slot(Saved):
@@ -69,8 +71,8 @@ class _Part:
     def run_again(self) -> None:
         from flame.ops.generator import default_generator
 
-        args = [_given(a) for a in self.args]
-        kwargs = {name: _given(a) for name, a in self.kwargs.items()}
+        args = [_once_more(_given(a)) for a in self.args]
+        kwargs = {name: _once_more(_given(a)) for name, a in self.kwargs.items()}
         now = None if self.random is None else default_generator.mark()
         if self.random is not None:
             default_generator.rewind(self.random)
@@ -135,6 +137,12 @@ def _kept(argument: Any) -> Any:
 
 def _given(argument: Any) -> Any:
     return argument.get(_ARGUMENT, "an argument") if isinstance(argument, Saved) else argument
+
+
+def _once_more(argument: Any) -> Any:
+    """In a recorded graph, what the second run computes must not look like the first one's."""
+    is_float = hasattr(argument, "storage") and argument.dtype.kind == "f"
+    return again(argument) if is_float and interpreter().recording else argument
 
 
 class _Argument(Node):

@@ -18,6 +18,7 @@ from flame.compiler.passes.fold import fold
 from flame.compiler.passes.order import order
 from flame.compiler.passes.readable import readable
 from flame.compiler.passes.recompute import recompute
+from flame.compiler.passes.release import release
 from flame.compiler.passes.simplify import simplify
 from flame.core.errors import CompileError
 from flame.graph import Graph
@@ -35,6 +36,7 @@ SIMPLIFYING: Final[tuple[Pass, ...]] = (
 )
 FINISHING: Final[tuple[Pass, ...]] = (
     dead,
+    release,  # what is computed twice on purpose may look equal from here on
     recompute,  # no cse may follow, which would merge both computations again
     dead,  # views of what is not kept any more
     readable,  # adds copies, so after all that changes layouts

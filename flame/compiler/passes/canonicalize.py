@@ -17,7 +17,6 @@ from flame.core.types import TensorType
 from flame.graph import Graph, Node, Operand, Rewriter, Symbol, tensor_of, type_of
 from flame.kernel import values
 from flame.kernel.values import Value, number_of
-from flame.ops.again import again
 from flame.ops.conversion import copy
 from flame.ops.elementwise import Elementwise, compute_dtype
 from flame.ops.op import OPS, Types
@@ -40,7 +39,7 @@ Rule = Callable[[Rewriter, Node, Node], bool]  # (rewriter, old node, node with 
 
 def _view_of_all(rewriter: Rewriter, old: Node, node: Node) -> bool:
     """A view that gives back the memory that some view in its chain began with."""
-    if not isinstance(node.op, ViewOp) or node.op is again:
+    if not isinstance(node.op, ViewOp):
         return False
     made, offset = node.op.view(node.types, **node.attributes)
     (source,) = node.symbols
@@ -49,7 +48,7 @@ def _view_of_all(rewriter: Rewriter, old: Node, node: Node) -> bool:
             rewriter.replace(old.outputs[0], source)
             return True
         maker = rewriter.makers.get(source)
-        if maker is None or not isinstance(maker.op, ViewOp) or maker.op is again:
+        if maker is None or not isinstance(maker.op, ViewOp):
             return False
         if tensor_of(maker.inputs[0]).dtype is not made.dtype:
             return False

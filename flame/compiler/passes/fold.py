@@ -17,7 +17,6 @@ from flame.core.dtypes import DType
 from flame.core.errors import FlameError
 from flame.core.types import TensorType
 from flame.graph import Graph, Node, Number, Operand, Rewriter, Symbol, tensor_of, type_of
-from flame.ops.again import again
 from flame.ops.conversion import copy
 from flame.ops.elementwise import Elementwise, compute_dtype
 from flame.ops.op import OPS
@@ -76,7 +75,7 @@ class _Folding:
 
     def _uniform_result(self, node: Node) -> Number | None:
         """The number that all elements of the only result are, if that is known."""
-        if len(node.outputs) != 1 or node.op in (again, view_bits):
+        if len(node.outputs) != 1 or node.op is view_bits:
             return None
         made = tensor_of(node.outputs[0])
         if node.op is OPS["full"] and not isinstance(node.inputs[0], Symbol):
@@ -129,7 +128,7 @@ class _Folding:
         small = all(
             isinstance(t, TensorType) and t.numel * t.dtype.itemsize <= SMALL for t in types
         )
-        if not small or node.op is again or node.op.failure is not None:
+        if not small or node.op.failure is not None:
             return False
         if not all(t.contiguous for t in types if isinstance(t, TensorType)):
             return False
