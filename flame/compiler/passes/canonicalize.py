@@ -246,7 +246,7 @@ RULES: Final[tuple[Rule, ...]] = (
     _view_of_view,
     _copy,
     _number_last,
-    _division,
     _double_negation,
     _identity,
+    _division,
 )
