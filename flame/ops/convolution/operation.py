@@ -138,7 +138,7 @@ def _contraction(
         direct = depthwise.forward if summed_axis == 1 else depthwise.input_gradient
         return direct(x, weight, bias if isinstance(bias, TensorType) else None, out, geometry)
     biased = bias if isinstance(bias, TensorType) else None
-    plan = winograd.plan_for(x, out, c, groups)
+    plan = winograd.plan_for(x, out, geometry, forward=summed_axis == 1)
     if plan is not None:
         return winograd.lower(plan, winograd.Operands(x, weight, biased, out, summed_axis))
     ends = (x, out) if summed_axis == 1 else (out, x)

@@ -19,7 +19,7 @@ from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Operand
 from flame.kernel.values import Value, const
 from flame.ops.convolution.blocking import Tile, tile_for, vector_bytes
-from flame.ops.convolution.geometry import Contraction
+from flame.ops.convolution.geometry import Geometry
 from flame.ops.convolution.packing import COLUMNS
 from flame.ops.convolution.windows import GAP, Strips, Window, round_up
 from flame.ops.convolution.winograd_stages import (
@@ -29,14 +29,19 @@ from flame.ops.convolution.winograd_stages import (
     Weights,
     transform_strip,
 )  # fmt: skip
-from flame.ops.convolution.winograd_transforms import Transform, transform
+from flame.ops.convolution.winograd_transforms import (
+    Transform,
+    strided,
+    strided_gradient,
+    unstrided,
+)  # fmt: skip
 
 LEAST_CHANNELS = 16
 LEAST_SIZE = 3  # of results: below, tiles are mostly empty
 RUN = 128  # channels summed in one go: their weights stay in the first-level cache
 CHUNK = 64  # channels summed over whose weights are transformed at a time, where tiles are few
 SCRATCH_BYTES = 1 << 20  # of transformed source
-MOST_TILES = 48
+PRODUCT_BYTES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Plan:
     def part(self) -> int:
         """Tiles of a block, whole register tiles."""
         rows = self.tile.positions
-        most = MOST_TILES
+        most = PRODUCT_BYTES // (self.transform.points * self.tile.lanes * 4)
         if not self.few_tiles:
             most = min(most, SCRATCH_BYTES // (self.transform.points * self.depth * 4))
         parts = -(-self.tiles // max(rows, most // rows * rows))
@@ -102,33 +107,39 @@ class Plan:
     @property
     def transformed(self) -> TensorType:
         """What lies in memory between both kernels."""
-        points = self.transform.points
-        shape: tuple[int, ...] = (self.blocks, points, self.depth * self.tile.lanes + GAP)
+        t = self.transform
+        shape: tuple[int, ...] = (self.blocks, t.weights**2, self.depth * self.tile.lanes + GAP)
         if self.few_tiles:
-            shape = (self.parts, self.chunks, points, self.part * self.chunk + GAP)
+            shape = (self.parts, self.chunks, t.points, self.part * self.chunk + GAP)
         return tensor_type(dtypes.float32, shape)
 
 
-def plan_for(x: TensorType, out: TensorType, c: Contraction, groups: int) -> Plan | None:
+def suits(g: Geometry, x: TensorType, out: TensorType) -> bool:
+    """Whether a geometry is one of these kernels', for types with three spatial dimensions."""
+    plane = g.kernel == (1, 3, 3) and g.dilation == (1, 1, 1) and g.groups == 1
+    flat = g.padding[0] == 0 and x.shape[2] == out.shape[2] == 1
+    if not plane or not flat or g.stride not in ((1, 1, 1), (1, 2, 2)):
+        return False
+    enough = min(x.shape[1], out.shape[1]) >= LEAST_CHANNELS
+    return enough and min(*out.shape[3:], *x.shape[3:]) >= LEAST_SIZE and out.numel > 0
+
+
+def plan_for(x: TensorType, out: TensorType, g: Geometry, *, forward: bool) -> Plan | None:
     """The plan where these kernels are the better ones; the types have three spatial dimensions."""
-    if x.dtype is not dtypes.float32 or groups != 1 or len(c.phases) != 1:
+    if x.dtype is not dtypes.float32 or not suits(g, x, out):
         return None
-    axes = c.phases[0].axes
-    if any(abs(a.stride) != 1 or a.spread != 1 or a.step != 1 or a.dilation != 1 for a in axes):
-        return None
-    outer = axes[0]
-    if (outer.taps, outer.extent, outer.start, c.low[0], x.shape[2]) != (1, 1, 0, 0, 1):
-        return None
-    if axes[1].taps != 3 or axes[2].taps != 3:
-        return None
-    size = axes[1].extent, axes[2].extent
-    few = min(x.shape[1], out.shape[1]) < LEAST_CHANNELS
-    if few or min(size) < LEAST_SIZE:
-        return None
-    before = c.low[1] - axes[1].start, c.low[2] - axes[2].start
+    padding, t = g.padding[1:], unstrided()
+    before = padding if forward else (2 - padding[0], 2 - padding[1])
+    if g.stride[2] == 2:
+        t = strided() if forward else strided_gradient()
+        if not forward:
+            if padding[0] % 2 == 0 or padding[1] % 2 == 0:
+                return None  # other elements than the first are tap 1's
+            before = -(padding[0] // 2), -(padding[1] // 2)
+    flipped = g.stride[2] == 1 and not forward
     return Plan(
-        transform(4), tile_for(x.dtype, out.shape[1]), x.shape[0], size, before,
-        axes[1].stride < 0, x.shape[1], out.shape[1],
+        t, tile_for(x.dtype, out.shape[1]), x.shape[0], (out.shape[3], out.shape[4]),
+        (before[0], before[1]), flipped, x.shape[1], out.shape[1],
     )  # fmt: skip
 
 
@@ -172,9 +183,10 @@ class _Source:
 
     def __init__(self, k: KernelBuilder, plan: Plan, x: TensorType, strips: Strips, depth: int):
         self.k, self.plan, self.strips = k, plan, strips
-        m, n = plan.transform.results, plan.transform.size
+        t = plan.transform
+        columns = (strips.most - 1) * t.step + t.reach
         self.window = Window(
-            k, k.tensor("input", 0, x), x, rows=n, columns=(strips.most - 1) * m + n, depth=depth
+            k, k.tensor("input", 0, x), x, rows=t.reach, columns=columns, depth=depth
         )
 
     def transform(
@@ -183,11 +195,11 @@ class _Source:
         k, plan, t = self.k, self.plan, self.plan.transform
         before = plan.before
         with self.strips.over(begin, end) as (image, row, column, count, first):
-            top = row * t.results - k.size(before[0])
-            left = column * t.results - k.size(before[1])
-            self.window.fill(image, top, left, (count - 1) * t.results + t.size, channel)
+            top = row * t.step - k.size(before[0])
+            left = column * t.step - k.size(before[1])
+            self.window.fill(image, top, left, (count - 1) * t.step + t.reach, channel)
             place = offset + first * self.window.depth
-            transform_strip(k, t.source, self.window, t.size, t.results, count, target, place)
+            transform_strip(k, t.source, self.window, t.reach, t.step, count, target, place)
 
 
 def _block(k: KernelBuilder, plan: Plan, part: Value) -> tuple[Value, Value, Value]:
@@ -233,7 +245,7 @@ def _multiply_tiles(plan: Plan, operands: Operands) -> BoundKernel:
         with k.loop(k.size(plan.blocks)) as block:
             with k.loop(t.points) as point:
                 left = transformed.at((point, const(0)))
-                right = weights.at((block, point, const(0)))
+                right = weights.at((block, t.weight_of(point)[0], const(0)))
                 products.add(
                     point, groups, (transformed, left, depth), (weights, right), const(run),
                     fresh=True,
@@ -274,7 +286,7 @@ def _multiply_weights(plan: Plan, operands: Operands) -> BoundKernel:
     source = k.tensor("temporary", 0, plan.transformed)
     products = _products(k, plan)
     results = Results(k, t, strips, operands.out, operands.bias, lanes)
-    transformed = k.scratch(dtypes.float32, (t.points, plan.chunk * lanes + GAP))
+    transformed = k.scratch(dtypes.float32, (t.weights**2, plan.chunk * lanes + GAP))
     work = plan.part * plan.depth * lanes
     with k.parallel(plan.blocks, plan.parts, work=work) as (block, part):
         begin, end, groups = _block(k, plan, part)
@@ -286,7 +298,7 @@ def _multiply_weights(plan: Plan, operands: Operands) -> BoundKernel:
             def multiply(chunk: Value, *, fresh: bool) -> None:
                 with k.loop(t.points) as point:
                     left = source.at((part, chunk, point, const(0)))
-                    right = transformed.at((point, const(0)))
+                    right = transformed.at((t.weight_of(point)[0], const(0)))
                     products.add(
                         point, groups, (source, left, plan.chunk), (transformed, right),
                         const(plan.chunk), fresh=fresh,

@@ -19,7 +19,7 @@ from flame.kernel.values import Value, const, read
 from flame.ops.convolution.blocking import vector_bytes
 from flame.ops.convolution.geometry import Geometry
 from flame.ops.convolution.windows import GAP, Strips, Window, round_up
-from flame.ops.convolution.winograd import LEAST_CHANNELS, LEAST_SIZE
+from flame.ops.convolution.winograd import suits
 from flame.ops.convolution.winograd_stages import (
     TAPS,
     add_outer_products,
@@ -27,11 +27,17 @@ from flame.ops.convolution.winograd_stages import (
     load_points,
     transform_strip,
 )  # fmt: skip
-from flame.ops.convolution.winograd_transforms import Transform, both_dimensions, transform
+from flame.ops.convolution.winograd_transforms import (
+    Transform,
+    both_dimensions,
+    strided,
+    unstrided,
+)  # fmt: skip
 
 LEAST_ITEMS = 16
 TOGETHER = 32  # tiles, at most, that are transformed at a time
 BLOCK = 64  # channels of a block, at most, on either side
+MANY_POINTS = 64  # from which fewer tiles are taken, so that all stays in the cache
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Plan:
     def span(self) -> int:
         """Tiles of a part."""
         wanted = -(-LEAST_ITEMS // (self.blocks[0] * self.blocks[1]))
-        return max(min(self.tiles, TOGETHER), -(-self.tiles // wanted))
+        return max(min(self.tiles, self._most), -(-self.tiles // wanted))
 
     @property
     def parts(self) -> int:
@@ -80,7 +86,12 @@ class Plan:
 
     @property
     def together(self) -> int:
-        return -(-self.span // -(-self.span // TOGETHER))
+        return -(-self.span // -(-self.span // self._most))
+
+    @property
+    def _most(self) -> int:
+        """Tiles, at most, that are transformed at a time."""
+        return TOGETHER if self.transform.points < MANY_POINTS else TOGETHER // 2
 
     @property
     def partial(self) -> TensorType:
@@ -94,18 +105,12 @@ def _block(channels: int) -> int:
 
 def plan_for(g: TensorType, x: TensorType, geometry: Geometry) -> Plan | None:
     """The plan where these kernels are the better ones; the types have three spatial dimensions."""
-    if x.dtype is not dtypes.float32 or geometry.groups != 1 or geometry.kernel != (1, 3, 3):
+    if x.dtype is not dtypes.float32 or not suits(geometry, x, g):
         return None
-    if geometry.stride != (1, 1, 1) or geometry.dilation != (1, 1, 1):
-        return None
-    if geometry.padding[0] or x.shape[2] != 1 or g.shape[2] != 1:
-        return None
-    few = min(x.shape[1], g.shape[1]) < LEAST_CHANNELS
-    if few or min(g.shape[3:]) < LEAST_SIZE or not g.numel:
-        return None
+    t = unstrided() if geometry.stride[2] == 1 else strided()
     size = g.shape[3], g.shape[4]
     before = geometry.padding[1], geometry.padding[2]
-    return Plan(transform(4), x.shape[0], size, before, x.shape[1], g.shape[1])
+    return Plan(t, x.shape[0], size, before, x.shape[1], g.shape[1])
 
 
 def lower(plan: Plan, g: TensorType, x: TensorType, out: TensorType) -> Lowering:
@@ -125,17 +130,17 @@ class _Gradient:
             self.target, self.out = None, k.tensor("output", 0, out)
         else:
             self.target = k.tensor("temporary", 0, plan.partial)
-        n, m, part, points = self.t.size, self.t.results, plan.together, self.t.points
+        t, m, part, points = self.t, self.t.results, plan.together, self.t.points
         self.strips = Strips(k, plan.grid, part)
         columns = self.strips.most
         self.source = Window(
-            k, source, x, rows=n, columns=(columns - 1) * m + n, depth=plan.rows
+            k, source, x, rows=t.reach, columns=(columns - 1) * t.step + t.reach, depth=plan.rows
         )  # fmt: skip
         self.gradient = Window(k, gradient, g, rows=m, columns=columns * m, depth=plan.lanes)
         f32 = dtypes.float32
         self.left = k.scratch(f32, (points, part * plan.rows + GAP))
         self.right = k.scratch(f32, (points, part * plan.lanes + GAP))
-        self.sums = k.scratch(f32, (points, plan.rows * plan.lanes + GAP))
+        self.sums = k.scratch(f32, (t.weights**2, plan.rows * plan.lanes + GAP))
         if self.target is None:
             self.result = k.scratch(f32, (plan.rows * TAPS, plan.lanes))
 
@@ -151,39 +156,40 @@ class _Gradient:
                 low = begin + i * step
                 high = values.binary("min", low + step, end)
                 self._transform(low, high, row * plan.rows, lane * plan.lanes)
-                with k.when(i < 1):
-                    self._multiply(high - low, fresh=True)
-                with k.when(i > 0):
-                    self._multiply(high - low, fresh=False)
+                self._multiply(high - low, i < 1)
             self._finish(part, row, lane)
         return k.bind()
 
     def _transform(self, begin: Value, end: Value, row: Value, lane: Value) -> None:
-        k, m, before = self.k, self.t.results, self.plan.before
+        k, t, before = self.k, self.t, self.plan.before
         with self.strips.over(begin, end) as (image, line, column, count, first):
-            top, left = line * m, column * m
             self.source.fill(
-                image, top - k.size(before[0]), left - k.size(before[1]),
-                (count - 1) * m + self.t.size, row,
+                image, line * t.step - k.size(before[0]), column * t.step - k.size(before[1]),
+                (count - 1) * t.step + t.reach, row,
             )  # fmt: skip
-            self.gradient.fill(image, top, left, count * m, lane)
-            for window, target, one, columns in (
-                (self.source, self.left, self.t.source, self.t.size),
-                (self.gradient, self.right, self.t.gradient, m),
-            ):
-                offset = first * window.depth
-                transform_strip(k, one, window, columns, m, count, target, offset)
+            self.gradient.fill(image, line * t.results, column * t.results, count * t.results, lane)
+            transform_strip(
+                k, t.source, self.source, t.reach, t.step, count, self.left,
+                first * self.source.depth,
+            )  # fmt: skip
+            transform_strip(
+                k, t.gradient, self.gradient, t.results, t.results, count, self.right,
+                first * self.gradient.depth,
+            )  # fmt: skip
 
-    def _multiply(self, tiles: Value, *, fresh: bool) -> None:
-        """sums[point] (+)= left[point]^T @ right[point]."""
-        rows, lanes, zero = self.plan.rows, self.plan.lanes, const(0)
-        with self.k.loop(self.t.points) as point:
+    def _multiply(self, tiles: Value, first: Value) -> None:
+        """sums[weight of point] (+)= left[point]^T @ right[point]; ``first``: sums are new."""
+        k, zero, shape = self.k, const(0), (self.plan.rows, self.plan.lanes)
+        with k.loop(self.t.points) as point:
             left = self.left, self.left.at((point, zero))
             right = self.right, self.right.at((point, zero))
-            target = self.sums.at((point, zero))
-            add_outer_products(
-                self.k, self.sums, target, left, right, (rows, lanes), tiles, fresh=fresh
-            )
+            number, alone = self.t.weight_of(point)
+            target = self.sums.at((number, zero))
+            fresh = first & alone
+            with k.when(fresh):
+                add_outer_products(k, self.sums, target, left, right, shape, tiles, fresh=True)
+            with k.when(~fresh):
+                add_outer_products(k, self.sums, target, left, right, shape, tiles, fresh=False)
 
     def _finish(self, part: Value, row: Value, lane: Value) -> None:
         k, rows, lanes = self.k, self.plan.rows, self.plan.lanes
@@ -191,7 +197,7 @@ class _Gradient:
         target = self.result if self.target is None else self.target
         place = zero if self.target is None else target.at((part, row, lane, zero, zero))
         with k.loop(rows) as c, k.vector(lanes, 1) as v:
-            grid = load_points(self.sums, c * lanes + v, self.t.size)
+            grid = load_points(self.sums, c * lanes + v, self.t.weights)
             for i, line in enumerate(both_dimensions(k, self.t.weight_result, grid)):
                 for j, value in enumerate(line):
                     at = place + c * (TAPS * lanes) + (i * 3 + j) * lanes
