@@ -7,7 +7,7 @@ through; any other view reads its source from memory.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from flame.compiler.schedule.task import owners_of
 from flame.core.types import TensorType, tensor_type
@@ -68,6 +68,18 @@ class Flow:
             (symbol,) = node.symbols
             node = self.producer.get(symbol)
         return symbol
+
+    def users(self, symbol: Symbol) -> Iterator[Node]:
+        """The nodes that need a value, by itself or by views that are seen through."""
+        waiting = [symbol]
+        while waiting:
+            for node in self.consumers[waiting.pop()]:
+                if node not in self.live:
+                    continue
+                if node in self.regrouped:
+                    waiting.append(node.outputs[0])
+                else:
+                    yield node
 
     def leaves(self, symbol: Symbol, inside: Collection[Node]) -> bool:
         """Whether a value, or a view of it, is needed by more than the nodes ``inside``."""

@@ -118,7 +118,11 @@ def passes_of(space: Space) -> Passes:
         for symbol in node.outputs:
             first[symbol], weights[symbol] = number, total
     count = 1 + max([0, *(first[s] for s in first if space.flow.producer[s] in space.full)])
-    stored = {s.symbol: s for s in space.stores if s.type.dtype is inner_dtype(s.symbol)}
+    stored = {
+        s.symbol: s
+        for s in space.stores
+        if s.type.dtype is inner_dtype(s.symbol) and space.flow.producer[s.symbol] in space.full
+    }
     reads = dict.fromkeys(space.nodes, 0)
     for node, _ in space.reads:
         reads[node] += 1

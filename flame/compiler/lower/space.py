@@ -142,13 +142,21 @@ class _Builder:
             kept = [[] if axis in gone else d for axis, d in enumerate(dims)]
         self.dims[node.outputs[0]] = kept
 
-    def connect(self) -> None:
-        """Where loops seem to differ, nodes that read one operand read it at the same place."""
+    def connect(self, largest: Node) -> None:
+        """Where loops seem to differ, nodes that read one operand read it at the same place.
+
+        Any others of one shape may as well run side by side.
+        """
         first: dict[Symbol, Dims] = {}
         for _, _, symbol, dims in self.reads:
             other = first.setdefault(symbol, dims)
             if other is not dims:
                 for mine, its in zip(other, dims, strict=True):
+                    unify(mine, its)
+        whole = self.iterated[largest]
+        for dims in self.iterated.values():
+            if [_sizes([d]) for d in dims] == [_sizes([d]) for d in whole]:
+                for mine, its in zip(whole, dims, strict=True):
                     unify(mine, its)
 
     def space(self) -> Space:
@@ -161,7 +169,7 @@ class _Builder:
         if any(
             set(joined(d)) - set(joined(self.iterated[largest])) for d in self.iterated.values()
         ):
-            self.connect()
+            self.connect(largest)
         loops = joined(self.iterated[largest])
         reduced = self._reduced(set(loops))
         full = self._levels(loops, reduced)

@@ -5,8 +5,9 @@ and with groups that read the same operand, the youngest first, where
  - no path leads from one through a third group to the other;
  - both have one space of loops (`compiler.lower.space`) and kernels that gain (`lower.group`).
 Elementwise nodes, copies and reductions are merged with each other. Any other node is the head of a
-group, which elementwise nodes that follow may join (`lower.epilogue`). A group of one node is a
-task by its op's own lowering. Nodes that no result needs are left out.
+group, which elementwise nodes that follow may join (`lower.epilogue`); but what only a reduction
+needs waits for the reduction, which then needs no memory for it. A group of one node is a task by
+its op's own lowering. Nodes that no result needs are left out.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def fusable(node: Node) -> bool:
 
 def _partition(flow: Flow) -> Groups:
     groups = Groups()
+    bound = _bound(flow)
     readers: dict[Symbol, list[Group]] = {}
     for node in flow.graph.nodes:
         if isinstance(node.op, ViewOp) or node not in flow.live:
@@ -69,11 +71,27 @@ def _partition(flow: Flow) -> Groups:
         mine.open = fusable(node) or can_be_head(node)
         if fusable(node):
             for other in _candidates(flow, groups, node, readers):
+                if node in bound and not fusable(other.nodes[0]):
+                    continue
                 merged = _merge(flow, groups, mine, other)
                 mine = mine if merged is None else merged
             for symbol in _tensors(node):
                 readers.setdefault(symbol, []).append(mine)
     return groups
+
+
+def _bound(flow: Flow) -> set[Node]:
+    """Elementwise nodes of which a result is needed by reductions alone, or by other such nodes."""
+    found: set[Node] = set()
+    for node in reversed(flow.graph.nodes):
+        if node not in flow.live or isinstance(node.op, (Reduction, ViewOp)) or not fusable(node):
+            continue
+        for symbol in node.outputs:
+            users = list(flow.users(symbol))
+            inner = all(isinstance(n.op, Reduction) or n in found for n in users)
+            if users and inner and not flow.leaves(symbol, users):
+                found.add(node)
+    return found
 
 
 def _producers(flow: Flow, node: Node) -> Iterator[Node]:

@@ -185,3 +185,21 @@ def test_batch_norm_takes_relu_and_the_residual() -> None:
         y, mean, variance = g("batch_norm", x, g.input((c,)), g.input((c,)), 1e-5)
         made = g("relu", g("add", y, residual))
         check(g.graph(made, mean, variance), 1)
+
+
+def test_a_dear_value_waits_in_scratch_beside_results_of_rows() -> None:
+    g = GraphBuilder()
+    x = g.input((17, 2, 2), dtypes.float64, (1, 34, 17))
+    dear = g("sigmoid", x)
+    total = g("tanh", g("sum", x, dims=(1, 2), keepdim=True))
+    check(g.graph(g("mul", dear, total), total), 1)
+
+
+def test_a_square_in_front_of_a_mean_waits_for_it() -> None:
+    """RMSNorm behind a product and a residual: the product does not store the squares."""
+    g = GraphBuilder()
+    x, w, r, scale = g.input((64, 30)), g.input((30, 50)), g.input((64, 50)), g.input((50,))
+    total = g("add", g("matmul", x, w), r)
+    mean = g("mean", g("mul", total, total), dims=(1,), keepdim=True)
+    made = g("mul", g("mul", total, g("rsqrt", g("add", mean, 1e-6))), scale)
+    check(g.graph(made, total), 2)
