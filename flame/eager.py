@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from flame.autograd.engine import edge_of
-from flame.autograd.mode import mode
+from flame.autograd.mode import mode, no_grad
 from flame.autograd.node import Edge, Node, OpNode
 from flame.compiler.pipeline import make_plan
 from flame.compiler.plan import Plan, Step
@@ -144,7 +144,11 @@ class Eager(Interpreter):
         if tracking:
             # the node sees the operands as they were called, with their versions before the write
             node = make_node(plan, inputs, attributes, out)
-        self.execute(plan, safe, out)
+        if any(x is not y and x.type is not y.type for x, y in zip(inputs, safe, strict=True)):
+            with no_grad():  # a copy may be laid out in another way, which is another plan
+                self.apply(plan.op, safe, attributes, out)
+        else:
+            self.execute(plan, safe, out)
         for target in out:
             target.storage.version += 1
         if tracking and True in node.needs:
