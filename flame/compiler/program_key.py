@@ -7,6 +7,7 @@ attribute that is an object, an op that is nowhere declared) has no key, and is 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,9 @@ from flame.ops.op import OPS
 from flame.runtime.cpu.pool import get_num_threads
 
 FORMAT: Final = 1
+# Modules are read from the start of the process on; what changes since then is not what runs.
+_IMPORTED: Final = time.time()
+_SETTLED_SECONDS: Final = 5.0
 
 
 class _NoTextError(Exception):
@@ -45,20 +49,26 @@ def program_key(graph: Graph, *options: object) -> str | None:
     except _NoTextError as reason:
         log("cache", f"this program is not kept: {reason}")
         return None
+    source = source_digest()
+    if source is None:
+        return None
     lines += [
         f"format {FORMAT}, threads {get_num_threads()}, {dtypes.get_default_dtype()}",
-        source_digest(),
+        source,
         compiler().identity,
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 @cache
-def source_digest() -> str:
-    """A digest of FLAME's own text."""
+def source_digest() -> str | None:
+    """A digest of FLAME's own text; None where it may not be the text that this process runs."""
     found = hashlib.sha256()
     root = Path(__file__).parent.parent
     for path in sorted(root.rglob("*.py")):
+        if path.stat().st_mtime > _IMPORTED - _SETTLED_SECONDS:
+            log("cache", f"no program is kept or looked for: {path} has just been changed")
+            return None
         found.update(f"{path.relative_to(root)}\n".encode())
         found.update(path.read_bytes())
     return found.hexdigest()
