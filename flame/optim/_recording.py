@@ -46,29 +46,30 @@ def _chosen(optimizer: Optimizer) -> list[tuple[dict[str, Any], Any, list[Any]]]
 
 def _again(optimizer: Optimizer, chosen: Any, known: list[tuple[Any, Numbers]]) -> Numbers:
     """The scalars of a later step. known: buffers and first scalars of each parameter."""
-    entries = iter(known)
+    states = []
     for group, update, parameters in chosen:
         if optimizer._update(group) != update:
             raise Stale("the optimizer's options")
         for parameter in parameters:
-            buffers, _ = next(entries)
             state = optimizer.state[parameter]
-            for name, buffer in zip(update.buffers, buffers, strict=True):
+            for name, buffer in zip(update.buffers, known[len(states)][0], strict=True):
                 if state.get(name) is not buffer:
                     raise Stale("the optimizer's state")
+            states.append(state)
     found: list[Numbers] = []
-    entries = iter(known)
     before: Numbers | None = None
+    position = 0
     for group, _, parameters in chosen:
-        for parameter in parameters:
+        for _ in parameters:
+            state = states[position]
             step = 2
             if optimizer._counts_steps:
-                state = optimizer.state[parameter]
                 step = state["step"] = state["step"] + 1
-            _, scalars = next(entries)
+            scalars = known[position][1]
             if scalars is not before:  # parameters that shared their scalars share them always
                 found.append(optimizer._scalars(group, step))
                 before = scalars
+            position += 1
     return _numbers(found)
 
 

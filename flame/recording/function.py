@@ -10,140 +10,21 @@ import threading
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from flame.autograd.engine import edge_of
 from flame.autograd.mode import mode
-from flame.compiler.compilation import compile_graph
 from flame.core import dtypes
 from flame.core.errors import ArgumentError, FlameWarning, StateError
 from flame.core.log import log
 from flame.ops.op import Stale, interpreter
-from flame.recording.differentiable import Backward, CompiledNode
-from flame.recording.step import Recording, Source, record
-from flame.recording.structure import filled, signature
-from flame.runtime.storage import Storage
+from flame.recording.running import Step
+from flame.recording.step import record
+from flame.recording.structure import signature
 from flame.tensor import Tensor
 
 MAX_SIGNATURES = 64  # programs that one function keeps; the one that was used longest ago goes
 _recording = threading.Lock()
-
-
-class Step:
-    """A program with what Python does around it."""
-
-    def __init__(self, recording: Recording) -> None:
-        self.recording = recording
-        state = recording.addresses()
-        self.program = compile_graph(recording.graph, state)
-        numbered = [i for i, r in enumerate(recording.repeated) if r.numbers]
-        last = numbered[-1] + 1 if numbered else 0
-        self.before = [r.again for r in recording.repeated[:last]]
-        self.after = [r.again for r in recording.repeated[last:]]
-        self.numbers = [s for r in recording.repeated for s in r.numbers]
-        self.runs = 0
-
-    def holds(self) -> bool:
-        """Whether nothing that the recording depends on has changed."""
-        r = self.recording
-        for gradient in r.gradients:
-            leaf = gradient.leaf
-            if gradient.was_read and leaf is not None and leaf._grad is not gradient.before:
-                return False
-        return r.modes.hold() and r.surroundings.hold() and r.holders.hold()
-
-    def first(self, tensors: Sequence[Tensor]) -> Any:
-        """The step that was recorded, whose Python has already run."""
-        numbers = [n for r in self.recording.repeated for n in r.first]
-        return self._run(tensors, numbers)
-
-    def again(self, tensors: Sequence[Tensor]) -> Any:
-        """A later step. Raises Stale where Python's part is no longer what was recorded."""
-        numbers: list[Any] = []
-        for action in self.before:
-            made = action()
-            if made.__class__ is tuple:
-                numbers += made
-        result = self._run(tensors, numbers)
-        for action in self.after:
-            action()
-        return result
-
-    def _run(self, tensors: Sequence[Tensor], numbers: list[Any]) -> Any:
-        r, program = self.recording, self.program
-        for gradient in r.gradients:
-            if not gradient.was_read and gradient.leaf is not None:
-                gradient.leaf._grad = None  # its memory may serve this step
-        results = [Storage.allocate(nbytes) for _, nbytes in program.result_types]
-        program.run(*[t.pointer for t in tensors], *numbers, *[s.pointer for s in results])
-        self.runs += 1
-        for storage in r.written_states:
-            storage.version += 1
-        for i in r.written_arguments:
-            tensors[i].storage.version += 1
-        back = _Back(self, tensors, results)
-        for gradient in r.gradients:
-            leaf = tensors[gradient.argument] if gradient.leaf is None else gradient.leaf
-            made = None if gradient.after is None else back.tensor(gradient.after)
-            if gradient.leaf is None and leaf._grad is not None and made is not None:
-                made = leaf._grad + made
-            leaf._grad = made
-        if not r.sources:
-            return r.result
-        returned = [back.tensor(source) for source in r.sources]
-        if r.backward is not None:
-            self._attach(r.backward, back, returned, tensors, numbers)
-        return filled(r.result, returned)
-
-    def _attach(
-        self,
-        backward: Backward,
-        back: _Back,
-        returned: list[Tensor],
-        tensors: Sequence[Tensor],
-        numbers: list[Any],
-    ) -> None:
-        """Let gradients flow from what is returned through the recorded backward pass."""
-        leaves = [tensors[x] if isinstance(x, int) else x for x in backward.leaves]
-        known = dict(zip(self.numbers, numbers, strict=True))
-        node = CompiledNode(
-            backward,
-            [edge_of(leaf) for leaf in leaves],
-            [back.memory(i) for i in self.recording.saved],
-            [tensors[i] for i in backward.arguments],
-            [known[s] for s in backward.numbers],
-        )
-        for position, i in enumerate(backward.outputs):
-            made = returned[i]
-            made.node, made.output_index, made.tracked = node, position, True
-
-
-class _Back:
-    """Tensors over what a run has filled."""
-
-    def __init__(self, step: Step, tensors: Sequence[Tensor], results: list[Storage]) -> None:
-        self.places = step.program.output_places
-        self.tensors, self.results = tensors, results
-
-    def tensor(self, source: Source) -> Tensor:
-        if source.kind == "outside":
-            assert source.tensor is not None
-            return source.tensor
-        assert source.type is not None
-        if source.kind == "result":
-            storage, offset = self.memory(source.index)
-            return Tensor.wrap(storage, storage.pointer + offset + source.offset, source.type)
-        given = self.tensors[source.index]
-        if source.offset == 0 and source.type is given.type:
-            return given
-        return Tensor.wrap(given.storage, given.pointer + source.offset, source.type)
-
-    def memory(self, output: int) -> tuple[Storage, int]:
-        """Where an output of the graph lies: storage and bytes from its start."""
-        place = self.places[output]
-        assert place.space == "result"  # by `compilation.set_apart`
-        return self.results[place.index], place.offset
 
 
 class CompiledFunction:
