@@ -35,7 +35,10 @@ def native_lanes(dtype: DType) -> int:
 
 
 def tallest(vectors: int) -> int:
-    """Rows of a register tile: sums, the vectors of B and one element of A fill the registers."""
+    """Rows of a register tile: sums, the vectors of B and one element of A fill the registers.
+
+    0 where so many vectors do not fit.
+    """
     registers = 32 if vector_bytes() == 64 else 16
     return min(registers - 4, (registers - vectors - 1) // vectors)
 
@@ -94,10 +97,12 @@ def tile_for(dtype: DType, m: int, n: int) -> Tile:
     """The register tile that wastes the least."""
     native = native_lanes(dtype)
     best: tuple[float, Tile] | None = None
-    for vectors in (2, 1, 4, 8):
+    for vectors in (2, 1, 4, 8):  # LLVM takes sums in 3 vectors apart
+        limit = tallest(vectors)
+        if not limit:
+            continue
         lanes = native * vectors
         panels = -(-n // lanes)
-        limit = tallest(vectors)
         tiles = -(-m // limit)
         rows = -(-m // tiles)
         sums = rows * vectors

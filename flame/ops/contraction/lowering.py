@@ -10,6 +10,7 @@ from flame.core.types import Shape, tensor_type
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Ref
 from flame.kernel.values import const
 from flame.ops.contraction.blocking import SMALL, Blocking, blocking_for
+from flame.ops.contraction.dots import Dots, dot_kernels
 from flame.ops.contraction.factors import Factor, pack_panels, packed_type
 from flame.ops.contraction.fusion import Epilogue, PlainStore, SplitRows, Turned
 from flame.ops.contraction.tiles import TileKernel, Ways
@@ -17,6 +18,10 @@ from flame.ops.elementwise import compute_dtype
 from flame.runtime.cpu import get_num_threads
 
 DIRECT_TILES = 5  # so few tiles do not pay for a copy of the second factor
+FEW_RUNS = (4, 8)  # rows or columns whose sums are dot products; where the depth is long, too
+LEAST_RUN, LONG_RUN = 32, 256  # depths
+NEAR = 1 << 21  # bytes of a second factor that is near enough to be read in any order
+FAR_ROWS = 4  # rows that do not pay for a copy of one that is not
 PACKED_BELOW = 16  # tiles of a block that do not pay for one of its own
 
 
@@ -30,6 +35,12 @@ def contract(a: Factor, b: Factor, out: Shape, epilogue: Epilogue) -> Lowering:
         return Lowering((_zeros(out, dtype, epilogue),))
     a, b, out, epilogue = _merge_batch(a, b, out, epilogue)
     batch, m, n, depth = out[:-2], out[-2], out[-1], a.type.shape[-1]
+    few = min(m, n) <= FEW_RUNS[depth >= LONG_RUN] and depth >= LEAST_RUN
+    if few and a.side_by_side(-1) and b.side_by_side(-2):
+        if m < n:
+            dots = Dots(b, a, batch, depth, dtype)
+            return _lowering(dot_kernels(dots, Turned(epilogue)))
+        return _lowering(dot_kernels(Dots(a, b, batch, depth, dtype), epilogue))
     if n == 1 and m > 1:
         a, b, m, n, epilogue = b.turned(), a.turned(), n, m, Turned(epilogue)
     threads = get_num_threads()
@@ -43,17 +54,24 @@ def contract(a: Factor, b: Factor, out: Shape, epilogue: Epilogue) -> Lowering:
         temporaries.append(packed.span * dtype.itemsize)
         b = Factor(Ref("temporary", 0), packed, -1)
     kernels.append(TileKernel(a, b, batch, dtype, cut, ways, epilogue).kernel())
-    return Lowering(tuple(kernels), tuple(temporaries))
+    return _lowering((kernels, temporaries))
+
+
+def _lowering(made: tuple[list[BoundKernel], list[int]]) -> Lowering:
+    return Lowering(tuple(made[0]), tuple(made[1]))
 
 
 def _ways(a: Factor, b: Factor, dtype: DType, cut: Blocking) -> Ways:
     small = cut.products <= SMALL
     few = cut.all_panels <= 2 and a.side_by_side(-1)
     rows_direct = a.prologue is None and (small or cut.m == 1 or few)
-    direct = b.plain(dtype) and b.side_by_side(-1) and (small or cut.all_tiles <= DIRECT_TILES)
+    near = b.type.span * b.type.dtype.itemsize <= NEAR
+    reads_few = cut.all_tiles <= DIRECT_TILES if near else cut.m <= FAR_ROWS
+    direct = b.plain(dtype) and b.side_by_side(-1) and (small or reads_few)
     packed = not direct and cut.row_blocks > 1 and (b.deep or cut.tiles < PACKED_BELOW)
     copied = not direct and not packed
-    return Ways(not rows_direct, copied, copied and not b.deep and cut.tiles > 1, packed)
+    at_first = copied and near and not b.deep and cut.tiles > 1
+    return Ways(not rows_direct, copied, at_first, packed)
 
 
 def _merge_batch(
