@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from flame.compiler.kernel_identity import kernel_identity
 from flame.compiler.pipeline import source_of
 from flame.compiler.report import TaskInfo, task_info
 from flame.compiler.schedule.memory import (
@@ -134,6 +135,7 @@ class _Draft:
     codes: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     kernels: dict[str, tuple[int, KernelText]] = field(default_factory=dict)
+    known: dict[Any, int] = field(default_factory=dict)  # kernel's identity -> its number
     constants: list[Any] = field(default_factory=list)
     host_calls: list[HostCall] = field(default_factory=list)
     slots: int = 0
@@ -256,9 +258,14 @@ class _Writer:
             )
 
     def _kernel(self, bound: BoundKernel) -> int:
-        source = source_of(bound.kernel)
-        made = KernelText(bound.kernel.name, source.symbol, source.text)
-        return self.draft.kernels.setdefault(source.text, (len(self.draft.kernels), made))[0]
+        identity = kernel_identity(bound.kernel)
+        known = self.draft.known.get(identity)
+        if known is None:
+            source = source_of(bound.kernel)
+            made = KernelText(bound.kernel.name, source.symbol, source.text)
+            entry = self.draft.kernels.setdefault(source.text, (len(self.draft.kernels), made))
+            known = self.draft.known[identity] = entry[0]
+        return known
 
     def _host(self, task: Task, t: int, group: int) -> StepPlan:
         operands = [*task.inputs, *task.outputs]

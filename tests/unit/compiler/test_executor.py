@@ -7,9 +7,17 @@ from pathlib import Path
 
 import pytest
 
+import flame  # noqa: F401 - gives the ops their interpreter
 from flame.compiler.blueprint import StepPlan
+from flame.compiler.kernel_identity import kernel_identity
+from flame.compiler.pipeline import source_of
 from flame.compiler.regions import Piece, arrange
-from flame.core.errors import CompileError
+from flame.core import dtypes
+from flame.core.errors import CompileError, FlameError
+from flame.core.types import tensor_type
+from flame.graph import infer
+from flame.ops.elementwise import Elementwise
+from flame.ops.op import OPS
 from flame.runtime.cpu.cache import DiskCache
 from flame.runtime.cpu.emission import emit, new_machine, over_machines
 from flame.runtime.cpu.executor_text import HOST, INLINE, PARALLEL, REGION
@@ -103,3 +111,28 @@ def test_scratch_memory_of_a_region_lies_apart() -> None:
     layout = arrange([step(8, scratch=100), step(9, scratch=50), step(5, group=2, scratch=10)], 2)
     assert layout.scratch == 256 + 128
     assert layout.scratch_offsets == {80: 0, 90: 256, 50: 0}
+
+
+def test_the_identity_of_kernels_goes_with_their_texts() -> None:
+    """Over the kernels of many ops: equal identities have equal texts."""
+    shapes = [(3, 4), (64, 128), (3, 1)]
+    texts: dict[object, str] = {}
+    kernels = 0
+    for kind in (dtypes.float32, dtypes.float64, dtypes.int64):
+        for shape in shapes:
+            type_ = tensor_type(kind, shape)
+            for op in OPS.values():
+                if not isinstance(op, Elementwise) or len(op.inputs) > 2:
+                    continue
+                try:
+                    lowering = op.lower(
+                        (type_,) * len(op.inputs), infer(op, (type_,) * len(op.inputs), {})
+                    )
+                except (FlameError, TypeError):
+                    continue
+                for bound in lowering.kernels[:1]:
+                    kernels += 1
+                    text = source_of(bound.kernel).text
+                    assert texts.setdefault(kernel_identity(bound.kernel), text) == text
+    assert kernels > 500
+    assert len(set(texts.values())) == len(texts) < kernels
