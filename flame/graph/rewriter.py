@@ -25,7 +25,7 @@ class Rewriter:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.results = frozenset(graph.results)
+        self.pinned = _pinned(graph)  # what must keep its layout: results, and what they view
         self.nodes: list[Node] = []
         self.constants: dict[Symbol, Any] = dict(graph.constants)
         self.makers: dict[Symbol, Node] = {}  # of the new graph
@@ -49,7 +49,7 @@ class Rewriter:
         return Node(node.op, inputs, node.outputs, node.attributes, node.line)
 
     def keep(self, node: Node) -> None:
-        """Take a node over. Where a view's operand has another layout now, so has the view."""
+        """Take a node over. Where its operands have other layouts now, its results follow."""
         changed = self.renewed(node)
         if changed.types != node.types:
             if node.op.name in OF_MEMORY:
@@ -57,7 +57,21 @@ class Rewriter:
             elif isinstance(node.op, ViewOp):
                 self.replace(node.outputs[0], self._view(node, changed))
                 return
+            else:
+                changed = self._following(node, changed)
         self.append(changed)
+
+    def _following(self, node: Node, changed: Node) -> Node:
+        """A node whose results are laid out as its op infers, if they were so before."""
+        before = infer(node.op, node.types, node.attributes)
+        now = infer(node.op, changed.types, node.attributes)
+        outputs = list(node.outputs)
+        for i, symbol in enumerate(node.outputs):
+            follows = symbol.type is before[i] and symbol not in self.pinned
+            if follows and now[i] is not before[i] and now[i].dtype is before[i].dtype:
+                outputs[i] = Symbol(self._name(symbol), now[i])
+                self.replace(symbol, outputs[i])
+        return Node(node.op, changed.inputs, tuple(outputs), node.attributes, node.line)
 
     def _as_before(self, node: Node, changed: Node) -> Node:
         """A node whose first operand is given the layout that it had."""
@@ -148,6 +162,14 @@ class Rewriter:
             assert new is not None
             new = self.full(new, old)
         return self.laid_out(new, tensor_of(old))
+
+
+def _pinned(graph: Graph) -> frozenset[Symbol]:
+    found = set(graph.results)
+    for node in reversed(graph.nodes):
+        if isinstance(node.op, ViewOp) and node.outputs[0] in found:
+            found.update(node.symbols)
+    return frozenset(found)
 
 
 def tensor_symbol(operand: Operand) -> Symbol:

@@ -39,7 +39,7 @@ def _merge_constants(rewriter: Rewriter) -> None:
         array = np.asarray(numbers)
         key = (symbol.type, array.tobytes())
         first = seen.setdefault(key, symbol)
-        if first is not symbol and symbol not in rewriter.results:
+        if first is not symbol and symbol not in rewriter.pinned:
             rewriter.replace(symbol, first)
             del rewriter.constants[symbol]
 

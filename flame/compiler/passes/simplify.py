@@ -24,7 +24,7 @@ def simplify(graph: Graph) -> Graph:
 
 def _turned_product(rewriter: Rewriter, uses: Uses, old: Node, node: Node) -> bool:
     """(a b)ᵀ = bᵀ aᵀ: operands are read in either order, so the result can be row-major."""
-    if node.op is not OPS["permute"] or old.outputs[0] in rewriter.results:
+    if node.op is not OPS["permute"] or old.outputs[0] in rewriter.pinned:
         return False
     product = rewriter.makers.get(node.symbols[0])
     if product is None or product.op is not matmul or uses.only(old.symbols[0]) is not old:
