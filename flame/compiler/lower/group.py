@@ -3,6 +3,7 @@
 Rules, as far as they are about one group:
  - without reductions: `pointwise`. All nodes stand at the full level.
  - reductions whose rows stay in cache, and are enough to share among threads: `rows`.
+ - such rows, and sums over the rows beside them: `crossed`.
  - other reductions: `parts`; what needs their results at the full level is another group.
  - vectors along the innermost loop: every operand that is not small has a step of 0 or 1 there.
  - at most so many operands, so many instructions: what does not fit registers is no gain.
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flame.compiler.lower.atoms import Atom, Mismatch
+from flame.compiler.lower.crossed import can_cross, lower_crossed
 from flame.compiler.lower.flow import tensor_of
 from flame.compiler.lower.parts import lower_parts
 from flame.compiler.lower.passes import in_place_pairs, passes_of
@@ -45,6 +47,7 @@ class Kind:
 
 POINTWISE = Kind("pointwise", lower_pointwise)
 ROWS_IN_CACHE = Kind("rows", lower_rows)
+CROSSED = Kind("crossed rows", lower_crossed)
 PARTS = Kind("parts", lower_parts)
 
 
@@ -60,13 +63,15 @@ def kind_of(space: Space) -> Kind:
     rows = rows_in(space)
     length, count = rows.length, rows.count
     few = length * count <= SMALL
+    if space.crossed and not can_cross(space, rows):
+        raise Mismatch
     if few or (length <= (ROW_ACROSS if rows.columns else ROW) and count >= ROWS):
         classes = [atom in space.reduced for atom in space.loops]
         wanted = not rows.columns
         inner = max((i for i, gone in enumerate(classes) if gone == wanted), default=-1)
         _check_vectors(space, inner)
-        return ROWS_IN_CACHE
-    if not space.reduced or _uses_results(space):
+        return CROSSED if space.crossed else ROWS_IN_CACHE
+    if space.crossed or not space.reduced or _uses_results(space):
         raise Mismatch
     _check_vectors(space, len(space.loops) - 1)
     return PARTS

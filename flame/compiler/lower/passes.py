@@ -34,8 +34,17 @@ class Passes:
         return [
             node
             for node in self.space.nodes
-            if isinstance(node.op, Reduction) and self.first[node.outputs[0]] == number
+            if self._folded_in(node, number) and node not in self.space.crossed
         ]
+
+    def crossed(self, number: int) -> list[Node]:
+        """The reductions over the kept loops that pass ``number`` adds to."""
+        return [
+            n for n in self.space.nodes if self._folded_in(n, number) and n in self.space.crossed
+        ]
+
+    def _folded_in(self, node: Node, number: int) -> bool:
+        return isinstance(node.op, Reduction) and self.first[node.outputs[0]] == number
 
     def kept(self, number: int) -> list[Symbol]:
         """Values at the kept level that are known after pass ``number``."""
@@ -59,7 +68,7 @@ class Passes:
 
     def roots(self, number: int) -> Iterator[Symbol]:
         """What pass ``number`` needs of the group."""
-        for node in self.reductions(number):
+        for node in (*self.reductions(number), *self.crossed(number)):
             inside = self.space.inside(node.inputs[0])
             if inside is not None:
                 yield inside
@@ -70,7 +79,7 @@ class Passes:
         """The last pass that reads each operand, reductions and kept values among the readers."""
         last: dict[Access, int] = {}
         for number in range(self.count):
-            for node, position in self._visited(number):
+            for node, position in self.visited(number):
                 access = self.space.reads.get((node, position))
                 if access is not None:
                     last[access] = number
@@ -79,9 +88,9 @@ class Passes:
                 last[access] = self.count
         return last
 
-    def _visited(self, number: int) -> Iterator[tuple[Node, int]]:
+    def visited(self, number: int) -> Iterator[tuple[Node, int]]:
         """The operands that pass ``number`` evaluates."""
-        for node in self.reductions(number):
+        for node in (*self.reductions(number), *self.crossed(number)):
             yield node, 0
         waiting, seen = list(self.roots(number)), set()
         while waiting:

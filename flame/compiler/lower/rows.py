@@ -25,6 +25,16 @@ from flame.ops.loops import Nest
 from flame.ops.reductions import Reduction
 from flame.ops.rows import Index, RowLoops, Rows, rows_of
 
+Write = tuple[Operand, Index, Value]
+
+
+def kept_stores(space: Space) -> list[Access]:
+    """Results with one element a row."""
+    sums = {node.outputs[0] for node in space.crossed}
+    return [
+        s for s in space.stores if s.symbol not in sums and set(s.steps).isdisjoint(space.reduced)
+    ]
+
 
 def rows_in(space: Space) -> Rows:
     """The rows of a space, ordered by its loops."""
@@ -36,10 +46,12 @@ def rows_in(space: Space) -> Rows:
 
 def lower_rows(space: Space) -> Lowering:
     """One kernel over rows."""
-    return _RowKernel(space).lowering()
+    return RowKernel(space).lowering()
 
 
-class _RowKernel:
+class RowKernel:
+    """Writes the kernel; `crossed` adds sums over the rows to it."""
+
     def __init__(self, space: Space) -> None:
         self.space = space
         self.k = k = KernelBuilder(kernel_name(space))
@@ -61,7 +73,7 @@ class _RowKernel:
     def _unroll(self) -> int:
         heaviest = 0
         for number in range(self.passes.count):
-            nodes = {n for n, _ in self.passes._visited(number) if n in self.space.full}
+            nodes = {n for n, _ in self.passes.visited(number) if n in self.space.full}
             total = sum(weight_of(n) for n in nodes if not isinstance(n.op, Reduction))
             heaviest = max(heaviest, total)
         return unroll_of(heaviest)
@@ -80,20 +92,24 @@ class _RowKernel:
 
     def lowering(self) -> Lowering:
         with self.loops.each_row(passes=self.passes.count) as row:
-            first = (*row, *(const(0) for _ in self.rows.row.sizes))
-            known: dict[Symbol, Value] = {}
-            self._kept(-1, first, known)
-            for number in range(self.passes.count):
-                self._pass(number, row, known)
-                self._kept(number, first, known)
-            writes = [
-                (self.bound[s], first, known[s.symbol])
-                for s in self.space.stores
-                if not self.passes.full(s.symbol)
-            ]
-            if writes:
-                self.k.store_all(writes)
+            self.visit(row)
         return self.k.finish()
+
+    def visit(self, row: Index) -> None:
+        """All passes over one row."""
+        first = (*row, *(const(0) for _ in self.rows.row.sizes))
+        known: dict[Symbol, Value] = {}
+        self._kept(-1, first, known)
+        for number in range(self.passes.count):
+            self._pass(number, row, known)
+            self._kept(number, first, known)
+        writes = [(self.bound[s], first, known[s.symbol]) for s in kept_stores(self.space)]
+        if writes:
+            self.k.store_all(writes)
+
+    def more(self, number: int, index: Index, scalars: Scalars) -> list[Write]:
+        """Writes of pass ``number`` that another kind of kernel adds."""
+        return []
 
     def _kept(self, number: int, first: Index, known: dict[Symbol, Value]) -> None:
         """Values at the kept level that pass ``number`` has made known."""
@@ -106,7 +122,7 @@ class _RowKernel:
         folds = [(node, *start_fold(k, node)) for node in passes.reductions(number)]
         stores = passes.stores(number)
         kept = [s for s in passes.stash if passes.first[s] == number]
-        if not (folds or stores or kept):
+        if not (folds or stores or kept or passes.crossed(number)):
             return
         with self.loops.each(row) as index:
             here = dict(known)
@@ -121,6 +137,7 @@ class _RowKernel:
                 fold(k, scalars, node, total, register)
             writes = [(self.bound[s], index, scalars.of(s.symbol)) for s in stores]
             writes += [(self.stash[s], self._place(index), scalars.of(s)) for s in kept]
+            writes += self.more(number, index, scalars)
             if writes:
                 k.store_all(writes)
         for node, _, register in folds:

@@ -3,7 +3,8 @@
 Invariants: the loops of a group are its *kept* and its *reduced* atoms. A node stands at the full
 level (one value for each point of all loops) or at the kept level (one value for each point of the
 kept loops: what a reduction gives, and what is computed from that). All reductions of a group
-reduce the same loops. A group that breaks this has no space: `space_of` raises Mismatch.
+reduce the same loops, but for *crossed* ones, which fold exactly the kept loops, and whose results
+nothing in the group uses. A group that breaks this has no space: `space_of` raises Mismatch.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Space:
     reads: Mapping[tuple[Node, int], Access]
     stores: tuple[Access, ...]
     dims: Mapping[Symbol, Dims]
+    crossed: frozenset[Node] = frozenset()
     head: Node | None = None
 
     @property
@@ -171,8 +173,6 @@ class _Builder:
         ):
             self.connect(largest)
         loops = joined(self.iterated[largest])
-        reduced = self._reduced(set(loops))
-        full = self._levels(loops, reduced)
         reads: dict[tuple[Node, int], Access] = {}
         unique: dict[object, Access] = {}
         for node, position, symbol, dims in self.reads:
@@ -188,9 +188,11 @@ class _Builder:
             if self.flow.leaves(symbol, self.members)
         )
         ordered = _ordered(loops, [*stores, *reads.values()])
+        reduced, crossed = self._reduced(ordered)
+        full = self._levels(loops, reduced)
         return Space(
             self.flow, self.nodes, ordered, reduced, full, reads, stores,
-            {s: [flat(d) for d in dims] for s, dims in self.dims.items()}, self.head,
+            {s: [flat(d) for d in dims] for s, dims in self.dims.items()}, crossed, self.head,
         )  # fmt: skip
 
     def _made(self) -> list[Symbol]:
@@ -198,11 +200,16 @@ class _Builder:
         first = [] if self.head is None else [self.head.outputs[0]]
         return [*first, *(symbol for node in self.nodes for symbol in node.outputs)]
 
-    def _reduced(self, loops: set[Atom]) -> frozenset[Atom]:
-        found = {frozenset(flat(atoms)) for atoms in self.folded.values()}
-        if len(found) > 1:
+    def _reduced(self, loops: Sequence[Atom]) -> tuple[frozenset[Atom], frozenset[Node]]:
+        """The reduced loops, and the crossed reductions; those along memory are not crossed."""
+        folded = {node: frozenset(flat(atoms)) for node, atoms in self.folded.items()}
+        found = set(folded.values())
+        if len(found) <= 1:
+            return (found.pop() if found else frozenset()), frozenset()
+        reduced = next((atoms for atoms in found if loops[-1] in atoms), None)
+        if reduced is None or found != {reduced, frozenset(loops) - reduced}:
             raise Mismatch
-        return found.pop() if found else frozenset()
+        return reduced, frozenset(node for node, atoms in folded.items() if atoms != reduced)
 
     def _levels(self, loops: Atoms, reduced: frozenset[Atom]) -> frozenset[Node]:
         whole = set(loops)

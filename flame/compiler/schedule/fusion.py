@@ -63,9 +63,7 @@ def _partition(flow: Flow) -> Groups:
     groups = Groups()
     bound = _bound(flow)
     readers: dict[Symbol, list[Group]] = {}
-    for node in flow.graph.nodes:
-        if isinstance(node.op, ViewOp) or node not in flow.live:
-            continue
+    for node in _final_last(flow):
         before = {groups.of[producer] for producer in _producers(flow, node)}
         mine = groups.add(node, before, flow.position[node])
         mine.open = fusable(node) or can_be_head(node)
@@ -78,6 +76,16 @@ def _partition(flow: Flow) -> Groups:
             for symbol in _tensors(node):
                 readers.setdefault(symbol, []).append(mine)
     return groups
+
+
+def _final_last(flow: Flow) -> list[Node]:
+    """The nodes that are to run; those that only make results come after all others.
+
+    So an optimizer's update takes a sum of gradients that has found its group, not the other way.
+    """
+    nodes = [n for n in flow.graph.nodes if n in flow.live and not isinstance(n.op, ViewOp)]
+    final = {n for n in nodes if not any(True for s in n.outputs for _ in flow.users(s))}
+    return [n for n in nodes if n not in final] + [n for n in nodes if n in final]
 
 
 def _bound(flow: Flow) -> set[Node]:

@@ -203,3 +203,17 @@ def test_a_square_in_front_of_a_mean_waits_for_it() -> None:
     mean = g("mean", g("mul", total, total), dims=(1,), keepdim=True)
     made = g("mul", g("mul", total, g("rsqrt", g("add", mean, 1e-6))), scale)
     check(g.graph(made, total), 2)
+
+
+@pytest.mark.parametrize("dtype", [dtypes.float32, dtypes.float64, dtypes.bfloat16])
+@pytest.mark.parametrize("shape", [(300, 70), (8, 9), (2, 1000)])
+def test_sums_over_rows_stand_beside_sums_along_them(dtype: DType, shape: tuple[int, int]) -> None:
+    """A normalization's backward: dx, and the gradients of scale and shift, in one task."""
+    g = GraphBuilder()
+    grad, x, weight = g.input(shape, dtype), g.input(shape, dtype), g.input(shape[1:], dtype)
+    through = g("mul", grad, weight)
+    slope = g("mean", g("mul", through, x), dims=(1,), keepdim=True)
+    dx = g("sub", through, g("mul", x, slope))
+    d_weight = g("mean", g("mul", grad, x), dims=(0,), keepdim=False)
+    d_bias = g("sum", grad, dims=(0,), keepdim=True)
+    check(g.graph(dx, d_weight, d_bias), 1)
