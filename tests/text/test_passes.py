@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 
 import flame
-from flame.compiler.passes import optimize
+from flame.compiler.passes import ALL, optimize
 from flame.recording.step import record
 
 GOLDEN = Path(__file__).parent / "golden" / "graphs"
@@ -81,3 +84,19 @@ def test_graphs(name: str, request: pytest.FixtureRequest) -> None:
         path.write_text(made)
     assert path.exists(), f"{path} is missing; run pytest tests/text --update and review it"
     assert made == path.read_text(), f"{name} changed; run pytest tests/text --update and review it"
+
+
+def test_the_document_of_the_graph_is_real() -> None:
+    """What docs/graph.md prints is what its script prints."""
+    text = (Path(__file__).parents[2] / "docs" / "graph.md").read_text("utf-8")
+    (script,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```text\n(graph\(%.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(script, {"__name__": "document"})
+    assert out.getvalue() == "".join(blocks)
+
+
+def test_every_pass_is_in_the_document() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "graph.md").read_text("utf-8")
+    assert [p.__name__ for p in ALL if f"| `{p.__name__}` |" not in text] == []

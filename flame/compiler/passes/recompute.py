@@ -31,7 +31,10 @@ def recompute(graph: Graph) -> Graph:
         chosen = _choose(graph, memory, peak)
         if not chosen:
             return graph
-        graph = _again(graph, chosen, peak)
+        made = _again(graph, chosen, peak)
+        if Liveness(made).peak() >= profile[peak]:
+            return graph
+        graph = made
     return graph
 
 
@@ -44,7 +47,7 @@ def _choose(graph: Graph, memory: Liveness, peak: int) -> set[Symbol]:
         symbol = node.outputs[0]
         if memory.last.get(symbol, 0) <= peak or not _cheap(node, memory):
             continue
-        late = next((place for place in reads[symbol] if place > peak), None)
+        late = next((place for place in reads.get(symbol, ()) if place > peak), None)
         if late is None or memory.last[symbol] == len(graph.nodes):
             continue
         operands = [memory.owner(s) for s in node.symbols if isinstance(s.type, TensorType)]

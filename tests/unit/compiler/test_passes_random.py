@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,13 @@ from hypothesis import strategies as st
 
 import flame  # noqa: F401 - declares every op
 from flame.compiler.passes import ALL, optimize
+from flame.compiler.passes.dead import dead
+from flame.compiler.passes.order import order
+from flame.compiler.passes.recompute import recompute
 from flame.core import dtypes
 from flame.core.types import TensorType, contiguous_strides, tensor_type
 from flame.graph import Graph, Node, Symbol, interpret
+from flame.graph.liveness import Liveness
 from flame.ops.op import OPS
 from flame.ops.overwriting import overwrite
 from flame.testing.schedules import GraphBuilder
@@ -221,6 +226,27 @@ def test_each_pass_on_random_graphs(step: Any) -> None:
         check_equal(graph, step(graph), seed)
 
     check()
+
+
+def test_recomputation_of_whatever_is_elementwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[recompute.__module__]
+    monkeypatch.setattr(module, "LEAST", 0)
+    monkeypatch.setattr(module, "CHEAP", 1000)
+    chosen = 0
+
+    @settings(max_examples=150, deadline=None)
+    @given(graphs(), st.integers(0, 15), st.integers(0, 1000))
+    def check(graph: Graph, peak: int, seed: int) -> None:
+        nonlocal chosen
+        graph = dead(graph)
+        kept = module._choose(graph, Liveness(graph), peak)
+        made = dead(module._again(graph, kept, peak))
+        chosen += len(made.nodes) > len(graph.nodes)
+        check_equal(graph, made, seed)
+        check_equal(graph, order(made), seed)
+
+    check()
+    assert chosen
 
 
 @settings(max_examples=50, deadline=None)
