@@ -30,7 +30,8 @@ IN_PLACE = ("masked_scatter",)
 def _rule(name: str, types: Types) -> tuple[Sequence[DType], Sequence[DType]]:
     """x and the value in x's dtype."""
     x, mask, _ = types
-    assert isinstance(x, TensorType)
+    if not isinstance(x, TensorType):
+        raise DTypeError(f"{name}: the first operand must be a tensor")
     if isinstance(mask, TensorType) and mask.dtype is not dtypes.bool_:
         raise DTypeError(f"{name}: the mask must be bool, got {mask.dtype.name}")
     return [x.dtype, dtypes.bool_, x.dtype], [x.dtype]
@@ -42,7 +43,8 @@ def _choose(x: Value, mask: Value, value: Value) -> Value:
 
 def _where_rule(name: str, types: Types) -> tuple[Sequence[DType], Sequence[DType]]:
     x, _ = types
-    assert isinstance(x, TensorType)
+    if not isinstance(x, TensorType):
+        raise DTypeError(f"{name}: the first operand must be a tensor")
     return [x.dtype, dtypes.bool_], [x.dtype]
 
 

@@ -151,7 +151,8 @@ def _scale_shift(x: Value, mean: Value, variance: Value, weight: Any, bias: Any,
 def _first_rule(name: str, types: Types) -> tuple[list[DType], list[DType]]:
     """The result is as the first operand; all are computed in its width."""
     first = types[0]
-    assert isinstance(first, TensorType)
+    if not isinstance(first, TensorType):
+        raise DTypeError(f"{name}: the first operand must be a tensor")
     if first.dtype.kind != "f":
         raise DTypeError(f"batch_norm needs a floating input, got {first.dtype.name}")
     return [compute_dtype(first.dtype)] * len(types), [first.dtype]
