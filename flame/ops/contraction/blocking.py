@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from flame.core.dtypes import DType
 
 CHUNK = 256  # depth that is summed in registers at once
-SMALL = 1 << 18  # products of a problem that is not worth packing
+SMALL = 1 << 18  # products that are worth a thread
 ROWS_TOGETHER = 8  # tiles whose sums and copies of A stay in the second-level cache
 PANELS_TOGETHER = 32  # at most; half of it where sums are kept between chunks, too
 WHOLE = 24  # so many tiles still make up one block, or share what is copied from a row of memory

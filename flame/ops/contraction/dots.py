@@ -14,7 +14,7 @@ from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Ref
 from flame.kernel.values import Register, Value, const, fma, read
 from flame.ops.contraction.blocking import native_lanes
-from flame.ops.contraction.factors import Factor, Reader
+from flame.ops.contraction.factors import Factor, Reader, open_both
 from flame.ops.contraction.fusion import Epilogue, PlainStore
 
 BLOCK = 32  # runs of the longer side that one iteration takes
@@ -57,7 +57,7 @@ def dot_kernels(dots: Dots, epilogue: Epilogue) -> tuple[list[BoundKernel], list
 def _dot_kernel(dots: Dots, epilogue: Epilogue) -> BoundKernel:
     """One sum for each pair of runs, or one for each part of the depth."""
     k = KernelBuilder("dots")
-    readers = (Reader(k, dots.long, dots.dtype), Reader(k, dots.short, dots.dtype))
+    readers = open_both(k, dots.long, dots.short, dots.dtype)
     epilogue.declare(k)
     count, few = dots.long.width, dots.short.width
     together = min(4, few)

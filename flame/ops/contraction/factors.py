@@ -178,6 +178,17 @@ class Reader:
             )  # fmt: skip
 
 
+def open_both(
+    k: KernelBuilder, first: Factor, second: Factor, dtype: DType
+) -> tuple[Reader, Reader]:
+    """Both factors in a kernel whose operands stand in the order of the operation's."""
+    if first.ref.position <= second.ref.position:
+        one = Reader(k, first, dtype)
+        return one, Reader(k, second, dtype)
+    other = Reader(k, second, dtype)
+    return Reader(k, first, dtype), other
+
+
 def flat_of(operand: Operand) -> Operand:
     """The same memory addressed by one offset."""
     return Operand(operand.buffer, (1,), (const(1),))

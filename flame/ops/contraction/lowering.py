@@ -9,7 +9,7 @@ from flame.core.dtypes import DType
 from flame.core.types import Shape, tensor_type
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Ref
 from flame.kernel.values import const
-from flame.ops.contraction.blocking import SMALL, Blocking, blocking_for
+from flame.ops.contraction.blocking import Blocking, blocking_for
 from flame.ops.contraction.dots import Dots, dot_kernels
 from flame.ops.contraction.factors import Factor, pack_panels, packed_type
 from flame.ops.contraction.fusion import Epilogue, PlainStore, SplitRows, Turned
@@ -22,6 +22,8 @@ FEW_RUNS = (4, 8)  # rows or columns whose sums are dot products; where the dept
 LEAST_RUN, LONG_RUN = 32, 256  # depths
 NEAR = 1 << 21  # bytes of a second factor that is near enough to be read in any order
 FAR_ROWS = 4  # rows that do not pay for a copy of one that is not
+UNCOPIED = 1 << 20  # products that do not pay for copies
+SHALLOW = 32  # a depth that does not pay for copies
 PACKED_BELOW = 16  # tiles of a block that do not pay for one of its own
 
 
@@ -62,7 +64,7 @@ def _lowering(made: tuple[list[BoundKernel], list[int]]) -> Lowering:
 
 
 def _ways(a: Factor, b: Factor, dtype: DType, cut: Blocking) -> Ways:
-    small = cut.products <= SMALL
+    small = cut.products <= UNCOPIED or cut.depth <= SHALLOW
     few = cut.all_panels <= 2 and a.side_by_side(-1)
     rows_direct = a.prologue is None and (small or cut.m == 1 or few)
     near = b.type.span * b.type.dtype.itemsize <= NEAR
