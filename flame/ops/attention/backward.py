@@ -67,16 +67,15 @@ class _Backward:
         self.queries, self.keys = query.shape[-2], key.shape[-2]
         self.width, self.value_width = query.shape[-1], value.shape[-1]
         self.tile = query_tile(self.dtype, self.queries)
-        self.packing = Packing(self.dtype, self.tile)
-        self.rows = (self.packing.rows(3, key), self.packing.rows(4, value))
-        operands = (*self.types[:3], *(r.type for r in self.rows), *self.types[5:], *outputs)
-        self.nest = over_batch(operands, grad.shape[:-2])
         self.query_blocks = -(-self.queries // self.tile.lanes)
-        self.key_blocks = -(-self.keys // KEYS)
-        entries = max(1, math.prod(self.nest.sizes))
+        entries = max(1, math.prod(grad.shape[:-2]))
         wanted = min(self.query_blocks, -(-LEAST_ITEMS // entries))
         self.span = -(-self.query_blocks // max(1, wanted))  # blocks of queries of a split
         self.splits = max(1, -(-self.query_blocks // max(1, self.span)))
+        self.packing = Packing(self.dtype, self.tile, whole=self.splits == 1)
+        self.rows = (self.packing.rows(3, key), self.packing.rows(4, value))
+        operands = (*self.types[:3], *(r.type for r in self.rows), *self.types[5:], *outputs)
+        self.nest = over_batch(operands, grad.shape[:-2])
         self.temporaries = self.packing.temporaries
         factors = (1 / LOG2_E, 1.0)  # queries are in units of log 2
         self.sums = [
@@ -126,8 +125,10 @@ class _Blocks:
         work = max(1, plan.span * plan.keys * each)
         with k.parallel(*plan.nest.sizes, plan.splits, work=work) as (*at, split):
             index = tuple(at)
-            for gradient in self.gradients:
-                gradient.begin(index, split)
+            for gradient, rows in zip(
+                self.gradients, (self.query_rows, self.grad_rows), strict=True
+            ):
+                gradient.begin(index, split, rows)
             seen = k.register(const(0))
             self.key.prepare(index)
             self.value.prepare(index)

@@ -22,6 +22,7 @@ from flame.ops.attention.tiles import (
     Mask,
     Packing,
     Rows,
+    Tile,
     clear,
     flat,
     give,
@@ -72,16 +73,20 @@ def attend(
     dtype, out = compute_dtype(types[0].dtype), outputs[0]
     if not math.prod(out.shape[:-1]):
         return Lowering(())
-    packing = Packing(dtype, query_tile(dtype, out.shape[-2]))
+    # half of a block's last scores come before their keys
+    wasted = 1 / out.shape[-2] if causal else 0.0
+    tile = query_tile(dtype, out.shape[-2], wasted=wasted)
+    packing = Packing(dtype, tile, whole=math.prod(out.shape[:-2]) >= LEAST_ITEMS)
     rows = (packing.rows(1, types[1]), packing.rows(2, types[2]))
-    kernel = _Forward(types, rows, outputs, causal=causal, scale=scale).kernel()
+    kernel = _Forward(types, rows, outputs, tile, causal=causal, scale=scale).kernel()
     return Lowering((*packing.kernels, kernel), tuple(packing.temporaries))
 
 
 class _Forward:
     def __init__(
         self, types: tuple[TensorType, TensorType, TensorType, TensorType | None],
-        rows: tuple[Rows, Rows], outputs: tuple[TensorType, ...], *, causal: bool, scale: float,
+        rows: tuple[Rows, Rows], outputs: tuple[TensorType, ...], tile: Tile, *, causal: bool,
+        scale: float,
     ) -> None:  # fmt: skip
         query, key, value, mask = types
         out, log_sum = outputs
@@ -92,7 +97,7 @@ class _Forward:
         self.width, self.value_width = query.shape[-1], value.shape[-1]
         operands = (query, rows[0].type, rows[1].type, mask, out, column(log_sum))
         self.nest = nest = over_batch(operands, out.shape[:-2])
-        self.tile = tile = query_tile(dtype, self.queries)
+        self.tile = tile
         self.k = k = KernelBuilder("attention")
         self.query = source(k, "input", 0, query, nest.strides[0])
         self.key = BoundRows(k, rows[0], nest.strides[1])
@@ -111,10 +116,8 @@ class _Forward:
     def kernel(self) -> BoundKernel:
         k, lanes = self.k, self.tile.lanes
         blocks = -(-self.queries // lanes)
-        wanted = blocks
-        if self.key.copy is not None or self.value.copy is not None:  # for all blocks that follow
-            wanted = min(blocks, -(-LEAST_ITEMS // math.prod(self.nest.sizes)))
-        span = -(-blocks // wanted)
+        # a copy in scratch memory serves all blocks that follow
+        span = 1 if self.key.copy is None and self.value.copy is None else blocks
         work = max(1, span * self.keys * lanes * (self.width + self.value_width + 16) // 32)
         with k.parallel(*self.nest.sizes, -(-blocks // span), work=work) as (*at, split):
             index, first = tuple(at), split * k.size(span)

@@ -100,8 +100,15 @@ class BoundSums:
             self.out = source(k, "output", sums.output, sums.type, sums.batch)
         self.place = const(0)
 
-    def begin(self, index: Sequence[Value], split: Value) -> None:
-        self.place = self.sums.place(self.k, index, split)
+    def begin(self, index: Sequence[Value], split: Value, rows: Operand) -> None:
+        """For an entry of the batch; ``rows`` of `Sums.rows` will be summed."""
+        k, sums = self.k, self.sums
+        self.place = sums.place(k, index, split)
+        padding = sums.columns - sums.width
+        if padding:  # whatever lies there may be numbers that are slow to compute with
+            with k.loop(rows.shape[0]) as r, k.vector(padding) as v:
+                offset = r * sums.columns + sums.width + v
+                k.store(flat(rows), (offset,), const(0.0, sums.dtype))
 
     def accumulate(
         self, key: Value, keys: Value, queries: Value, seen: Value,

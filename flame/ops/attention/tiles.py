@@ -24,12 +24,13 @@ from flame.ops.loops import coalesce
 
 LOG2_E = 1 / math.log(2)
 KEYS = 64  # of a block; a multiple of every tile's height
-LEAST_ITEMS = 64  # iterations wanted, to keep threads evenly busy
+LEAST_ITEMS = 16  # iterations wanted, to keep threads evenly busy
 SCRATCH_BYTES = 1 << 18  # of keys, and of values: together a part of a second-level cache
 # vectors of a tile's rows -> rows: 16 sums or more in 32 (else 16) registers hide their latency
-WIDE_HEIGHTS = {1: 16, 2: 8, 3: 8, 4: 4}
+# (three vectors together are no type that LLVM keeps in registers)
+WIDE_HEIGHTS = {1: 16, 2: 8, 4: 4}
 NARROW_HEIGHTS = {1: 8, 2: 4}
-EFFICIENCY = {1: 0.6, 2: 0.9, 3: 1.0, 4: 1.0}  # the fewer vectors, the more loads for each product
+EFFICIENCY = {1: 0.6, 2: 0.96, 4: 1.0}  # the fewer vectors, the more loads for each product
 
 
 @dataclass(frozen=True)
@@ -53,20 +54,30 @@ def tile_of(dtype: DType, vectors: int) -> Tile:
     return Tile(heights()[vectors], vectors, vectors * vector_bytes() // dtype.itemsize)
 
 
-def query_tile(dtype: DType, length: int) -> Tile:
-    """The tile whose rows hold one block of ``length`` queries."""
+def query_tile(dtype: DType, length: int, *, wasted: float = 0.0) -> Tile:
+    """The tile whose rows hold one block of ``length`` queries.
+
+    wasted: the part of the work that is done in vain, for each query in a block.
+    """
     native = vector_bytes() // dtype.itemsize
-    powers = [v for v in sorted(heights(), reverse=True) if v != 3]
-    best = min(powers, key=lambda v: -(-length // (v * native)) * v / EFFICIENCY[v])
-    return tile_of(dtype, best)
+
+    def cost(vectors: int) -> float:
+        lanes = vectors * native
+        return -(-length // lanes) * lanes / EFFICIENCY[vectors] * (1 + wasted * lanes)
+
+    return tile_of(dtype, min(sorted(heights(), reverse=True), key=cost))
 
 
 def width_tile(dtype: DType, width: int) -> tuple[Tile, int]:
     """(tile, how many side by side) whose rows hold one row of ``width`` numbers."""
     native = vector_bytes() // dtype.itemsize
-    vectors = max(1, -(-width // native))
-    pieces = -(-vectors // max(heights()))
-    return tile_of(dtype, -(-vectors // pieces)), pieces
+    whole = max(1, -(-width // native))
+
+    def cost(vectors: int) -> float:
+        return -(-whole // vectors) * vectors / EFFICIENCY[vectors]
+
+    best = min(sorted(heights(), reverse=True), key=cost)
+    return tile_of(dtype, best), -(-whole // best)
 
 
 def product(
@@ -210,11 +221,11 @@ class Packing:
 
     Rows may be far apart in memory, as in heads that are a view of (B, T, H, E); then each block
     of queries would meet them at the same few places of the cache. So they are copied once, to
-    scratch memory if they stay in the cache there.
+    scratch memory if they stay in the cache there and one iteration alone needs them (``whole``).
     """
 
-    def __init__(self, dtype: DType, tile: Tile) -> None:
-        self.dtype, self.tile = dtype, tile
+    def __init__(self, dtype: DType, tile: Tile, *, whole: bool) -> None:
+        self.dtype, self.tile, self.whole = dtype, tile, whole
         self.kernels: list[BoundKernel] = []
         self.temporaries: list[int] = []
 
@@ -228,7 +239,7 @@ class Packing:
         spare = height * (width + 1)
         # by powers of two, as the capacity stands in the kernel's text
         capacity = 1 << (count + height * (1 + height) - 1).bit_length()
-        if capacity * width * self.dtype.itemsize <= SCRATCH_BYTES:
+        if self.whole and capacity * width * self.dtype.itemsize <= SCRATCH_BYTES:
             return Rows(given, type_, self.dtype, capacity)
         packed = tensor_type(self.dtype, type_.shape)
         found = Rows(Ref("temporary", len(self.temporaries)), packed, self.dtype)
