@@ -15,7 +15,8 @@ CHUNK = 256  # depth that is summed in registers at once
 SMALL = 1 << 18  # products that are worth a thread
 ROWS_TOGETHER = 8  # tiles whose sums and copies of A stay in the second-level cache
 PANELS_TOGETHER = 32  # at most; half of it where sums are kept between chunks, too
-WHOLE = 24  # so many tiles still make up one block, or share what is copied from a row of memory
+WHOLE = 24  # so many tiles still make up one block
+WIDE = 80  # tiles that share what is copied from a row of memory
 
 
 @functools.cache
@@ -125,8 +126,10 @@ def blocking_for(
     tile = tile_for(dtype, m, n)
     made = Blocking(m, n, depth, tile, 1, 1)
     tiles, panels = made.all_tiles, made.all_panels
-    if tiles > WHOLE and not (deep and made.chunks == 1):
-        tiles = ROWS_TOGETHER if deep else WHOLE
+    if not deep:
+        tiles = -(-tiles // -(-tiles // WIDE))
+    elif tiles > WHOLE and made.chunks > 1:
+        tiles = ROWS_TOGETHER
     limit = PANELS_TOGETHER if made.chunks == 1 else PANELS_TOGETHER // 2
     panels = -(-panels // -(-panels // limit))
     made = replace(made, tiles=tiles, panels=panels)

@@ -20,7 +20,7 @@ from flame.runtime.cpu import get_num_threads
 DIRECT_TILES = 5  # so few tiles do not pay for a copy of the second factor
 FEW_RUNS = (4, 8)  # rows or columns whose sums are dot products; where the depth is long, too
 LEAST_RUN, LONG_RUN = 32, 256  # depths
-NEAR = 1 << 21  # bytes of a second factor that is near enough to be read in any order
+NEAR = 1 << 20  # bytes of a second factor that is near enough to be read in any order
 FAR_ROWS = 4  # rows that do not pay for a copy of one that is not
 UNCOPIED = 1 << 20  # products that do not pay for copies
 SHALLOW = 32  # a depth that does not pay for copies

@@ -25,6 +25,7 @@ from flame.ops.contraction.factors import (
     clear,
     first_of,
     flat_of,
+    open_both,
     panel_bounds,
 )
 from flame.ops.contraction.fusion import Epilogue
@@ -58,14 +59,14 @@ class TileKernel:
         )  # fmt: skip
         self.k = k = KernelBuilder("product")
         self.tile = cut.tile
-        self.rows = Reader(k, rows, dtype)
         self.columns: Reader | None = None
         self.panels: Operand | None = None
         if ways.packed:
+            self.rows = Reader(k, rows, dtype)
             self.panels = k.tensor(columns.ref.role, columns.ref.position, columns.type)
             self.panel_batch = columns.type.shape[:-3]
         else:
-            self.columns = Reader(k, columns, dtype)
+            self.rows, self.columns = open_both(k, rows, columns, dtype)
         epilogue.declare(k)
         self.at_once = epilogue.repeatable
         native = native_lanes(dtype)
