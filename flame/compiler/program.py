@@ -16,6 +16,7 @@ graph's updates; a run that fails has done no step that stands after the one tha
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,9 +31,10 @@ from flame.compiler.regions import Layout
 from flame.compiler.report import head_of, report
 from flame.compiler.schedule.groups import best_plan
 from flame.compiler.schedule.memory import Place
+from flame.compiler.schedule.memory_check import check_memory
 from flame.compiler.schedule.reorder import replacing_last
 from flame.compiler.schedule.task import Schedule
-from flame.core.errors import CompileError, FlameError, StateError
+from flame.core.errors import CompileError, DTypeError, FlameError, StateError
 from flame.core.log import log
 from flame.graph import Graph, Symbol
 
@@ -89,6 +91,8 @@ class Program:
         log("schedule", lambda: f"{len(schedule.tasks)} tasks\n{schedule}")
         with _stage(stages, "memory plan"):
             plan = best_plan(schedule)
+        if os.environ.get("FLAME_VERIFY") == "1":
+            check_memory(schedule, plan)
         with _stage(stages, "rendering"):
             blueprint = make_blueprint(schedule, plan)
         hosts = {
@@ -101,7 +105,7 @@ class Program:
         }
         made = cls(schedule.graph, blueprint, plan.results, state, hosts, failures, stages)
         made._kept = keepable(schedule, blueprint, plan.results)
-        log("memory", lambda: f"{plan.peak} bytes at most, {len(plan.groups)} groups of tasks")
+        log("memory", lambda: str(plan))
         log("compile", lambda: head_of(made))
         return made
 
@@ -140,7 +144,12 @@ class Program:
 
     def run(self, *words: float) -> None:
         """Run once; see the head of this file. Raises the error of a task that refuses its data."""
-        status = self._run(self._address, *words)
+        try:
+            status = self._run(self._address, *words)
+        except OverflowError as error:
+            raise DTypeError(
+                f"a number among the arguments of a compiled step does not fit int64: {error}"
+            ) from error
         if status:
             self.executor.go_on(status, words)
 

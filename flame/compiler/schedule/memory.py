@@ -31,6 +31,10 @@ class Place:
     index: int
     offset: int
 
+    def __str__(self) -> str:
+        number = "" if self.space == "arena" else f" {self.index}"
+        return f"{self.space}{number} + {self.offset}"
+
     def shifted(self, nbytes: int) -> Place:
         return replace(self, offset=self.offset + nbytes)
 
@@ -42,6 +46,9 @@ class Copy:
     target: Place
     source: Place
     symbol: Symbol
+
+    def __str__(self) -> str:
+        return f"{self.target} <- {self.source} (%{self.symbol.name})"
 
     @property
     def type(self) -> TensorType:
@@ -72,6 +79,19 @@ class MemoryPlan:
     def peak(self) -> int:
         """Bytes of the arena and of the results."""
         return self.arena + sum(nbytes for _, nbytes in self.results)
+
+    def __str__(self) -> str:
+        """Where each symbol lies that owns memory, the copies, and the groups of several tasks."""
+        lines = [f"at most {self.peak} bytes, {self.arena} of them in the arena"]
+        lines += [f"  %{s.name}: {place}" for s, place in self.places.items()]
+        lines += [f"  before: {copy}" for copy in self.before]
+        lines += [f"  after: {copy}" for copy in self.after]
+        lines += [
+            f"  tasks {begin} to {end - 1} may run at once"
+            for begin, end in self.groups
+            if end - begin > 1
+        ]
+        return "\n".join(lines)
 
     def place(self, schedule: Schedule, symbol: Symbol) -> Place:
         """Where a tensor begins."""

@@ -12,7 +12,7 @@ import pytest
 
 import flame
 from flame.core import dtypes
-from flame.core.errors import IndexRangeError
+from flame.core.errors import DTypeError, IndexRangeError
 from flame.core.types import TensorType
 from flame.graph import Graph, Symbol, interpret
 from flame.runtime import cpu
@@ -117,6 +117,20 @@ def test_host_calls_stand_between_kernels() -> None:
     check(g.graph(g("add", order, 1)), [numbers(20)])
 
 
+def test_a_host_call_that_fails_leaves_the_program_usable() -> None:
+    w = GraphWriter()
+    x = w.input(20)
+    runner = ProgramRunner(
+        w.graph(w("argsort", x, dim=0, descending=False, stable=True)), [numbers(20)]
+    )
+    hosts = dict(runner.program.executor.hosts)
+    runner.program.executor.hosts = dict.fromkeys(hosts, lambda inputs, outputs: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        runner()
+    runner.program.executor.hosts = hosts
+    np.testing.assert_array_equal(runner()[0], np.argsort(numbers(20)))
+
+
 def test_words_are_checked() -> None:
     g = GraphWriter()
     x, n = g.input(3), g.number(int)
@@ -125,6 +139,8 @@ def test_words_are_checked() -> None:
         runner.program.run(1)
     with pytest.raises(TypeError):
         runner.program.run(0, 2.5, 0)
+    with pytest.raises(DTypeError, match="int64"):
+        runner.program.run(0, 1 << 63, 0)
     runner()
 
 

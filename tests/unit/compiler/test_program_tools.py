@@ -114,7 +114,8 @@ def test_channels_of_the_log(capsys: pytest.CaptureFixture[str]) -> None:
     with logs.logging("memory"):
         ProgramRunner(graph, random_values(graph, 0))
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("[flame memory] ")
+    assert lines[0] == "[flame memory] at most 6144 bytes, 0 of them in the arena"
+    assert "  %x0: input 0 + 0" in lines
+    assert "  %v1_0: result 1 + 0" in lines
     with pytest.raises(ArgumentError, match="channel"):
         logs.log("nothing", "text")
