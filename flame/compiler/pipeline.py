@@ -88,6 +88,7 @@ def lower(graph: Graph, outputs: tuple[TensorType, ...]) -> Lowering:
     return node.op.lower(node.types, outputs, **node.attributes)
 
 
+@functools.lru_cache(maxsize=256)
 def source_of(kernel: Kernel) -> Source:
     """The LLVM IR of a kernel for this machine."""
     from flame.render.llvm import render

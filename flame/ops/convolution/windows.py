@@ -7,7 +7,7 @@ side: so every layout of the source is read in the order of its memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from flame.core import dtypes
@@ -18,6 +18,7 @@ from flame.kernel.program import Matrix
 from flame.kernel.values import Value, const
 
 FIRST = const(0)
+SHORT = 8  # tiles of a strip
 GAP = 16  # elements between planes that would else lie a power of two apart
 
 
@@ -25,12 +26,30 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def extent_of(k: KernelBuilder, number: int) -> Value:
+    """A size that is a parameter even where it is 0 or 1, so that more sizes share a text."""
+    return k.size(number + 2) - 2
+
+
+def split_index(k: KernelBuilder, index: Value, extents: Sequence[int]) -> tuple[Value, ...]:
+    """The counters of a parallel loop over all ``extents``, each a parameter."""
+    found: list[Value] = []
+    for extent in reversed(extents[1:]):
+        size = extent_of(k, extent)
+        found.insert(0, values.binary("urem", index, size))
+        index = values.binary("udiv", index, size)
+    return index, *found
+
+
 class Strips:
-    """The strips of a block of at most ``part`` tiles of a grid (rows, columns) in each image."""
+    """The strips of a block of tiles of a grid (rows, columns) in each image.
+
+    ``most`` tiles a strip are what scratch memory is for: few sizes, so that texts are shared.
+    """
 
     def __init__(self, k: KernelBuilder, grid: tuple[int, int], part: int) -> None:
         self.k, self.grid = k, grid
-        self.most = min(part, grid[1])  # tiles of a strip
+        self.most = SHORT if grid[1] <= SHORT else round_up(min(part, grid[1]), 2 * SHORT)
 
     @contextmanager
     def over(self, begin: Value, end: Value) -> Iterator[tuple[Value, Value, Value, Value, Value]]:
@@ -38,7 +57,7 @@ class Strips:
         block).
         """
         k = self.k
-        rows, columns = (k.size(n) for n in self.grid)
+        rows, columns = (extent_of(k, n) for n in self.grid)
         first = values.binary("udiv", begin, columns)
         count = values.binary("udiv", end - 1, columns) - first + 1
         with k.loop(count) as i:
@@ -115,9 +134,6 @@ class Window:
                 count, columns, Matrix(memory, source, self.source.strides[1]),
                 Matrix(self.memory.buffer, place, const(self.depth)),
             )  # fmt: skip
-        elif strides[1] == 1 and strides[4] == self.channels == self.depth:
-            with k.vector(columns * self.depth, 4) as v:
-                k.store(self.flat, (place + v,), values.load(memory, source + v))
         else:
             unroll = 4 if self.depth % 64 == 0 else 1
             with k.loop(columns) as j, k.vector(count, unroll) as v:

@@ -11,6 +11,7 @@ and adds up products.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flame.core import dtypes
@@ -20,13 +21,20 @@ from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Operand
 from flame.kernel.values import Value, const
 from flame.ops.convolution.blocking import Tile, tile_for, vector_bytes
 from flame.ops.convolution.geometry import Geometry
-from flame.ops.convolution.packing import COLUMNS
-from flame.ops.convolution.windows import GAP, Strips, Window, round_up
+from flame.ops.convolution.sharing import shared
+from flame.ops.convolution.windows import (
+    GAP,
+    Strips,
+    Window,
+    extent_of,
+    round_up,
+    split_index,
+)  # fmt: skip
 from flame.ops.convolution.winograd_stages import (
-    TAPS,
     Products,
     Results,
     Weights,
+    flat,
     transform_strip,
 )  # fmt: skip
 from flame.ops.convolution.winograd_transforms import (
@@ -38,8 +46,9 @@ from flame.ops.convolution.winograd_transforms import (
 
 LEAST_CHANNELS = 16
 LEAST_SIZE = 3  # of results: below, tiles are mostly empty
-RUN = 128  # channels summed in one go: their weights stay in the first-level cache
-CHUNK = 64  # channels summed over whose weights are transformed at a time, where tiles are few
+# channels summed in one go: their weights stay in the first-level cache, and rounding errors small
+CHUNK = 64
+USUAL_CHUNKS = 8  # that scratch memory is for, at least, so that texts are shared
 SCRATCH_BYTES = 1 << 20  # of transformed source
 PRODUCT_BYTES = 1 << 19
 
@@ -68,12 +77,8 @@ class Plan:
         return self.images * self.grid[0] * self.grid[1]
 
     @property
-    def depth(self) -> int:
-        """Channels summed over, with zeros up to whole vectors."""
-        return round_up(self.summed, vector_bytes() // 4)
-
-    @property
     def blocks(self) -> int:
+        """Blocks of the result's channels."""
         return self.tile.blocks(self.channels)
 
     @property
@@ -81,12 +86,28 @@ class Plan:
         return 2 * self.tiles <= self.channels
 
     @property
+    def chunk(self) -> int:
+        """Channels summed over that are transformed together, whole vectors of them."""
+        pieces = -(-self.summed // CHUNK)
+        return round_up(-(-self.summed // pieces), vector_bytes() // 4)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.summed // self.chunk)
+
+    @property
+    def capacity(self) -> int:
+        """Tiles of a block that scratch memory is for: whole register tiles."""
+        most = PRODUCT_BYTES // (self.transform.points * self.tile.lanes * 4)
+        return most // self.tile.positions * self.tile.positions
+
+    @property
     def part(self) -> int:
         """Tiles of a block, whole register tiles."""
-        rows = self.tile.positions
-        most = PRODUCT_BYTES // (self.transform.points * self.tile.lanes * 4)
+        rows, most = self.tile.positions, self.capacity
         if not self.few_tiles:
-            most = min(most, SCRATCH_BYTES // (self.transform.points * self.depth * 4))
+            channels = self.chunks * self.chunk
+            most = min(most, SCRATCH_BYTES // (self.transform.points * channels * 4))
         parts = -(-self.tiles // max(rows, most // rows * rows))
         return round_up(-(-self.tiles // parts), rows)
 
@@ -95,30 +116,39 @@ class Plan:
         return -(-self.tiles // self.part)
 
     @property
-    def chunk(self) -> int:
-        """Channels summed over that are transformed together, where tiles are few."""
-        pieces = -(-self.depth // CHUNK)
-        return round_up(-(-self.depth // pieces), vector_bytes() // 4)
+    def weights(self) -> tuple[int, int]:
+        """Transformed weights of a block and a chunk: (different weights, elements of each)."""
+        return self.transform.weights**2, self.chunk * self.tile.lanes + GAP
 
     @property
-    def chunks(self) -> int:
-        return -(-self.depth // self.chunk)
+    def source(self) -> tuple[int, int]:
+        """Transformed source of a block of tiles and a chunk: (points, elements of each)."""
+        return self.transform.points, self.capacity * self.chunk + GAP
 
     @property
     def transformed(self) -> TensorType:
         """What lies in memory between both kernels."""
-        t = self.transform
-        shape: tuple[int, ...] = (self.blocks, t.weights**2, self.depth * self.tile.lanes + GAP)
         if self.few_tiles:
-            shape = (self.parts, self.chunks, t.points, self.part * self.chunk + GAP)
+            shape = (self.parts, self.chunks, *self.source)
+        else:
+            shape = (self.blocks, self.chunks, *self.weights)
         return tensor_type(dtypes.float32, shape)
+
+    def between(self, k: KernelBuilder) -> Operand:
+        """The temporary of this type, with distances of planes that stand in the text."""
+        shape = self.transformed.shape
+        memory = k.tensor("temporary", 0, tensor_type(dtypes.float32, (2,), (1,)))
+        plane, one = const(shape[3]), const(1)
+        chunk = const(shape[2] * shape[3])
+        strides = (chunk * extent_of(k, self.chunks), chunk, plane, one)
+        return Operand(memory.buffer, shape, strides)
 
 
 def suits(g: Geometry, x: TensorType, out: TensorType) -> bool:
     """Whether a geometry is one of these kernels', for types with three spatial dimensions."""
     plane = g.kernel == (1, 3, 3) and g.dilation == (1, 1, 1) and g.groups == 1
-    flat = g.padding[0] == 0 and x.shape[2] == out.shape[2] == 1
-    if not plane or not flat or g.stride not in ((1, 1, 1), (1, 2, 2)):
+    level = g.padding[0] == 0 and x.shape[2] == out.shape[2] == 1
+    if not plane or not level or g.stride not in ((1, 1, 1), (1, 2, 2)):
         return False
     enough = min(x.shape[1], out.shape[1]) >= LEAST_CHANNELS
     return enough and min(*out.shape[3:], *x.shape[3:]) >= LEAST_SIZE and out.numel > 0
@@ -160,7 +190,7 @@ def lower(plan: Plan, operands: Operands) -> Lowering:
         kernels = _transform_source(plan, operands), _multiply_weights(plan, operands)
     else:
         kernels = _transform_weights(plan, operands), _multiply_tiles(plan, operands)
-    return Lowering(kernels, (plan.transformed.numel * 4,))
+    return Lowering(tuple(map(shared, kernels)), (plan.transformed.numel * 4,))
 
 
 def _weights(k: KernelBuilder, plan: Plan, operands: Operands, most: int) -> Weights:
@@ -173,20 +203,20 @@ def _weights(k: KernelBuilder, plan: Plan, operands: Operands, most: int) -> Wei
 def _products(k: KernelBuilder, plan: Plan) -> Products:
     tile = plan.tile
     return Products(
-        k, plan.transform, part=plan.part, rows=tile.positions, lanes=tile.lanes,
+        k, plan.transform, part=plan.capacity, rows=tile.positions, lanes=tile.lanes,
         vectors=tile.vectors, gap=GAP,
     )  # fmt: skip
 
 
 class _Source:
-    """Tiles of the source on the way to their points, up to ``depth`` channels at a time."""
+    """Tiles of the source on the way to their points, a chunk of channels at a time."""
 
-    def __init__(self, k: KernelBuilder, plan: Plan, x: TensorType, strips: Strips, depth: int):
+    def __init__(self, k: KernelBuilder, plan: Plan, x: TensorType, strips: Strips) -> None:
         self.k, self.plan, self.strips = k, plan, strips
         t = plan.transform
         columns = (strips.most - 1) * t.step + t.reach
         self.window = Window(
-            k, k.tensor("input", 0, x), x, rows=t.reach, columns=columns, depth=depth
+            k, k.tensor("input", 0, x), x, rows=t.reach, columns=columns, depth=plan.chunk
         )
 
     def transform(
@@ -200,6 +230,13 @@ class _Source:
             self.window.fill(image, top, left, (count - 1) * t.step + t.reach, channel)
             place = offset + first * self.window.depth
             transform_strip(k, t.source, self.window, t.reach, t.step, count, target, place)
+        # the rest of the last register tile is multiplied too: what lay there may be denormal, and
+        # a hundred times slower than zeros
+        depth, rows, length = self.window.depth, plan.tile.positions, end - begin
+        rest = values.binary("udiv", length + (rows - 1), const(rows)) * rows - length
+        with k.when(rest > 0), k.loop(t.points) as point, k.vector(rest * depth, 1) as v:
+            at = offset + point * target.strides[-2] + length * depth + v
+            k.store(flat(target), (at,), const(0, dtypes.float32))
 
 
 def _block(k: KernelBuilder, plan: Plan, part: Value) -> tuple[Value, Value, Value]:
@@ -214,50 +251,50 @@ def _block(k: KernelBuilder, plan: Plan, part: Value) -> tuple[Value, Value, Val
 
 
 def _transform_weights(plan: Plan, operands: Operands) -> BoundKernel:
-    """All transformed weights, (blocks, points, channels, lanes), into temporary 0."""
+    """All transformed weights, (blocks, chunks, weights, channels, lanes), into temporary 0."""
     k = KernelBuilder("winograd_weights")
-    lanes, together = plan.tile.lanes, min(plan.depth, COLUMNS // TAPS)
+    lanes, together = plan.tile.lanes, vector_bytes() // 4
     weights = _weights(k, plan, operands, together)
-    target = k.tensor("temporary", 0, plan.transformed)
-    parts = -(-plan.depth // together)
-    with k.parallel(plan.blocks, parts, work=together * lanes * 8) as (block, part):
-        begin = part * together
-        offset = target.at((block, const(0), begin * lanes))
-        count = values.binary("min", k.size(plan.depth) - begin, const(together))
-        weights.transform(block * lanes, begin, count, target, offset)
+    target = plan.between(k)
+    extents = plan.blocks, plan.chunks, plan.chunk // together
+    with k.parallel(math.prod(extents), work=together * lanes * 8) as (p,):
+        block, chunk, part = split_index(k, p, extents)
+        offset = target.at((block, chunk, const(0), part * (together * lanes)))
+        begin = chunk * plan.chunk + part * together
+        weights.transform(block * lanes, begin, const(together), target, offset)
     return k.bind()
 
 
 def _multiply_tiles(plan: Plan, operands: Operands) -> BoundKernel:
     """An iteration: a block of tiles, all channels."""
-    k, t, depth, lanes = KernelBuilder("winograd"), plan.transform, plan.depth, plan.tile.lanes
+    k, t, lanes = KernelBuilder("winograd"), plan.transform, plan.tile.lanes
     strips = Strips(k, plan.grid, plan.part)
-    source = _Source(k, plan, operands.x, strips, depth)
-    weights = k.tensor("temporary", 0, plan.transformed)
+    source = _Source(k, plan, operands.x, strips)
+    weights = plan.between(k)
     products = _products(k, plan)
     results = Results(k, t, strips, operands.out, operands.bias, lanes)
-    transformed = k.scratch(dtypes.float32, (t.points, plan.part * depth + GAP))
-    pieces = -(-depth // RUN)
-    run = -(-depth // pieces)
-    with k.parallel(plan.parts, work=plan.part * depth * plan.blocks * lanes) as (part,):
+    transformed = k.scratch(dtypes.float32, (max(plan.chunks, USUAL_CHUNKS), *plan.source))
+    work = plan.part * plan.summed * plan.channels
+    with k.parallel(plan.parts, work=work) as (part,):
         begin, end, groups = _block(k, plan, part)
-        source.transform(begin, end, const(0), transformed, const(0))
-        with k.loop(k.size(plan.blocks)) as block:
+        chunks = extent_of(k, plan.chunks)
+        with k.loop(chunks) as chunk:
+            offset = transformed.at((chunk, const(0), const(0)))
+            source.transform(begin, end, chunk * plan.chunk, transformed, offset)
+        with k.loop(extent_of(k, plan.blocks)) as block:
             with k.loop(t.points) as point:
-                left = transformed.at((point, const(0)))
-                right = weights.at((block, t.weight_of(point)[0], const(0)))
-                products.add(
-                    point, groups, (transformed, left, depth), (weights, right), const(run),
-                    fresh=True,
-                )  # fmt: skip
-                if pieces > 1:
-                    with k.loop(pieces - 1) as piece:
-                        at = (piece + 1) * run
-                        products.add(
-                            point, groups, (transformed, left + at, depth),
-                            (weights, right + at * lanes),
-                            values.binary("min", const(depth) - at, const(run)), fresh=False,
-                        )  # fmt: skip
+
+                def add(chunk: Value, point: Value, block: Value, *, fresh: bool) -> None:
+                    left = transformed.at((chunk, point, const(0)))
+                    right = weights.at((block, chunk, t.weight_of(point)[0], const(0)))
+                    products.add(
+                        point, groups, (transformed, left, plan.chunk), (weights, right),
+                        const(plan.chunk), fresh=fresh,
+                    )  # fmt: skip
+
+                add(const(0), point, block, fresh=True)
+                with k.loop(chunks - 1) as chunk:
+                    add(chunk + 1, point, block, fresh=False)
             results.write(products.memory, begin, end, block * lanes)
     return k.bind()
 
@@ -268,10 +305,11 @@ def _multiply_tiles(plan: Plan, operands: Operands) -> BoundKernel:
 def _transform_source(plan: Plan, operands: Operands) -> BoundKernel:
     """The transformed source, (blocks, chunks, points, tiles, channels), into temporary 0."""
     k = KernelBuilder("winograd_source")
-    strips = Strips(k, plan.grid, plan.part)
-    source = _Source(k, plan, operands.x, strips, plan.chunk)
-    target = k.tensor("temporary", 0, plan.transformed)
-    with k.parallel(plan.parts, plan.chunks, work=plan.part * plan.chunk * 16) as (part, chunk):
+    source = _Source(k, plan, operands.x, Strips(k, plan.grid, plan.part))
+    target = plan.between(k)
+    extents = plan.parts, plan.chunks
+    with k.parallel(math.prod(extents), work=plan.part * plan.chunk * 16) as (p,):
+        part, chunk = split_index(k, p, extents)
         begin, end, _ = _block(k, plan, part)
         offset = target.at((part, chunk, const(0), const(0)))
         source.transform(begin, end, chunk * plan.chunk, target, offset)
@@ -283,14 +321,16 @@ def _multiply_weights(plan: Plan, operands: Operands) -> BoundKernel:
     k, t, lanes = KernelBuilder("winograd_few"), plan.transform, plan.tile.lanes
     strips = Strips(k, plan.grid, plan.part)
     weights = _weights(k, plan, operands, plan.chunk)
-    source = k.tensor("temporary", 0, plan.transformed)
+    source = plan.between(k)
     products = _products(k, plan)
     results = Results(k, t, strips, operands.out, operands.bias, lanes)
-    transformed = k.scratch(dtypes.float32, (t.weights**2, plan.chunk * lanes + GAP))
-    work = plan.part * plan.depth * lanes
-    with k.parallel(plan.blocks, plan.parts, work=work) as (block, part):
+    transformed = k.scratch(dtypes.float32, plan.weights)
+    extents = plan.blocks, plan.parts
+    work = plan.part * plan.summed * lanes
+    with k.parallel(math.prod(extents), work=work) as (p,):
+        block, part = split_index(k, p, extents)
         begin, end, groups = _block(k, plan, part)
-        with k.loop(k.size(plan.chunks)) as chunk:
+        with k.loop(extent_of(k, plan.chunks)) as chunk:
             weights.transform(
                 block * lanes, chunk * plan.chunk, const(plan.chunk), transformed, const(0)
             )

@@ -8,6 +8,7 @@ order by a second kernel, so results do not depend on the number of threads.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from flame.core import dtypes
@@ -18,7 +19,15 @@ from flame.kernel.program import Matrix
 from flame.kernel.values import Value, const, read
 from flame.ops.convolution.blocking import vector_bytes
 from flame.ops.convolution.geometry import Geometry
-from flame.ops.convolution.windows import GAP, Strips, Window, round_up
+from flame.ops.convolution.sharing import shared
+from flame.ops.convolution.windows import (
+    GAP,
+    Strips,
+    Window,
+    extent_of,
+    round_up,
+    split_index,
+)  # fmt: skip
 from flame.ops.convolution.winograd import suits
 from flame.ops.convolution.winograd_stages import (
     TAPS,
@@ -78,7 +87,7 @@ class Plan:
     def span(self) -> int:
         """Tiles of a part."""
         wanted = -(-LEAST_ITEMS // (self.blocks[0] * self.blocks[1]))
-        return max(min(self.tiles, self._most), -(-self.tiles // wanted))
+        return max(min(self.tiles, self.most), -(-self.tiles // wanted))
 
     @property
     def parts(self) -> int:
@@ -86,10 +95,10 @@ class Plan:
 
     @property
     def together(self) -> int:
-        return -(-self.span // -(-self.span // self._most))
+        return -(-self.span // -(-self.span // self.most))
 
     @property
-    def _most(self) -> int:
+    def most(self) -> int:
         """Tiles, at most, that are transformed at a time."""
         return TOGETHER if self.transform.points < MANY_POINTS else TOGETHER // 2
 
@@ -115,10 +124,10 @@ def plan_for(g: TensorType, x: TensorType, geometry: Geometry) -> Plan | None:
 
 def lower(plan: Plan, g: TensorType, x: TensorType, out: TensorType) -> Lowering:
     """The kernels: operands 0 and 1 are the result's gradient and the source."""
-    main = _Gradient(plan, g, x, out).kernel()
+    main = shared(_Gradient(plan, g, x, out).kernel())
     if plan.parts == 1:
         return Lowering((main,))
-    return Lowering((main, _add_parts(plan, out)), (plan.partial.numel * 4,))
+    return Lowering((main, shared(_add_parts(plan, out))), (plan.partial.numel * 4,))
 
 
 class _Gradient:
@@ -129,9 +138,9 @@ class _Gradient:
         if plan.parts == 1:
             self.target, self.out = None, k.tensor("output", 0, out)
         else:
-            self.target = k.tensor("temporary", 0, plan.partial)
-        t, m, part, points = self.t, self.t.results, plan.together, self.t.points
-        self.strips = Strips(k, plan.grid, part)
+            self.target = _flat_partial(k)
+        t, m, part, points = self.t, self.t.results, plan.most, self.t.points
+        self.strips = Strips(k, plan.grid, plan.together)
         columns = self.strips.most
         self.source = Window(
             k, source, x, rows=t.reach, columns=(columns - 1) * t.step + t.reach, depth=plan.rows
@@ -147,10 +156,12 @@ class _Gradient:
     def kernel(self) -> BoundKernel:
         k, plan = self.k, self.plan
         work = plan.span * plan.rows * plan.lanes
-        with k.parallel(plan.parts, *plan.blocks, work=work) as (part, row, lane):
+        extents = plan.parts, *plan.blocks
+        with k.parallel(math.prod(extents), work=work) as (p,):
+            part, row, lane = split_index(k, p, extents)
             begin = part * k.size(plan.span)
             end = values.binary("min", k.size(plan.tiles), begin + k.size(plan.span))
-            step = k.size(plan.together)
+            step = extent_of(k, plan.together)
             count = values.binary("udiv", end - begin + (step - 1), step)
             with k.loop(count) as i:
                 low = begin + i * step
@@ -195,7 +206,10 @@ class _Gradient:
         k, rows, lanes = self.k, self.plan.rows, self.plan.lanes
         zero = const(0)
         target = self.result if self.target is None else self.target
-        place = zero if self.target is None else target.at((part, row, lane, zero, zero))
+        place = zero
+        if self.target is not None:
+            blocks = [extent_of(k, n) for n in self.plan.blocks]
+            place = ((part * blocks[0] + row) * blocks[1] + lane) * (rows * TAPS * lanes)
         with k.loop(rows) as c, k.vector(lanes, 1) as v:
             grid = load_points(self.sums, c * lanes + v, self.t.weights)
             for i, line in enumerate(both_dimensions(k, self.t.weight_result, grid)):
@@ -224,22 +238,30 @@ def store_weights(
     )  # fmt: skip
 
 
+def _flat_partial(k: KernelBuilder) -> Operand:
+    """`Plan.partial` addressed by one offset."""
+    return k.tensor("temporary", 0, tensor_type(dtypes.float32, (2,), (1,)))
+
+
 def _add_parts(plan: Plan, out: TensorType) -> BoundKernel:
     """The sum of all parts, in order, in the weight's layout."""
     k = KernelBuilder("winograd_gradient_sum")
-    source = k.tensor("temporary", 0, plan.partial)
-    target = k.tensor("output", 0, out)
+    source, target = _flat_partial(k), k.tensor("output", 0, out)
     lanes, together = plan.lanes, 16
     rows = k.scratch(dtypes.float32, (together * TAPS, lanes))
     per_block = plan.rows // together
     work = plan.parts * together * TAPS * lanes // 8
-    with k.parallel(*plan.blocks, per_block, work=work) as (row, lane, part):
-        base = source.at((const(0), row, lane, part * (together * TAPS), const(0)))
+    extents = *plan.blocks, per_block
+    with k.parallel(math.prod(extents), work=work) as (p,):
+        row, lane, part = split_index(k, p, extents)
+        rows_before = (row * extent_of(k, plan.blocks[1]) + lane) * plan.rows + part * together
+        base = rows_before * (TAPS * lanes)
+        step = k.size(plan.blocks[0] * plan.blocks[1] * plan.rows * TAPS * lanes)
         with k.loop(together * TAPS) as i, k.vector(lanes, lanes * 4 // vector_bytes()) as v:
             at = base + i * lanes + v
             total = k.register(values.load(source.buffer, at))
-            with k.loop(k.size(plan.parts - 1)) as s:
-                value = values.load(source.buffer, at + (s + 1) * source.strides[0])
+            with k.loop(extent_of(k, plan.parts) - 1) as s:
+                value = values.load(source.buffer, at + (s + 1) * step)
                 k.assign(total, read(total) + value)
             k.store(rows, (i, v), read(total))
         first = row * plan.rows + part * together
