@@ -173,10 +173,9 @@ class Executor:
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """No run goes on inside. The GIL makes the look and the write one."""
-        while self.header[native.BUSY]:
+        """No run goes on inside."""
+        while not self.native.hold(self.address):
             time.sleep(_POLL_SECONDS)
-        self.header[native.BUSY] = 1
         try:
             yield
         finally:

@@ -24,22 +24,32 @@ _RESUME = b"""resume(address, step)
 
 Go on at a step of a program that stopped at a host step; returns the status."""
 
+_HOLD = b"""hold(address)
+--
+
+1 where the program was idle; nobody else runs it until its `busy` word is 0 again. Else 0."""
+
 register_symbol("flame_pool_state", lambda: pool().state_address)
 
 
 @dataclass(frozen=True)
 class Executor:
-    """``run``, ``resume``, and the address of the kernel flame_copy."""
+    """``run``, ``resume``, ``hold``, and the address of the kernel flame_copy."""
 
     run: Callable[..., int]
     resume: Callable[..., int]
+    hold: Callable[[int], int]
     copy: int
 
 
 @cache
 def executor() -> Executor:
     """The process's executor, made from machine code at the first call."""
-    run, resume, copy = load_symbols(
-        executor_text(), ("flame_program_run", "flame_program_resume", "flame_copy")
+    names = ("flame_program_run", "flame_program_resume", "flame_program_hold", "flame_copy")
+    run, resume, hold, copy = load_symbols(executor_text(), names)
+    return Executor(
+        builtin(b"run", run, _RUN),
+        builtin(b"resume", resume, _RESUME),
+        builtin(b"hold", hold, _HOLD),
+        copy,
     )
-    return Executor(builtin(b"run", run, _RUN), builtin(b"resume", resume, _RESUME), copy)

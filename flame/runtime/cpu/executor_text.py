@@ -329,6 +329,18 @@ fail:
   ret ptr null
 }}
 
+; (address) -> 1 where the program was idle, and is held now; else 0
+define ptr @flame_program_hold(ptr %self, ptr %objects, i64 %count) {{
+  %object = load ptr, ptr %objects
+  %address = call i64 @PyLong_AsLongLong(ptr %object)
+  %program = inttoptr i64 %address to ptr
+  %pair = cmpxchg ptr %program, i64 0, i64 1 seq_cst seq_cst
+  %got = extractvalue {{ i64, i1 }} %pair, 1
+  %number = zext i1 %got to i64
+  %answer = call ptr @PyLong_FromLongLong(i64 %number)
+  ret ptr %answer
+}}
+
 ; (address, step) -> status: go on at a step, after a stop at a host step
 define ptr @flame_program_resume(ptr %self, ptr %objects, i64 %count) {{
   %object = load ptr, ptr %objects
