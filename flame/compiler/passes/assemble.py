@@ -9,9 +9,7 @@ If the sum is only read to be copied into another order of dimensions, it is wri
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
-from typing import Final
 
 from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
 from flame.graph import Graph, Node, Rewriter, Symbol, Uses, tensor_of
@@ -19,8 +17,6 @@ from flame.ops.conversion import copy
 from flame.ops.joining import place
 from flame.ops.op import OPS
 from flame.ops.shapes import inverse
-
-MAX_PARTS: Final = 64
 
 
 @dataclass(frozen=True)
@@ -49,23 +45,21 @@ def assemble(graph: Graph) -> Graph:
     return rewriter.done()
 
 
-def _sums(graph: Graph, uses: Uses) -> dict[Symbol, tuple[Part, ...]]:
+def _sums(graph: Graph, uses: Uses) -> dict[Symbol, list[Part]]:
     """The parts of each `place`, and of sums of them, that is not just a term of another sum."""
-    found: dict[Symbol, tuple[Part, ...]] = {}
-    inner: set[Symbol] = set()
+    found: dict[Symbol, list[Part]] = {}
     for node in graph.nodes:
         if node.op is place:
             part = part_of(node)
             if part is not None:
-                found[node.outputs[0]] = (part,)
+                found[node.outputs[0]] = [part]
         elif node.op is OPS["add"] and all(x in found for x in node.inputs):
             first, second = node.symbols[0], node.symbols[-1]
-            parts = found[first] + found[second]
-            own = first is not second and all(uses.only(s) is node for s in (first, second))
-            if own and _apart(parts) and len(parts) <= MAX_PARTS:
+            if first is not second and all(uses.only(s) is node for s in (first, second)):
+                parts = found.pop(first)
+                parts += found.pop(second)
                 found[node.outputs[0]] = parts
-                inner.update((first, second))
-    return {symbol: parts for symbol, parts in found.items() if symbol not in inner}
+    return found
 
 
 def part_of(node: Node) -> Part | None:
@@ -95,28 +89,11 @@ def part_of(node: Node) -> Part | None:
     return Part(source, starts, tuple(sizes), tuple(order))
 
 
-def _apart(parts: tuple[Part, ...]) -> bool:
-    """Whether the boxes leave room for a dimension in which they stand side by side."""
-    return _dimension(parts) is not None
-
-
-def _dimension(parts: tuple[Part, ...]) -> int | None:
-    """The dimension in which the boxes differ and do not overlap; they agree in all others."""
-    first = parts[0]
-    for dim in range(len(first.sizes)):
-        spans = sorted((p.starts[dim], p.starts[dim] + p.sizes[dim]) for p in parts)
-        disjoint = all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
-        rest = {(*_without(p.starts, dim), *_without(p.sizes, dim)) for p in parts}
-        if disjoint and len(rest) == 1:
-            return dim
-    return None
-
-
 def _without(values: Shape, dim: int) -> Shape:
     return values[:dim] + values[dim + 1 :]
 
 
-def _in_a_row(parts: tuple[Part, ...], shape: Shape) -> tuple[tuple[Part, ...], int] | None:
+def _in_a_row(parts: list[Part], shape: Shape) -> tuple[tuple[Part, ...], int] | None:
     """The parts in order and their dimension, if they have the full size in all others."""
     for dim in range(len(shape)):
         full = _without(shape, dim)
@@ -124,7 +101,7 @@ def _in_a_row(parts: tuple[Part, ...], shape: Shape) -> tuple[tuple[Part, ...], 
             row = tuple(sorted(parts, key=lambda p: p.starts[dim]))
             ends = [p.starts[dim] + p.sizes[dim] for p in row]
             if all(end <= p.starts[dim] for end, p in zip(ends, row[1:], strict=False)):
-                return row, dim
+                return row, dim  # side by side
     return None
 
 

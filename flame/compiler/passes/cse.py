@@ -7,12 +7,14 @@ to this pass.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from flame.graph import Graph, Node, Operand, Rewriter, Symbol
 from flame.ops.again import again
+
+LARGE: Final = 1 << 20  # bytes of a constant that is not compared with others
 
 
 def cse(graph: Graph) -> Graph:
@@ -37,6 +39,8 @@ def _merge_constants(rewriter: Rewriter) -> None:
     seen: dict[Any, Symbol] = {}
     for symbol, numbers in list(rewriter.constants.items()):
         array = np.asarray(numbers)
+        if array.nbytes > LARGE:
+            continue
         key = (symbol.type, array.tobytes())
         first = seen.setdefault(key, symbol)
         if first is not symbol and symbol not in rewriter.pinned:

@@ -19,7 +19,7 @@ from flame.compiler.passes.recompute import recompute
 from flame.core import dtypes
 from flame.core.types import TensorType, contiguous_strides, tensor_type
 from flame.graph import Graph, Node, Symbol, interpret
-from flame.graph.liveness import Liveness
+from flame.ops.elementwise import Elementwise
 from flame.ops.op import OPS
 from flame.ops.overwriting import overwrite
 from flame.testing.schedules import GraphBuilder
@@ -228,25 +228,18 @@ def test_each_pass_on_random_graphs(step: Any) -> None:
     check()
 
 
-def test_recomputation_of_whatever_is_elementwise(monkeypatch: pytest.MonkeyPatch) -> None:
+@settings(max_examples=100, deadline=None)
+@given(graphs(), st.integers(0, 15), st.integers(0, 1000))
+def test_whatever_is_elementwise_can_be_computed_again(graph: Graph, peak: int, seed: int) -> None:
     module = sys.modules[recompute.__module__]
-    monkeypatch.setattr(module, "LEAST", 0)
-    monkeypatch.setattr(module, "CHEAP", 1000)
-    chosen = 0
-
-    @settings(max_examples=150, deadline=None)
-    @given(graphs(), st.integers(0, 15), st.integers(0, 1000))
-    def check(graph: Graph, peak: int, seed: int) -> None:
-        nonlocal chosen
-        graph = dead(graph)
-        kept = module._choose(graph, Liveness(graph), peak)
-        made = dead(module._again(graph, kept, peak))
-        chosen += len(made.nodes) > len(graph.nodes)
-        check_equal(graph, made, seed)
-        check_equal(graph, order(made), seed)
-
-    check()
-    assert chosen
+    chosen = {
+        node.outputs[0]
+        for node in graph.nodes[:peak]
+        if isinstance(node.op, Elementwise) and len(node.outputs) == 1
+    }
+    made = module._again(graph, chosen, peak)
+    check_equal(graph, made, seed)
+    check_equal(graph, order(dead(made)), seed)
 
 
 @settings(max_examples=50, deadline=None)
