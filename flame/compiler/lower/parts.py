@@ -29,6 +29,7 @@ from flame.ops.reductions import CHUNK, COLUMNS, Reduction
 from flame.ops.rows import unroll_for
 
 Registers = Sequence[tuple[DType, Register]]
+Place = dict[int, Value]  # counters or extents by loop
 
 
 @dataclass(frozen=True)
@@ -101,109 +102,99 @@ class _Parts:
         return Lowering((first, second), tuple(nbytes))
 
     def _first(self, accesses: Sequence[Access]) -> BoundKernel:
-        space, nest = self.space, self.nest
-        k = KernelBuilder(f"{kernel_name(space)}_parts")
-        bound = bind(k, space, accesses, Nest(nest.sizes, nest.strides))
-        strides = (self.kept_count, *nest.strides[-1])
-        shape = (self.parts, *nest.sizes)
-        partial = [
+        """Each part by itself: its point of every loop, and its totals."""
+        nest = self.nest
+        self.k = k = KernelBuilder(f"{kernel_name(self.space)}_parts")
+        self.bound = bind(k, self.space, accesses, Nest(nest.sizes, nest.strides))
+        strides, shape = (self.kept_count, *nest.strides[-1]), (self.parts, *nest.sizes)
+        self.partial = [
             k.tensor("temporary", i, tensor_type(total, shape, strides))
             for i, total in enumerate(self.totals)
         ]
-        numbers = numbers_of(k, space)
-        nodes = [n for n in space.full if not isinstance(n.op, Reduction)]
-        unroll = unroll_of(sum(map(weight_of, nodes)))
+        self.numbers = numbers_of(k, self.space)
+        nodes = [n for n in self.space.full if not isinstance(n.op, Reduction)]
         last = len(nest.sizes) - 1
-        columns = not nest.reduced[last]
-        outer_kept = [i for i, gone in enumerate(nest.reduced) if not gone and i != last]
-        folded = [i for i, gone in enumerate(nest.reduced) if gone]
+        self.unroll = min(unroll_of(sum(map(weight_of, nodes))), unroll_for(nest.sizes[last]))
+        outer = [i for i, gone in enumerate(nest.reduced) if not gone and i != last]
         extents = {i: k.size(n) for i, n in enumerate(nest.sizes)}
         width = k.size(self.step)
-        blocks = [-(-nest.sizes[last] // COLUMNS)] if columns else []
-        sizes = [nest.sizes[i] for i in outer_kept]
-        with k.parallel(self.parts, *sizes, *blocks, work=CHUNK) as (part, *outer):
-            begin = part * width
-            place = dict(zip(outer_kept, outer, strict=False))
-            whole = {**extents, self.axis: values.binary("min", extents[self.axis] - begin, width)}
-
-            def visit(at: dict[int, Value], registers: Registers) -> None:
-                index = tuple(at[i] + begin if i == self.axis else at[i] for i in range(last + 1))
-                scalars = Scalars(space, numbers, lambda a: bound[a][index], {})
-                for node, (total, register) in zip(self.folds, registers, strict=True):
-                    fold(k, scalars, node, total, register)
-                writes = [(bound[s], index, scalars.of(s.symbol)) for s in self.full_stores]
-                if writes:
-                    k.store_all(writes)
-
-            def finish(at: dict[int, Value], registers: Registers) -> None:
-                index = (part, *(at.get(i, const(0)) for i in range(last + 1)))
-                k.store_all(
-                    [
-                        (t, index, values.read(r))
-                        for t, (_, r) in zip(partial, registers, strict=True)
-                    ]
-                )
-
-            if columns:
-                start = outer[-1] * COLUMNS
-                extent = values.binary("min", extents[last] - start, const(COLUMNS))
-                with k.vector(extent, min(unroll, unroll_for(nest.sizes[last]))) as lane:
-                    place[last] = start + lane
-                    registers = [start_fold(k, node) for node in self.folds]
-                    with k.nest([whole[i] for i in folded]) as counters:
-                        visit({**place, **dict(zip(folded, counters, strict=True))}, registers)
-                    finish(place, registers)
+        blocks = [] if nest.reduced[last] else [-(-nest.sizes[last] // COLUMNS)]
+        sizes = [nest.sizes[i] for i in outer]
+        with k.parallel(self.parts, *sizes, *blocks, work=CHUNK) as (self.part, *counters):
+            self.begin = self.part * width
+            extents[self.axis] = values.binary("min", extents[self.axis] - self.begin, width)
+            place = dict(zip(outer, counters, strict=False))
+            if blocks:
+                self._side_by_side(place, extents, counters[-1] * COLUMNS)
             else:
-                registers = [start_fold(k, node) for node in self.folds]
-                *serial, vector = folded
-                with (
-                    k.nest([whole[i] for i in serial]) as counters,
-                    k.vector(whole[vector], min(unroll, unroll_for(nest.sizes[vector]))) as v,
-                ):
-                    at = {**place, **dict(zip(serial, counters, strict=True)), vector: v}
-                    visit(at, registers)
-                finish(place, registers)
+                self._along(place, extents)
         return k.bind()
+
+    def _side_by_side(self, place: Place, extents: Place, start: Value) -> None:
+        """A block of kept points in vectors, the reduced loops inside."""
+        k, last = self.k, len(self.nest.sizes) - 1
+        folded = [i for i, gone in enumerate(self.nest.reduced) if gone]
+        extent = values.binary("min", extents[last] - start, const(COLUMNS))
+        with k.vector(extent, self.unroll) as lane:
+            place[last] = start + lane
+            registers = [start_fold(k, node) for node in self.folds]
+            with k.nest([extents[i] for i in folded]) as counters:
+                self._visit({**place, **dict(zip(folded, counters, strict=True))}, registers)
+            self._keep(place, registers)
+
+    def _along(self, place: Place, extents: Place) -> None:
+        """One kept point, vectors along the innermost reduced loop."""
+        k = self.k
+        *serial, inner = [i for i, gone in enumerate(self.nest.reduced) if gone]
+        registers = [start_fold(k, node) for node in self.folds]
+        with (
+            k.nest([extents[i] for i in serial]) as counters,
+            k.vector(extents[inner], self.unroll) as v,
+        ):
+            self._visit({**place, **dict(zip(serial, counters, strict=True)), inner: v}, registers)
+        self._keep(place, registers)
+
+    def _visit(self, place: Place, registers: Registers) -> None:
+        """One point of all loops."""
+        index = tuple(
+            place[i] + self.begin if i == self.axis else place[i] for i in range(len(place))
+        )
+        scalars = Scalars(self.space, self.numbers, lambda a: self.bound[a][index], {})
+        for node, (total, register) in zip(self.folds, registers, strict=True):
+            fold(self.k, scalars, node, total, register)
+        writes = [(self.bound[s], index, scalars.of(s.symbol)) for s in self.full_stores]
+        if writes:
+            self.k.store_all(writes)
+
+    def _keep(self, place: Place, registers: Registers) -> None:
+        """The totals of a part at one kept point."""
+        index = (self.part, *(place.get(i, const(0)) for i in range(len(self.nest.sizes))))
+        self.k.store_all(
+            [(t, index, values.read(r)) for t, (_, r) in zip(self.partial, registers, strict=True)]
+        )
 
     def _second(self) -> BoundKernel:
         """The totals of all parts, and what is computed of them."""
-        space, kept = self.space, self.space.kept
-        k = KernelBuilder(f"{kernel_name(space)}_total")
+        kept = self.space.kept
+        sizes = tuple(atom.size for atom in kept)
+        self.k = k = KernelBuilder(f"{kernel_name(self.space)}_total")
         accesses = [*self.late_reads, *self.kept_stores]
-        own = [tuple(a.steps.get(atom, 0) for atom in kept) for a in accesses]
-        row_major = contiguous_strides(tuple(a.size for a in kept))
-        nest = coalesce(tuple(a.size for a in kept), [*own, row_major])
-        bound = bind(k, space, accesses, nest)
+        nest = coalesce(sizes, [*(a.strides(kept) for a in accesses), contiguous_strides(sizes)])
+        self.bound = bind(k, self.space, accesses, nest)
         strides = (self.kept_count, *nest.strides[-1])
-        temporaries = [
+        self.partial = [
             k.tensor("temporary", i, tensor_type(t, (self.parts, *nest.sizes), strides))
             for i, t in enumerate(self.totals)
         ]
-        numbers = numbers_of(k, space)
-        count = k.size(math.prod(a.size for a in space.reduced))
+        self.numbers = numbers_of(k, self.space)
+        count = k.size(math.prod(a.size for a in self.space.reduced))
         parts = k.size(self.parts)
-
-        def finish(index: tuple[Value, ...], registers: Registers) -> None:
-            known: dict[Symbol, Value] = {
-                node.outputs[0]: finish_fold(node, values.read(register), count)
-                for node, (_, register) in zip(self.folds, registers, strict=True)
-            }
-            scalars = Scalars(space, numbers, lambda a: bound[a][index], known)
-            k.store_all([(bound[s], index, scalars.of(s.symbol)) for s in self.kept_stores])
-
-        def folds(index: tuple[Value, ...], part: Value, registers: Registers) -> None:
-            for node, temporary, (_, register) in zip(
-                self.folds, temporaries, registers, strict=True
-            ):
-                assert isinstance(node.op, Reduction)
-                k.accumulate(register, node.op.combine, temporary[(part, *index)])
-
         if not nest.sizes:
-            with k.parallel(work=self.parts) as _:
+            with k.parallel(work=self.parts):
                 registers = [start_fold(k, node) for node in self.folds]
                 with k.vector(parts, 4) as part:
-                    folds((), part, registers)
-                finish((), registers)
+                    self._add((part,), registers)
+                self._finish((), registers, count)
             return k.bind()
         *outer_sizes, inner = nest.sizes
         blocks = -(-inner // COLUMNS)
@@ -214,9 +205,24 @@ class _Parts:
                 index = (*outer, start + lane)
                 registers = [start_fold(k, node) for node in self.folds]
                 with k.loop(parts) as part:
-                    folds(index, part, registers)
-                finish(index, registers)
+                    self._add((part, *index), registers)
+                self._finish(index, registers, count)
         return k.bind()
+
+    def _add(self, index: tuple[Value, ...], registers: Registers) -> None:
+        """One part to the totals."""
+        for node, partial, (_, register) in zip(self.folds, self.partial, registers, strict=True):
+            assert isinstance(node.op, Reduction)
+            self.k.accumulate(register, node.op.combine, partial[index])
+
+    def _finish(self, index: tuple[Value, ...], registers: Registers, count: Value) -> None:
+        """The results at one kept point."""
+        known: dict[Symbol, Value] = {
+            node.outputs[0]: finish_fold(node, values.read(register), count)
+            for node, (_, register) in zip(self.folds, registers, strict=True)
+        }
+        scalars = Scalars(self.space, self.numbers, lambda a: self.bound[a][index], known)
+        self.k.store_all([(self.bound[s], index, scalars.of(s.symbol)) for s in self.kept_stores])
 
 
 def _row_major(loops: Sequence[Atom], reduced: frozenset[Atom]) -> Shape:
