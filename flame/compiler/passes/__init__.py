@@ -16,6 +16,7 @@ from flame.compiler.passes.cse import cse
 from flame.compiler.passes.dead import dead
 from flame.compiler.passes.fold import fold
 from flame.compiler.passes.order import order
+from flame.compiler.passes.products import products
 from flame.compiler.passes.readable import readable
 from flame.compiler.passes.recompute import recompute
 from flame.compiler.passes.release import release
@@ -32,6 +33,7 @@ SIMPLIFYING: Final[tuple[Pass, ...]] = (
     canonicalize,  # one form of everything, before equal nodes are looked for
     simplify,
     assemble,  # sums of gradients of parts, once no zeros are added any more
+    products,  # sums of products, which simplify has turned the same way
     cse,
 )
 FINISHING: Final[tuple[Pass, ...]] = (

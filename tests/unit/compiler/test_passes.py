@@ -17,6 +17,7 @@ from flame.compiler.passes.cse import cse
 from flame.compiler.passes.dead import dead
 from flame.compiler.passes.fold import fold
 from flame.compiler.passes.order import order
+from flame.compiler.passes.products import products
 from flame.compiler.passes.readable import readable
 from flame.compiler.passes.recompute import recompute
 from flame.compiler.passes.release import release
@@ -260,6 +261,36 @@ def test_parts_are_written_in_the_order_in_which_they_are_read() -> None:
     made = optimize(graph)
     assert Counter(ops(made)) == {"view": 4, "cat": 1, "permute": 1}
     same_results(graph, made)
+
+
+def sum_of_products(count: int, depth: int) -> Graph:
+    """As the gradient of a weight that each step of a recurrent network uses."""
+    g = GraphBuilder()
+    total = None
+    for _ in range(count):
+        left = g("permute", g.input((depth, 16)), dims=(1, 0))
+        made = g("matmul", left, g.input((depth, 12)))
+        total = made if total is None else g("add", total, made)
+    return g.graph(total)
+
+
+def test_a_sum_of_products_is_one_product() -> None:
+    graph = sum_of_products(10, 2)
+    made = simplified(graph, products, dead)
+    counts = Counter(ops(made))
+    assert (counts["matmul"], counts["cat"], counts["add"]) == (1, 2, 0)
+    left = next(node for node in made.nodes if node.op.name == "cat").outputs[0]
+    assert str(left).endswith("float32[16, 20] strides (1, 16)")  # each piece lies in one run
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal(s.type.shape).astype(np.float32) for s in graph.inputs]  # type: ignore[union-attr]
+    np.testing.assert_allclose(
+        interpret(made, values)[0], interpret(graph, values)[0], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_few_or_deep_products_stay() -> None:
+    for graph in (sum_of_products(3, 2), sum_of_products(10, 8)):
+        assert products(graph) is graph
 
 
 # --- readable, recompute, order -------------------------------------------------------------------
