@@ -64,7 +64,9 @@ class Drawn:
         return found
 
     def grow(self) -> None:
-        kind = self.draw(st.sampled_from(["unary", "binary", "binary", "fold", "view", "other"]))
+        kind = self.draw(
+            st.sampled_from(["unary", "binary", "binary", "fold", "view", "other", "head"])
+        )
         made = getattr(self, kind)(self.pick())
         if made is not None:
             self.values.append(made)
@@ -85,6 +87,16 @@ class Drawn:
         if which == 1:
             return self.g("copy", x, contiguous=True)
         return self.g("add", self.g("copy", self.g("mul", x, 3.0), dtype=dtypes.int64), x)
+
+    def head(self, x: Symbol) -> Any:
+        """An op with a kernel of its own."""
+        assert isinstance(x.type, TensorType)
+        shape = x.type.shape
+        if not shape or 0 in shape or x.type.dtype.kind != "f":
+            return None
+        if len(shape) > 1 and self.draw(st.booleans()):
+            return self.g("matmul", x, self.g.input((shape[-1], 4), x.type.dtype))
+        return self.g("softmax", x, dim=self.draw(st.integers(0, len(shape) - 1)))
 
     def fold(self, x: Symbol) -> Any:
         shape = shape_of(x)
