@@ -6,6 +6,7 @@ attribute that is an object, an op that is nowhere declared) has no key, and is 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,7 @@ from flame.graph import Graph, Node, Symbol
 from flame.kernel import values
 from flame.kernel.values import Value
 from flame.ops.elementwise import Elementwise, compute_dtype
-from flame.ops.op import OPS
+from flame.ops.op import OPS, Op
 from flame.runtime.cpu.pool import get_num_threads
 
 FORMAT: Final = 1
@@ -97,10 +98,22 @@ def _graph_lines(graph: Graph) -> Iterator[str]:
     yield f"return {[numbers[s] for s in graph.outputs]}"
 
 
+def declared_here(op: Op) -> bool:
+    """Whether `source_digest` covers what an op does."""
+    functions = [op.infer, op.lower, getattr(op, "scalar", None)]
+    return all(_module(f).partition(".")[0] == "flame" for f in functions if f is not None)
+
+
+def _module(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__module__", ""))
+
+
 def op_text(node: Node) -> str:
     """An op by its name, or, if it is declared nowhere, by what it computes."""
     op = node.op
-    if OPS.get(op.name) is op:
+    if OPS.get(op.name) is op and declared_here(op):
         return op.name
     if not isinstance(op, Elementwise):
         raise _NoTextError(f"{op!r} is declared nowhere")

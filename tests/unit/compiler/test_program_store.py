@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import pytest
 import flame
 from flame.compiler import program_key as keys
 from flame.compiler.program import Program
-from flame.compiler.program_key import program_key
+from flame.compiler.program_key import declared_here, program_key
 from flame.core import dtypes
 from flame.core.errors import IndexRangeError
 from flame.graph import Graph, Node, Symbol, interpret
+from flame.ops.op import OPS
 from flame.ops.pointwise import pointwise
 from flame.runtime.cpu import jit
 from flame.testing.programs import GraphWriter, ProgramRunner, random_graph, random_values
@@ -135,6 +137,20 @@ def test_fused_functions_are_known_by_what_they_compute() -> None:
         return program_key(Graph((x,), (Node(fused, (x,), (made,), {}),), (made,)))
 
     assert key(2.0) == key(2.0) != key(3.0)
+
+
+def test_ops_from_elsewhere_are_not_known_by_their_names() -> None:
+    assert all(declared_here(op) for op in OPS.values())
+    w = GraphWriter()
+    x = w.input(2, 3)
+    made = w("sum", x, dims=(0,), keepdim=False)
+    graph = w.graph(made)
+    (node,) = graph.nodes
+    own = copy.copy(node.op)
+    own.lower = lambda *types, **attributes: node.op.lower(*types, **attributes)
+    assert not declared_here(own)
+    assert program_key(graph) is not None
+    assert program_key(replace(graph, nodes=(replace(node, op=own),))) is None
 
 
 def test_what_has_no_text_has_no_key() -> None:
