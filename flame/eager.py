@@ -144,7 +144,8 @@ class Eager(Interpreter):
         if tracking:
             # the node sees the operands as they were called, with their versions before the write
             node = make_node(plan, inputs, attributes, out)
-        if any(x is not y and x.type is not y.type for x, y in zip(inputs, safe, strict=True)):
+        copies: list[tuple[Any, Any]] = list(zip(inputs, safe, strict=True))
+        if any(x is not y and x.type is not y.type for x, y in copies):
             with no_grad():  # a copy may be laid out in another way, which is another plan
                 self.apply(plan.op, safe, attributes, out)
         else:

@@ -16,6 +16,7 @@ import numpy as np
 from flame.autograd import engine
 from flame.autograd.mode import mode, no_grad, set_grad_enabled
 from flame.core import dtypes
+from flame.core.changes import changes
 from flame.core.device import Device, check_device
 from flame.core.dtypes import DType
 from flame.core.errors import (
@@ -46,8 +47,10 @@ class RemovableHandle:
 
     def __init__(self, hooks: Any, key: Any) -> None:
         self._hooks, self._key = hooks, key
+        changes.tensors += 1
 
     def remove(self) -> None:
+        changes.tensors += 1
         if isinstance(self._hooks, dict):
             self._hooks.pop(self._key, None)
         elif self._key in self._hooks:
@@ -238,6 +241,8 @@ class Tensor(Handle, Methods):
 
     def _array(self) -> np.ndarray[Any, Any]:
         type_ = self.type
+        if mode.recorder is not None:
+            mode.recorder.meets_value(self)
         return self.storage.as_numpy(
             type_.dtype.numpy, type_.shape, type_.strides, self.storage_offset()
         )
@@ -360,6 +365,10 @@ class Tensor(Handle, Methods):
             raise GradientError(
                 "requires_grad of a computed tensor cannot be turned off; use .detach()"
             )
+        if self.tracked != bool(requires_grad):
+            changes.tensors += 1
+            if mode.recorder is not None:
+                mode.recorder.meets_flag(self)
         self.tracked = bool(requires_grad)
         return self
 
@@ -402,6 +411,9 @@ class Tensor(Handle, Methods):
     def data(self, value: Tensor) -> None:
         if not isinstance(value, Tensor):
             raise DTypeError(f"data must be a tensor, got {type(value).__name__}")
+        if mode.recorder is not None:
+            mode.recorder.meets_replacement(self)
+        changes.tensors += 1
         self.storage, self.pointer, self.type = _parts(value)
 
     def detach(self) -> Tensor:

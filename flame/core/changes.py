@@ -3,6 +3,7 @@
 
 class _Changes:
     count = 0
+    tensors = 0  # of any tensor, what is not in its memory: requires_grad, hooks, the memory itself
 
 
 changes = _Changes()

@@ -84,7 +84,11 @@ class Generator:
                 self._offset = (offset + blocks) % _WORD
                 return _signed(self._seed), _signed(offset)
 
-        return interpreter().repeat(take)
+        def put_back() -> None:
+            with self._lock:
+                self._offset = (self._offset - blocks) % _WORD
+
+        return interpreter().repeat(take, undo=put_back)
 
     def mark(self) -> list[int]:
         """The present place, to come back to by `rewind`; a compiled step marks anew each time."""

@@ -199,11 +199,17 @@ class Interpreter:
         """A tensor whose values are not set."""
         raise StateError("a tensor was made before `import flame` was complete")
 
-    def repeat(self, action: Callable[[], T], again: Callable[[], Any] | None = None) -> T:
+    def repeat(
+        self,
+        action: Callable[[], T],
+        again: Callable[[], Any] | None = None,
+        undo: Callable[[], None] | None = None,
+    ) -> T:
         """Python's own work of a step: a schedule's count, a range of random numbers.
 
-        Done now, and again (by ``again`` if given) at each later call of a compiled step. A tuple
-        of numbers that it returns is known anew at each step, so a recorder gives stand-ins.
+        Done now, and again (by ``again`` if given) before each later run of a compiled step. A
+        tuple of numbers that it returns is known anew at each step, so a recorder gives stand-ins.
+        ``undo`` takes the latest one back, where the step fails.
         """
         return action()
 

@@ -26,12 +26,18 @@ def recorded(optimizer: Optimizer) -> list[UpdateCall]:
         return _numbers(_distinct(calls))
 
     chosen = _chosen(optimizer)
+    fresh = [tuple(p for _, _, found in chosen for p in found if not optimizer.state.get(p))]
     known: list[tuple[tuple[Any, ...], Numbers]] = []
-    stand_ins = iter(interpreter().repeat(first, lambda: _again(optimizer, chosen, known)))
+
+    def again() -> Numbers:
+        fresh.clear()
+        return _again(optimizer, chosen, known)
+
+    made = interpreter().repeat(first, again, lambda: _undo(optimizer, chosen, fresh))
+    stand_ins = iter(made)
     known += [(call.outputs[1:], call.scalars) for call in calls]
     replaced = {
-        id(scalars): tuple(s if _is_tensor(s) else next(stand_ins) for s in scalars)
-        for scalars in _distinct(calls)
+        id(scalars): tuple(next(stand_ins) for _ in scalars) for scalars in _distinct(calls)
     }
     return [call._replace(scalars=replaced[id(call.scalars)]) for call in calls]
 
@@ -46,9 +52,11 @@ def _chosen(optimizer: Optimizer) -> list[tuple[dict[str, Any], Any, list[Any]]]
 
 def _again(optimizer: Optimizer, chosen: Any, known: list[tuple[Any, Numbers]]) -> Numbers:
     """The scalars of a later step. known: buffers and first scalars of each parameter."""
-    states = []
-    for group, update, parameters in chosen:
-        if optimizer._update(group) != update:
+    states: list[dict[str, Any]] = []
+    if len(optimizer.param_groups) != len(chosen):
+        raise Stale("the optimizer's groups")
+    for now, (group, update, parameters) in zip(optimizer.param_groups, chosen, strict=True):
+        if now is not group or optimizer._update(group) != update:
             raise Stale("the optimizer's options")
         for parameter in parameters:
             state = optimizer.state[parameter]
@@ -64,7 +72,7 @@ def _again(optimizer: Optimizer, chosen: Any, known: list[tuple[Any, Numbers]]) 
             state = states[position]
             step = 2
             if optimizer._counts_steps:
-                step = state["step"] = state["step"] + 1
+                step = state["step"] = state.get("step", 0) + 1
             scalars = known[position][1]
             if scalars is not before:  # parameters that shared their scalars share them always
                 found.append(optimizer._scalars(group, step))
@@ -73,13 +81,28 @@ def _again(optimizer: Optimizer, chosen: Any, known: list[tuple[Any, Numbers]]) 
     return _numbers(found)
 
 
+def _undo(optimizer: Optimizer, chosen: Any, fresh: list[tuple[Any, ...]]) -> None:
+    """Take back the latest count. fresh: parameters that had no state before the first one."""
+    for parameter in fresh[0] if fresh else ():
+        optimizer.state.pop(parameter, None)
+    fresh.clear()
+    if not optimizer._counts_steps:
+        return
+    for _, _, parameters in chosen:
+        for parameter in parameters:
+            state = optimizer.state.get(parameter)
+            if state:
+                state["step"] -= 1
+
+
 def _distinct(calls: list[UpdateCall]) -> list[Numbers]:
     """The tuples of scalars, each once, in order."""
     return list({id(call.scalars): call.scalars for call in calls}.values())
 
 
 def _numbers(scalars: list[Numbers]) -> Numbers:
-    return tuple(s for each in scalars for s in each if not _is_tensor(s))
+    """The scalars, those too that are tensors: a rate may be one."""
+    return tuple(s.item() if _is_tensor(s) else s for each in scalars for s in each)
 
 
 def _is_tensor(x: Any) -> bool:

@@ -19,7 +19,7 @@ from flame.core.errors import ArgumentError, FlameWarning, StateError
 from flame.core.log import log
 from flame.ops.op import Stale, interpreter
 from flame.recording.running import Step
-from flame.recording.step import record
+from flame.recording.step import record, undo
 from flame.recording.structure import signature
 from flame.tensor import Tensor
 
@@ -37,7 +37,7 @@ class CompiledFunction:
         self.recordings = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if interpreter().recording:
+        if is_recording():
             return self.function(*args, **kwargs)
         tensors: list[Tensor] = []
         key = (
@@ -46,12 +46,14 @@ class CompiledFunction:
             mode.enabled,
             dtypes.get_default_dtype(),
         )
-        for step in self.steps.get(key, ()):
+        for step in tuple(self.steps.get(key, ())):
             if step.holds():
+                if len(self.steps) > 1:
+                    self._use(key)
                 try:
                     return step.again(tensors)
                 except Stale:
-                    self.steps[key].remove(step)
+                    self._drop(key, step)
                     break
         step = self._record(key, args, kwargs, tensors)
         return step.first(tensors)
@@ -93,10 +95,14 @@ class CompiledFunction:
         with _recording:
             recording = record(self.function, args, kwargs, tensors)
             recorded = time.perf_counter()
-            step = Step(recording)
-        self.recordings += 1
-        self.steps.setdefault(key, []).append(step)
-        self.steps.move_to_end(key)
+            try:
+                step = Step(recording)
+            except BaseException:
+                undo(recording.repeated)
+                raise
+            self.recordings += 1
+            self.steps.setdefault(key, []).append(step)
+            self.steps.move_to_end(key)
         log(
             "compile",
             f"{self!r}: {len(recording.graph.nodes)} operations recorded in "
@@ -104,6 +110,17 @@ class CompiledFunction:
         )
         self._bound()
         return step
+
+    def _use(self, key: Any) -> None:
+        """This signature is the latest that was used."""
+        with _recording:
+            if key in self.steps:
+                self.steps.move_to_end(key)
+
+    def _drop(self, key: Any, step: Step) -> None:
+        with _recording:
+            if step in self.steps.get(key, ()):
+                self.steps[key].remove(step)
 
     def _bound(self) -> None:
         """Keep at most `MAX_SIGNATURES` programs."""
@@ -121,6 +138,12 @@ class CompiledFunction:
             )
 
 
+def is_recording() -> bool:
+    """Whether this thread records a step at present."""
+    current: Any = interpreter()
+    return bool(current.recording and current.thread == threading.get_ident())
+
+
 def compile(function: Any = None) -> Any:
     """A function or module that runs as one compiled program, recorded at its first call.
 
@@ -131,7 +154,11 @@ def compile(function: Any = None) -> Any:
     shape, dtype or Python value among them is a new signature, and is recorded again.
 
     Raises TraceError, with the line of your code, for what cannot be recorded: the value of a
-    tensor, a branch or a shape that depends on it, a change of Python's own data.
+    tensor, a branch or a shape that depends on it, a change of Python's own data. A call that
+    raises leaves step counts, schedules and the random state as they were.
+
+    Numbers that Python itself makes in the step (random.random(), time.time()) are those of the
+    recording, and so are arrays that NumPy makes there; draw by flame.rand, or hand them in.
     """
     if isinstance(function, CompiledFunction):
         return function

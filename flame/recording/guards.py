@@ -6,12 +6,9 @@ step is recorded again, never that something stale runs.
 
 from __future__ import annotations
 
-import ast
 import gc
-import inspect
-import textwrap
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flame.core.changes import changes
@@ -58,56 +55,6 @@ class Holders:
         except (KeyError, IndexError):
             return False
         return all(cell.cell_contents is tensor for cell, tensor in self.cells)
-
-
-class Surroundings:
-    """The names that a function reaches from outside: its free variables and globals."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.cells: list[tuple[str, Any, Any]] = []
-        self.globals: list[tuple[str, Any]] = []
-        self.namespace: dict[str, Any] = {}
-        self.containers: list[tuple[str, Any, Any]] = []
-        plain = _plain_function(function)
-        if plain is None:
-            return
-        code = plain.__code__
-        for name, cell in zip(code.co_freevars, plain.__closure__ or (), strict=True):
-            try:
-                self.cells.append((name, cell, cell.cell_contents))
-            except ValueError:  # not yet set
-                continue
-        self.namespace = plain.__globals__
-        self.globals = [(n, self.namespace[n]) for n in code.co_names if n in self.namespace]
-        known = [(name, value) for name, _, value in self.cells] + self.globals
-        if (owner := getattr(function, "__self__", None)) is not None:
-            known += [(f"self.{n}", v) for n, v in getattr(owner, "__dict__", {}).items()]
-        for name, value in known:
-            if isinstance(value, (list, dict, set)) and not name.startswith("__"):
-                self.containers.append((name, value, contents(value)))
-
-    def hold(self) -> bool:
-        """Whether the names mean what they meant, and containers hold what they held."""
-        for _, cell, value in self.cells:
-            if not same(cell.cell_contents, value):
-                return False
-        namespace = self.namespace
-        for name, value in self.globals:
-            if not same(namespace.get(name), value):
-                return False
-        return all(contents(c) == held for _, c, held in self.containers)
-
-    def check_unchanged(self) -> None:
-        """Raise TraceError where the function changed a container: it would do so only once."""
-        for name, container, held in self.containers:
-            if contents(container) != held:
-                line = _line_of_change(self.function, name)
-                raise TraceError(
-                    f"{line}: the step changes {name!r}, a {type(container).__name__} from "
-                    "outside; a compiled step runs Python only when it is recorded, so later calls "
-                    "would not. Return the value, or keep it in a tensor that is changed in place"
-                )
 
 
 class Modes:
@@ -166,43 +113,3 @@ def attributes_of(module: Any) -> dict[str, Any]:
 def same(a: Any, b: Any) -> bool:
     """One object, or equal plain values of one type."""
     return a is b or (type(a) is type(b) and isinstance(a, (*_PLAIN, tuple)) and a == b)
-
-
-def contents(container: Any) -> Any:
-    """What can be compared later: the identities of a small container's entries, or its size."""
-    if len(container) > _FEW:
-        return len(container)
-    if isinstance(container, dict):
-        return [(id(k), id(v)) for k, v in container.items()]
-    return [id(x) for x in container]
-
-
-def _plain_function(function: Any) -> Any:
-    function = getattr(function, "__func__", function)
-    function = inspect.unwrap(function) if callable(function) else function
-    return function if isinstance(function, types.FunctionType) else None
-
-
-def _line_of_change(function: Any, name: str) -> str:
-    """Where the source changes the container called ``name``, as well as it can be told."""
-    plain = _plain_function(function)
-    try:
-        lines, start = inspect.getsourcelines(plain)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, TypeError, SyntaxError):
-        return "the compiled function"
-    path = plain.__code__.co_filename
-    wanted = name.removeprefix("self.")
-    for node in ast.walk(tree):
-        target = None
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            target = node.func.value
-        elif isinstance(node, (ast.Assign, ast.Delete)):
-            target = next((t.value for t in node.targets if isinstance(t, ast.Subscript)), None)
-        elif isinstance(node, ast.AugAssign):
-            target = node.target
-            target = target.value if isinstance(target, ast.Subscript) else target
-        found = getattr(target, "id", getattr(target, "attr", None))
-        if found == wanted and target is not None:
-            return f"{path}:{start + target.lineno - 1}"
-    return f"{path}:{start}"

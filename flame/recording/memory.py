@@ -53,15 +53,15 @@ class Memory:
     input that it was at first, for memory that exists outside.
     """
 
-    __slots__ = ("begin", "given", "storage", "type", "views", "whole")
+    __slots__ = ("begin", "first", "given", "storage", "type", "views", "whole")
 
     def __init__(self, storage: Any, type_: TensorType, given: Symbol | None) -> None:
         # recorded memory is found by its storage, which must not be kept alive by what is known
-        self.storage = None if isinstance(storage, RecordedStorage) else storage
+        self.storage: Any = None if isinstance(storage, RecordedStorage) else storage
         self.begin: int = storage.pointer
         self.type = type_
         self.given = given
-        self.whole = given
+        self.whole = self.first = given  # `first`: its content when it was met
         self.views: dict[tuple[int, TensorType], Symbol] = {}
         if given is not None:
             self.views[0, type_] = given

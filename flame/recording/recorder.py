@@ -28,9 +28,11 @@ from flame.ops.conversion import copy
 from flame.ops.op import Interpreter, Op, T, set_interpreter
 from flame.ops.overwriting import overwrite
 from flame.ops.shapes import as_strided
+from flame.recording.aside import Aside
 from flame.recording.lines import user_line
-from flame.recording.memory import Memory, RecordedStorage, whole_type
+from flame.recording.memory import Memory, RecordedStorage, is_recorded, whole_type
 from flame.recording.numbers import RecordedFloat, RecordedInt, stand_in
+from flame.recording.outside import Seen
 from flame.tensor import Tensor
 
 _NUMBERS = frozenset({float, int, bool, type(None)})
@@ -39,12 +41,13 @@ _NUMBERS = frozenset({float, int, bool, type(None)})
 @dataclass(frozen=True)
 class Repeated:
     """Python's own work of each step. ``numbers``: symbols of what it returns; ``first``: those
-    of the step that was recorded.
+    of the step that was recorded; ``undo`` takes the latest one back.
     """
 
     again: Callable[[], Any]
     numbers: tuple[Symbol, ...]
     first: tuple[Any, ...]
+    undo: Callable[[], None] | None
 
 
 class Recorder(Eager):
@@ -66,6 +69,7 @@ class Recorder(Eager):
         self.constants: dict[Symbol, Any] = {}
         self.repeated: list[Repeated] = []
         self.captured: dict[int, Tensor] = {}  # tensors from outside that ops met, by id
+        self.seen = Seen()
         self.born: set[int] = set()  # ids of storages made from Python data while recording
         self.kept: list[Any] = []  # what must live as long as the recording
         self.expands = True  # ops that have a body are recorded as their body
@@ -171,27 +175,35 @@ class Recorder(Eager):
 
     # --- Python's own work ------------------------------------------------------------------------
 
-    def repeat(self, action: Callable[[], T], again: Callable[[], Any] | None = None) -> T:
+    def repeat(
+        self,
+        action: Callable[[], T],
+        again: Callable[[], Any] | None = None,
+        undo: Callable[[], None] | None = None,
+    ) -> T:
         if threading.get_ident() != self.thread:
             return action()
         with self.aside():
             made = action()
         if not isinstance(made, tuple):
-            self.repeated.append(Repeated(again or action, (), ()))
+            self.repeated.append(Repeated(again or action, (), (), undo))
             return made
         symbols = tuple([self.fresh(type(n), "n") for n in made])
-        self.repeated.append(Repeated(again or action, symbols, made))
+        self.repeated.append(Repeated(again or action, symbols, made, undo))
         stand_ins: Any = tuple([stand_in(s, n) for s, n in zip(symbols, made, strict=True)])
         return stand_ins  # type: ignore[no-any-return]
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Inside, operations run at once."""
-        set_interpreter(self.beneath)
+        """Inside, operations run at once, on tensors that the step itself does not compute."""
+        watcher = Aside(self)
+        before, mode.recorder = mode.recorder, watcher
+        set_interpreter(watcher)
         try:
             yield
         finally:
             set_interpreter(self)
+            mode.recorder = before
 
     # --- symbols ----------------------------------------------------------------------------------
 
@@ -215,6 +227,7 @@ class Recorder(Eager):
         if isinstance(storage, RecordedStorage):
             return self.recorded[storage]
         self.captured.setdefault(id(tensor), tensor)
+        self.seen.use(tensor)
         found = self.memories.get(id(storage))
         if found is None:
             found = self.memories[id(storage)] = self._outside(tensor)
@@ -228,11 +241,40 @@ class Recorder(Eager):
         memory = Memory(tensor.storage, type_, symbol)
         if constant:
             memory.given = None
-            whole = Tensor.wrap(tensor.storage, tensor.storage.pointer, type_)
-            self.constants[symbol] = np.array(whole._array())
+            storage, kind = tensor.storage, type_.dtype.numpy
+            self.constants[symbol] = np.array(storage.as_numpy(kind, type_.shape, type_.strides))
         else:
             self.states.append(memory)
         return memory
+
+    def has_written(self, tensor: Tensor) -> bool:
+        """Whether the step so far has changed the memory of a tensor from outside."""
+        memory = self.memories.get(id(tensor.storage))
+        return memory is not None and memory.whole is not memory.first
+
+    def meets_value(self, tensor: Tensor) -> None:
+        """Python asks for the numbers of a tensor."""
+        if is_recorded(tensor):  # which says so itself
+            return
+        if self.has_written(tensor):
+            raise TraceError(
+                f"{user_line()}: the value of a tensor was asked for after the compiled step "
+                "changed it, but nothing runs yet; return the tensor and look at it after the call"
+            )
+        if id(tensor.storage) not in self.born:
+            self.seen.value(tensor)
+
+    def meets_flag(self, tensor: Tensor) -> None:
+        """``requires_grad`` of a tensor is about to change."""
+        self.seen.flag(tensor)
+
+    def meets_replacement(self, tensor: Tensor) -> None:
+        """The memory of a tensor is about to be replaced."""
+        if not is_recorded(tensor):
+            raise TraceError(
+                f"{user_line()}: .data of a tensor from outside is assigned in a compiled step; "
+                "change its memory in place: x.copy_(...) under flame.no_grad()"
+            )
 
     def symbol_of(self, tensor: Tensor) -> Symbol:
         """What a tensor holds now."""

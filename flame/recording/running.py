@@ -12,8 +12,9 @@ from typing import Any
 
 from flame.autograd.engine import edge_of
 from flame.compiler.compilation import compile_graph
+from flame.core.errors import TraceError
 from flame.recording.differentiable import Backward, CompiledNode
-from flame.recording.step import Gradient, Recording, Source
+from flame.recording.step import Gradient, Recording, Source, undo
 from flame.recording.structure import filled
 from flame.runtime.storage import Storage
 from flame.tensor import Tensor
@@ -26,10 +27,11 @@ class Step:
         self.recording = recording
         state = recording.addresses()
         self.program = compile_graph(recording.graph, state)
-        numbered = [i for i, r in enumerate(recording.repeated) if r.numbers]
-        last = numbered[-1] + 1 if numbered else 0
-        self.before = [r.again for r in recording.repeated[:last]]
-        self.after = [r.again for r in recording.repeated[last:]]
+        self.repeated = recording.repeated
+        changed = {id(s) for s in recording.written_states}
+        changed |= {id(g.leaf.storage) for g in recording.gradients if g.leaf is not None}
+        self.own = frozenset(changed)  # ids of storages that no argument may share
+        self.reached = frozenset(id(m.storage) for m in recording.states)  # and no changed one
         self.numbers = [s for r in recording.repeated for s in r.numbers]
         self.gradients = _Gradients(recording.gradients, self.program.output_places)
 
@@ -40,27 +42,35 @@ class Step:
             leaf = gradient.leaf
             if gradient.was_read and leaf is not None and leaf._grad is not gradient.before:
                 return False
-        return r.modes.hold() and r.surroundings.hold() and r.holders.hold()
+        return r.modes.hold() and r.surroundings.hold() and r.holders.hold() and r.outside.hold()
 
     def first(self, tensors: Sequence[Tensor]) -> Any:
         """The step that was recorded, whose Python has already run."""
         numbers = [n for r in self.recording.repeated for n in r.first]
-        return self._run(tensors, numbers)
+        try:
+            return self._run(tensors, numbers)
+        except BaseException:
+            undo(self.repeated)
+            raise
 
     def again(self, tensors: Sequence[Tensor]) -> Any:
         """A later step. Raises Stale where Python's part is no longer what was recorded."""
         numbers: list[Any] = []
-        for action in self.before:
-            made = action()
-            if made.__class__ is tuple:
-                numbers += made
-        result = self._run(tensors, numbers)
-        for action in self.after:
-            action()
-        return result
+        done = 0
+        try:
+            for action in self.repeated:
+                made = action.again()
+                done += 1
+                if made.__class__ is tuple:
+                    numbers += made
+            return self._run(tensors, numbers)
+        except BaseException:
+            undo(self.repeated[:done])
+            raise
 
     def _run(self, tensors: Sequence[Tensor], numbers: list[Any]) -> Any:
         r, program = self.recording, self.program
+        self._check_apart(tensors)
         memory = self.gradients.release()
         results = [
             memory[i] if i in memory else Storage.allocate(nbytes)
@@ -77,12 +87,33 @@ class Step:
             tensors[i].storage.version += 1
         back = _Back(self, tensors, results)
         self.gradients.put(back)
+        if r.outside.flags:
+            r.outside.set_flags()
         if not r.sources:
             return r.result
         returned = [back.tensor(source) for source in r.sources]
         if r.backward is not None:
             self._attach(r.backward, back, returned, tensors, numbers)
         return filled(r.result, returned)
+
+    def _check_apart(self, tensors: Sequence[Tensor]) -> None:
+        """Raise TraceError where an argument shares memory with something that the step changes."""
+        own, written = self.own, self.recording.written_arguments
+        for number, tensor in enumerate(tensors):
+            if id(tensor.storage) in own:
+                raise TraceError(
+                    f"argument {number} of a compiled step, of shape {tensor.shape}, shares memory "
+                    "with a tensor that the step changes or gives a gradient, and reaches from "
+                    "outside; hand in a clone, or reach it from outside alone"
+                )
+        for number in written:
+            storage = tensors[number].storage
+            if id(storage) in self.reached or sum(t.storage is storage for t in tensors) > 1:
+                raise TraceError(
+                    f"argument {number} of a compiled step is changed in place, and shares memory "
+                    "with another argument or a tensor that the step reaches from outside; hand in "
+                    "a clone"
+                )
 
     def _attach(
         self,

@@ -8,7 +8,8 @@ outlives it.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,12 @@ from flame.core.types import TensorType
 from flame.graph import Graph, Symbol
 from flame.ops.op import interpreter, set_interpreter
 from flame.recording.differentiable import Backward, record_backward
-from flame.recording.guards import Holders, Modes, Surroundings
+from flame.recording.guards import Holders, Modes
 from flame.recording.memory import Memory, RecordedStorage, is_recorded
+from flame.recording.outside import Outside
 from flame.recording.recorder import Recorder, Repeated
 from flame.recording.structure import Place, replaced, tensors_in
+from flame.recording.surroundings import Surroundings
 from flame.tensor import Tensor
 
 
@@ -71,6 +74,7 @@ class Recording:
     holders: Holders
     modes: Modes
     surroundings: Surroundings
+    outside: Outside
 
     def addresses(self) -> dict[Symbol, int]:
         """Where the state lies."""
@@ -88,7 +92,8 @@ class _Session(Recorder):
         self.backward: Backward | None = None
 
     def meets(self, module: Any) -> None:
-        self.modes.meet(module)
+        if threading.get_ident() == self.thread:
+            self.modes.meet(module)
 
     def meets_gradient(self, tensor: Tensor, *, read: bool) -> None:
         if id(tensor) not in self.gradients:
@@ -109,20 +114,36 @@ def record(
     args, kwargs = _stand_ins((args, kwargs), inputs)
     set_interpreter(session)
     before, mode.recorder = mode.recorder, session
+    for module in surroundings.modules:
+        session.meets(module)
+    failed = True
     try:
         held = [function(*args, **kwargs)]
         del args, kwargs
         surroundings.check_unchanged()
+        session.seen.check(session)
         session.modes.check_unchanged("the compiled function", session.modes_set)
         session.modes.ignore(session.modes_set)
         if mode.enabled:
             session.backward = record_backward(session, tensors_in(held), inputs)
-        return _Finish(session, inputs, surroundings).recording(held)
+        recording = _Finish(session, inputs, surroundings).recording(held)
+        failed = False
+        return recording
     finally:
         mode.recorder = before
         set_interpreter(beneath)
+        if failed:
+            session.seen.restore()
+            undo(session.repeated)
         for tensor, gradient, _ in session.gradients.values():
             tensor._grad = gradient
+
+
+def undo(repeated: Sequence[Repeated]) -> None:
+    """Take back what Python did last, the latest first."""
+    for action in reversed(repeated):
+        if action.undo is not None:
+            action.undo()
 
 
 def _stand_ins(given: Any, inputs: list[Tensor]) -> Any:
@@ -174,6 +195,7 @@ class _Finish:
             self._holders(),
             session.modes,
             self.surroundings,
+            Outside(session.seen, [s for s in session.kept if id(s) in session.memories]),
         )
         self._check_nothing_is_kept()
         return recording

@@ -79,9 +79,34 @@ def each_step(step: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(step)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        interpreter().repeat(lambda: step(self, *args, **kwargs))
+        if not interpreter().recording:
+            step(self, *args, **kwargs)
+            return
+        before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        rates: list[float] = []
+
+        def action() -> None:
+            before[:], rates[:] = _snapshot(self), present_rates(self.optimizer)
+            step(self, *args, **kwargs)
+
+        def undo() -> None:
+            for namespace, values in before:
+                namespace.update(values)
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                set_rate(group, rate)
+
+        interpreter().repeat(action, undo=undo)
 
     return wrapper
+
+
+def _snapshot(scheduler: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """What a step may change of a schedule, its parts and its groups, as (namespace, values)."""
+    parts = [scheduler]
+    for part in parts:
+        parts += getattr(part, "_schedulers", ())
+    namespaces = [vars(part) for part in parts] + scheduler.optimizer.param_groups
+    return [(namespace, dict(namespace)) for namespace in namespaces]
 
 
 class LRScheduler:
