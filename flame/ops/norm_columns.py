@@ -8,6 +8,8 @@ written once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from flame.core.dtypes import DType
@@ -47,6 +49,111 @@ class _Columns:
 
     def parameter(self, t: Any) -> TensorType:
         return tensor_type(t.dtype, (self.channels,), t.strides)
+
+
+def lower_columns_backward(
+    rows: Rows, types: Types, outputs: tuple[TensorType, ...]
+) -> Lowering:
+    """As `norm_kernels.lower_batch_backward`; x, grad and dx lead ``rows``, in this order.
+
+    Sums over runs, then their totals, then dx: grad and x are read twice.
+    """
+    c = _Columns(rows, compute_dtype(type_of(types[1]).dtype))
+    kernels = (
+        _gradient_runs(c, types),
+        _gradient_totals(c, types, outputs),
+        _gradient(c, types, outputs),
+    )
+    run, each = (t.numel * c.compute.itemsize for t in (c.partial, c.each))
+    return Lowering(kernels, (run, run, each, each, each))
+
+
+class _Pass:
+    """A pass over blocks of channels of each run."""
+
+    def __init__(self, c: _Columns, k: KernelBuilder) -> None:
+        self.c, self.k = c, k
+        self.size, self.positions = k.size(c.channels), k.size(c.positions)
+        self.step = k.size(c.step)
+
+    @contextmanager
+    def runs(self, work: int) -> Iterator[tuple[Value, Value, Value, Value]]:
+        """(run, its first position, how many, channel)."""
+        blocks = -(-self.c.channels // COLUMNS)
+        with self.k.parallel(self.c.runs, blocks, work=self.c.step * COLUMNS * work) as (run, part):
+            begin, start = run * self.step, part * COLUMNS
+            count = values.binary("min", self.positions - begin, self.step)
+            extent = values.binary("min", self.size - start, const(COLUMNS))
+            with self.k.vector(extent, unroll_for(self.c.channels)) as lane:
+                yield run, begin, count, start + lane
+
+
+def _gradient_runs(c: _Columns, types: Types) -> BoundKernel:
+    """Temporaries 0 and 1: each run's sums of grad, and of grad times (x - mean)."""
+    k = KernelBuilder("batch_norm_backward_runs")
+    grad, x = (k.tensor("input", i, c.type_of(type_of(types[i]).dtype, 1 - i)) for i in range(2))
+    mean = k.tensor("input", 2, c.parameter(types[2]))
+    shifts, slopes = (k.tensor("temporary", i, c.partial) for i in range(2))
+    with _Pass(c, k).runs(work=2) as (run, begin, count, channel):
+        middle = k.register(cast(mean[channel], c.compute))
+        shift, slope = (k.register(0.0, c.compute) for _ in range(2))
+        with k.loop(count) as i:
+            g = cast(grad[begin + i, channel], c.compute)
+            k.accumulate(shift, "add", g)
+            centred = cast(x[begin + i, channel], c.compute) - values.read(middle)
+            k.accumulate(slope, "add", g * centred)
+        k.store_all([(shifts, (run, channel), values.read(shift)),
+                     (slopes, (run, channel), values.read(slope))])  # fmt: skip
+    return k.bind()
+
+
+def _gradient_totals(c: _Columns, types: Types, outputs: tuple[TensorType, ...]) -> BoundKernel:
+    """Outputs 1 and 2: dweight and dbias; temporaries 2 to 4: what `_gradient` needs."""
+    k = KernelBuilder("batch_norm_backward_totals")
+    shifts, slopes = (k.tensor("temporary", i, c.partial) for i in range(2))
+    averages, slants, scales = (k.tensor("temporary", i, c.each) for i in range(2, 5))
+    variance = k.tensor("input", 3, c.parameter(types[3]))
+    weight = None if types[4] is None else k.tensor("input", 4, c.parameter(types[4]))
+    found = [k.tensor("output", i, c.parameter(t)) for i, t in enumerate(outputs) if i]
+    eps = k.number(5, float)
+    size, runs = k.size(c.channels), k.size(c.runs)
+    whole = cast(k.size(c.positions), c.compute)
+    with k.parallel(-(-c.channels // COLUMNS), work=c.runs * COLUMNS) as (block,):
+        start = block * COLUMNS
+        extent = values.binary("min", size - start, const(COLUMNS))
+        with k.vector(extent, unroll_for(c.channels)) as lane:
+            channel = start + lane
+            shift, slope = (k.register(0.0, c.compute) for _ in range(2))
+            with k.loop(runs) as run:
+                k.accumulate(shift, "add", shifts[run, channel])
+                k.accumulate(slope, "add", slopes[run, channel])
+            scale = inverse_root(cast(variance[channel], c.compute), eps)
+            d_weight, d_bias = values.read(slope) * scale, values.read(shift)
+            outer = scale if weight is None else scale * cast(weight[channel], c.compute)
+            writes = [(averages, (channel,), d_bias / whole),
+                      (slants, (channel,), d_weight / whole * scale),
+                      (scales, (channel,), outer)]  # fmt: skip
+            writes += [(t, (channel,), v) for t, v in zip(found, (d_weight, d_bias), strict=False)]
+            k.store_all(writes)
+    return k.bind()
+
+
+def _gradient(c: _Columns, types: Types, outputs: tuple[TensorType, ...]) -> BoundKernel:
+    """Output 0: (grad - average - (x - mean) * slant) * scale."""
+    k = KernelBuilder("batch_norm_backward_scale")
+    grad, x = (k.tensor("input", i, c.type_of(type_of(types[i]).dtype, 1 - i)) for i in range(2))
+    mean = k.tensor("input", 2, c.parameter(types[2]))
+    averages, slants, scales = (k.tensor("temporary", i, c.each) for i in range(2, 5))
+    dx = k.tensor("output", 0, c.type_of(outputs[0].dtype, 2))
+    with _Pass(c, k).runs(work=1) as (_, begin, count, channel):
+        middle = k.register(cast(mean[channel], c.compute))
+        average, slant, scale = (k.register(t[channel]) for t in (averages, slants, scales))
+        with k.loop(count) as i:
+            place = (begin + i, channel)
+            centred = cast(x[place], c.compute) - values.read(middle)
+            inner = cast(grad[place], c.compute) - values.read(average)
+            k.store(dx, place, (inner - centred * values.read(slant)) * values.read(scale))
+    return k.bind()
 
 
 def lower_columns(rows: Rows, types: Types, outputs: tuple[TensorType, ...]) -> Lowering:

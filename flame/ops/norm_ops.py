@@ -341,6 +341,10 @@ def _lower_batch_backward(types: Types, outputs: tuple[TensorType, ...]) -> Lowe
     strides: list[Shape | None] = [form.strides(type_of(t)) for t in types[:2]]
     strides += [None if t is None else form.scale_strides(type_of(t)) for t in types[2:5]]
     strides += [None, form.strides(outputs[0]), *(form.scale_strides(o) for o in outputs[1:])]
+    leading = [strides[1], strides[0], strides[6]]  # x decides the order of the loops
+    rows = rows_of(form.sizes, form.rows, [s for s in leading if s is not None])
+    if norm_columns.fits(rows):
+        return norm_columns.lower_columns_backward(rows, types, outputs)
     return norm_kernels.lower_batch_backward(form.sizes, form.rows, types, outputs, strides)
 
 
