@@ -22,7 +22,6 @@ import flame.nn.functional  # noqa: F401 - declares every op
 from flame.compiler.program import Program
 from flame.compiler.schedule import Schedule, one_task_a_node
 from flame.compiler.schedule.fusion import fuse
-from flame.core import dtypes
 from flame.core.types import TensorType
 from flame.graph import Graph, Symbol
 from flame.runtime.storage import Storage
@@ -207,5 +206,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    _ = dtypes
     main()

@@ -12,9 +12,10 @@ from flame.compiler.schedule.fusion import fuse
 from flame.compiler.schedule.unfused import one_task_a_node
 from flame.core import dtypes
 from flame.core.dtypes import DType
+from flame.core.errors import IndexRangeError
 from flame.core.types import TensorType
 from flame.graph import Graph, Symbol, interpret
-from flame.testing.schedules import GraphBuilder, run_schedule
+from flame.testing.schedules import GraphBuilder, run_program, run_schedule
 
 pytestmark = pytest.mark.unit
 
@@ -220,3 +221,40 @@ def test_sums_over_rows_stand_beside_sums_along_them(dtype: DType, shape: tuple[
     d_weight = g("mean", g("mul", grad, x), dims=(0,), keepdim=False)
     d_bias = g("sum", grad, dims=(0,), keepdim=True)
     check(g.graph(dx, d_weight, d_bias), 1)
+
+
+@pytest.mark.parametrize("run", [run_schedule, run_program])
+def test_a_task_with_a_head_refuses_its_data_as_the_head_does(run: Any) -> None:
+    g = GraphBuilder()
+    table, index = g.input((10, 8)), g.input((4,), dtypes.int64)
+    made = g("tanh", g("embedding", table, index, padding=None, by_frequency=False))
+    schedule = fuse(g.graph(made))
+    assert len(schedule.tasks) == 1
+    with pytest.raises(IndexRangeError, match="index 10"):
+        run(schedule, [np.zeros((10, 8), np.float32), np.array([0, 3, 10, 1])])
+
+
+def test_nothing_is_fused_across_a_cycle() -> None:
+    """The second sum needs the product of the first: they are no siblings."""
+    g = GraphBuilder()
+    x, w = g.input((40, 30)), g.input((30, 30))
+    first = g("tanh", x)
+    through = g("matmul", first, w)
+    check(g.graph(g("add", g("exp", first), through), g("mul", first, 2.0)), 2)
+
+
+def test_updates_happen_in_place() -> None:
+    g = GraphBuilder()
+    p, grad = g.input((300, 50)), g.input((300, 50))
+    made = g("sub", p, g("mul", grad, 0.1))
+    (task,) = fuse(g.graph(updates=[(p, made)])).tasks
+    position = [x is p for x in task.inputs].index(True)
+    assert (0, position) in task.in_place
+
+
+def test_an_input_that_another_view_reads_is_not_overwritten() -> None:
+    g = GraphBuilder()
+    x = g.input((6, 6))
+    made = g("add", g("neg", x), g("permute", x, dims=(1, 0)))
+    (task,) = fuse(g.graph(made)).tasks
+    assert not task.in_place
