@@ -1,4 +1,4 @@
-"""How often an attribute of any module was set: what tells a compiled step to look at its guards."""
+"""How often an attribute of a module or tensor was set: so a compiled step knows when to look."""
 
 
 class _Changes:

@@ -223,7 +223,7 @@ class _Gradients:
             leaf = gradient.leaf
             if leaf is None:
                 leaf = back.tensors[gradient.argument]
-                if leaf._grad is not None and made is not None:
+                if gradient.was_read and leaf._grad is not None and made is not None:
                     made = leaf._grad + made
             leaf._grad = made
             if self.result[number] >= 0:

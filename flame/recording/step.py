@@ -165,7 +165,8 @@ class _Finish:
     def recording(self, held: list[Any]) -> Recording:
         session = self.session
         result = replaced(held.pop(), self._returned)  # and with this the recorded tensors go
-        gradients = [self._gradient(*entry) for entry in session.gradients.values()]
+        known = [self._gradient(*entry) for entry in session.gradients.values()]
+        gradients = [gradient for gradient in known if gradient is not None]
         kept = () if session.backward is None else session.backward.saved
         saved = tuple(self.outputs.setdefault(s, len(self.outputs)) for s in kept)
         arguments = tuple(_given(m) for m in session.arguments)
@@ -218,13 +219,13 @@ class _Finish:
         index = self.outputs.setdefault(symbol, len(self.outputs))
         return Source("result", index, offset, tensor.type)
 
-    def _gradient(self, tensor: Tensor, before: Tensor | None, was_read: bool) -> Gradient:
+    def _gradient(self, tensor: Tensor, before: Tensor | None, was_read: bool) -> Gradient | None:
         after = tensor._grad
         tensor._grad = before
-        place = None if after is None else self._source(after)
         argument = self.argument_of.get(id(tensor), -1)
         if argument < 0 and is_recorded(tensor):
-            place = None  # of a computed tensor that is gone
+            return None  # of a tensor that the step made, and that goes with it
+        place = None if after is None else self._source(after)
         return Gradient(None if argument >= 0 else tensor, argument, before, was_read, place)
 
     def _holders(self) -> Holders:

@@ -87,7 +87,12 @@ def each_step(step: Callable[..., None]) -> Callable[..., None]:
 
         def action() -> None:
             before[:], rates[:] = _snapshot(self), present_rates(self.optimizer)
-            step(self, *args, **kwargs)
+            try:
+                step(self, *args, **kwargs)
+            except BaseException:
+                for namespace, values in before:
+                    namespace.update(values)
+                raise
 
         def undo() -> None:
             for namespace, values in before:
