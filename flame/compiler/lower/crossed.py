@@ -7,12 +7,11 @@ cut depends on shapes alone.
 
 from __future__ import annotations
 
-from flame.compiler.lower.flow import tensor_of
 from flame.compiler.lower.rows import RowKernel, Write, finish_fold, total_of
 from flame.compiler.lower.scalars import Scalars
 from flame.compiler.lower.space import Space
 from flame.core.types import tensor_type
-from flame.graph import Node
+from flame.graph import Node, tensor_of
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Operand
 from flame.kernel.values import Value, cast, const

@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from flame.compiler.lower.atoms import Mismatch, joined
-from flame.compiler.lower.flow import tensor_of
 from flame.compiler.lower.operands import kernel_name
 from flame.compiler.lower.scalars import Scalars, inner_dtype, weight_of
 from flame.compiler.lower.space import Access, Space
 from flame.core import dtypes
 from flame.core.types import Shape, tensor_type
-from flame.graph import Node, Symbol
+from flame.graph import Node, Symbol, tensor_of
 from flame.graph import Operand as GraphOperand
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Operand, Ref

@@ -10,18 +10,11 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator
 
 from flame.compiler.schedule.task import owners_of
-from flame.core.types import TensorType, tensor_type
-from flame.graph import Graph, Node, Symbol
+from flame.core.types import tensor_type
+from flame.graph import Graph, Node, Symbol, tensor_of
 from flame.ops.views import ViewOp
 
 MEMORY_VIEWS = ("as_strided", "view_bits")  # their meaning depends on how the source lies in memory
-
-
-def tensor_of(symbol: object) -> TensorType:
-    """The type of what is known to be a tensor symbol."""
-    assert isinstance(symbol, Symbol)
-    assert isinstance(symbol.type, TensorType)
-    return symbol.type
 
 
 class Flow:

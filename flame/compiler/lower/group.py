@@ -17,14 +17,13 @@ from dataclasses import dataclass
 
 from flame.compiler.lower.atoms import Atom, Mismatch
 from flame.compiler.lower.crossed import can_cross, lower_crossed
-from flame.compiler.lower.flow import tensor_of
 from flame.compiler.lower.parts import lower_parts
 from flame.compiler.lower.passes import in_place_pairs, passes_of
 from flame.compiler.lower.pointwise import lower_pointwise
 from flame.compiler.lower.rows import lower_rows, rows_in
 from flame.compiler.lower.scalars import weight_of
 from flame.compiler.lower.space import Access, Space
-from flame.graph import Node
+from flame.graph import Node, tensor_of
 from flame.kernel.builder import Lowering
 from flame.ops.loops import broadcast_strides
 from flame.ops.reductions import Reduction

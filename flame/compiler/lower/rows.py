@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 
-from flame.compiler.lower.flow import tensor_of
 from flame.compiler.lower.operands import bind, kernel_name, numbers_of, strides_of
 from flame.compiler.lower.passes import Passes, passes_of
 from flame.compiler.lower.pointwise import unroll_of
 from flame.compiler.lower.scalars import Scalars, inner_dtype, weight_of
 from flame.compiler.lower.space import Access, Space
 from flame.core.dtypes import DType
-from flame.graph import Node, Symbol
+from flame.graph import Node, Symbol, tensor_of
 from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
 from flame.kernel.program import identity

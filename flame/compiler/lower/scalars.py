@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from flame.compiler.lower.flow import tensor_of
 from flame.compiler.lower.space import Access, Space
 from flame.core import dtypes
 from flame.core.dtypes import DType
 from flame.core.types import TensorType
-from flame.graph import Node, Symbol
+from flame.graph import Node, Symbol, tensor_of
 from flame.kernel import values
 from flame.kernel.values import Value, cast, const
 from flame.ops.conversion import converted, copy

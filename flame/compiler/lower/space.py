@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flame.compiler.lower.atoms import Atom, Atoms, Dims, Mismatch, flat, fresh, joined, unify
-from flame.compiler.lower.flow import Flow, tensor_of
+from flame.compiler.lower.flow import Flow
 from flame.core.types import Shape, TensorType, element_count
-from flame.graph import Node, Symbol
+from flame.graph import Node, Symbol, tensor_of
 from flame.ops.reductions import Reduction
 
 

@@ -18,7 +18,7 @@ from functools import partial
 
 from flame.compiler.lower.atoms import Mismatch
 from flame.compiler.lower.epilogue import can_be_head, head_inputs, lower_head
-from flame.compiler.lower.flow import Flow, tensor_of
+from flame.compiler.lower.flow import Flow
 from flame.compiler.lower.group import POINTWISE, Kind, kind_of, pairs_of
 from flame.compiler.lower.operands import kernel_name, task_inputs
 from flame.compiler.lower.space import Space, space_of
@@ -26,7 +26,7 @@ from flame.compiler.schedule.fusion_groups import Group, Groups
 from flame.compiler.schedule.task import Schedule, Task
 from flame.compiler.schedule.unfused import failure_of, task_of
 from flame.core.types import TensorType
-from flame.graph import Graph, Node, Symbol
+from flame.graph import Graph, Node, Symbol, tensor_of
 from flame.kernel.builder import Lowering
 from flame.ops.conversion import copy
 from flame.ops.elementwise import Elementwise
