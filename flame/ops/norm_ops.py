@@ -15,7 +15,7 @@ import numpy as np
 from flame.core.errors import DTypeError, ShapeError
 from flame.core.types import Shape, TensorType, like_strides, tensor_type
 from flame.kernel.builder import Lowering
-from flame.ops import norm_columns, norm_kernels
+from flame.ops import norm_columns, norm_groups, norm_kernels
 from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import broadcast_strides
 from flame.ops.op import Arg, Joint, Op, Sample, Types
@@ -217,6 +217,8 @@ def _declare(name: str, form_of: FormOf, samples: list[Any], *, centred: bool) -
         return tensor_type(x.dtype, x.shape, like_strides(x.shape, x), x.device)
 
     def lower(types: Types, outputs: tuple[TensorType, ...], *, rows: int) -> Lowering:
+        if form_of is group_form and norm_groups.fits(type_of(types[0])):
+            return norm_groups.lower_forward(types, outputs, groups=rows)
         form = form_of(type_of(types[0]), rows)
         strides = [form.strides(type_of(types[0]))]
         strides += [None if t is None else form.scale_strides(type_of(t)) for t in types[1:3]]  # type: ignore[misc]
@@ -228,7 +230,8 @@ def _declare(name: str, form_of: FormOf, samples: list[Any], *, centred: bool) -
     def infer_backward(types: Types, *, rows: int) -> Any:
         x, weight = type_of(types[1]), types[2]
         _check(f"{name}_backward", x, form_of(x, rows), weight)
-        dx = tensor_type(x.dtype, x.shape, None, x.device)
+        follows = form_of is group_form and norm_groups.fits(x)
+        dx = tensor_type(x.dtype, x.shape, like_strides(x.shape, x) if follows else None, x.device)
         if weight is None:
             return dx
         weight = type_of(weight)
@@ -236,6 +239,9 @@ def _declare(name: str, form_of: FormOf, samples: list[Any], *, centred: bool) -
         return (dx, dweight, dweight) if centred else (dx, dweight)
 
     def lower_backward(types: Types, outputs: tuple[TensorType, ...], *, rows: int) -> Lowering:
+        row_major = all(type_of(t).contiguous for t in types[:2])
+        if form_of is group_form and not row_major:
+            return norm_groups.lower_backward(types, outputs, groups=rows)
         if form_of is group_form:
             return norm_kernels.lower_group_backward(types, outputs, groups=rows)
         x = type_of(types[1])
@@ -244,13 +250,17 @@ def _declare(name: str, form_of: FormOf, samples: list[Any], *, centred: bool) -
             length *= size
         return norm_kernels.lower_layer_backward(types, outputs, length=length, centred=centred)
 
+    def reads(type_: TensorType) -> bool:
+        follows = form_of is group_form and norm_groups.fits(type_) and type_.dense
+        return type_.contiguous or follows
+
     def second(g: Any, grad: Any, x: Any, weight: Any, eps: float, rows: int) -> Any:
         form = form_of(x.type, rows)
         return (*second_order(g, grad, x, weight, eps, form, centred=centred), None)
 
     backward = Op(
         f"{name}_backward", inputs=("grad", "x", "weight", "eps"), infer=infer_backward,
-        lower=lower_backward, vjp=Joint(second), reads=lambda type_: type_.contiguous,
+        lower=lower_backward, vjp=Joint(second), reads=reads,
         reference=lambda grad, x, weight, eps, *, rows: _reference_backward(
             grad, x, weight, eps, form_of(x, rows), centred=centred
         ),

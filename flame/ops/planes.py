@@ -190,6 +190,7 @@ def _lower_max(
 ) -> Lowering:
     (x,) = types
     assert isinstance(x, TensorType)
+    by_channel = all(t.strides[1] == 1 and not t.contiguous for t in (x, *outputs))
     x, out, index = (spatial_view(t) for t in (x, *outputs))
     k = KernelBuilder("max_pool")
     source = k.tensor("input", 0, x)
@@ -200,8 +201,13 @@ def _lower_max(
     n, c, d, h, w = out.shape
     sizes = [cast(k.size(s), dtypes.int32) for s in x.shape[3:]]
     work = w * windows[0].taps * windows[1].taps * windows[2].taps
-    with k.parallel(n, c, d, h, work=work) as (i, j, od, oh), k.vector(k.size(w)) as ow:
-        _largest(k, source, (target, places), windows, sizes, (i, j, od, oh, ow))
+    if by_channel:
+        work = work // max(w, 1) * c
+        with k.parallel(n, d, h, w, work=work) as (i, od, oh, ow), k.vector(k.size(c)) as v:
+            _largest(k, source, (target, places), windows, sizes, (i, v, od, oh, ow))
+    else:
+        with k.parallel(n, c, d, h, work=work) as (i, j, od, oh), k.vector(k.size(w)) as v:
+            _largest(k, source, (target, places), windows, sizes, (i, j, od, oh, v))
     return Lowering((k.bind(),), constants=tuple(made))
 
 

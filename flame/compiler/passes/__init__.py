@@ -15,6 +15,7 @@ from flame.compiler.passes.canonicalize import canonicalize
 from flame.compiler.passes.cse import cse
 from flame.compiler.passes.dead import dead
 from flame.compiler.passes.fold import fold
+from flame.compiler.passes.layout import layout
 from flame.compiler.passes.order import order
 from flame.compiler.passes.products import products
 from flame.compiler.passes.readable import readable
@@ -26,9 +27,15 @@ from flame.graph import Graph
 
 Pass = Callable[[Graph], Graph]
 
+PREPARING: Final[tuple[Pass, ...]] = (
+    dead,  # the tape records much that nobody reads, and no pass should look at it
+    fold,
+    canonicalize,  # copies that copy nothing hide what a convolution reads
+    layout,  # before `assemble`, which writes in the layout that is wanted
+)
 # Repeated while they change anything.
 SIMPLIFYING: Final[tuple[Pass, ...]] = (
-    dead,  # first: the tape records much that nobody reads, and no pass should look at it
+    dead,
     fold,  # numbers, before the rules that look for 0, 1 and -1
     canonicalize,  # one form of everything, before equal nodes are looked for
     simplify,
@@ -44,12 +51,14 @@ FINISHING: Final[tuple[Pass, ...]] = (
     readable,  # adds copies, so after all that changes layouts
     order,  # last: it needs all nodes, and a schedule keeps the order
 )
-ALL: Final = tuple(dict.fromkeys((*SIMPLIFYING, *FINISHING)))
+ALL: Final = tuple(dict.fromkeys((*PREPARING, *SIMPLIFYING, *FINISHING)))
 ROUNDS: Final = 4
 
 
 def optimize(graph: Graph) -> Graph:
     """The graph after all passes: the same results, by fewer and better nodes."""
+    for step in PREPARING:
+        graph = run(step, graph)
     for _ in range(ROUNDS):
         before = graph.nodes
         for step in SIMPLIFYING:

@@ -24,6 +24,9 @@ ACTIVATIONS: Final = {
     "convolution_weight_gradient": (0, 1),
 }
 
+# Ops that write row-major memory of themselves, and any other as well.
+FOLLOWING: Final = frozenset({"cat", "resample", "max_pool"})
+
 
 def layout(graph: Graph) -> Graph:
     """The graph with activations of convolutions in channels-last memory."""
@@ -38,6 +41,13 @@ def channels_last(type_: TensorType) -> TensorType:
     steps = contiguous_strides((n, h, w, c))
     strides: Shape = (steps[0], steps[3], steps[1], steps[2])
     return tensor_type(type_.dtype, type_.shape, strides, type_.device)
+
+
+def _is_channels_last(type_: object) -> bool:
+    """Whether images lie channels-last and not row-major as well."""
+    if not isinstance(type_, TensorType) or type_.ndim != 4:
+        return False
+    return type_ is channels_last(type_) and not type_.contiguous
 
 
 def _turns(node: Node) -> bool:
@@ -92,11 +102,17 @@ class _Layout:
             rewriter.append(changed)
             return
         types = infer(node.op, changed.types, node.attributes)
+        if node.op.name in FOLLOWING and any(_is_channels_last(t) for t in changed.types):
+            types = tuple([channels_last(t) if t.ndim == 4 else t for t in types])
         rewriter.emit(
-            node.op, changed.inputs, node.attributes, like=node.outputs[0], line=node.line
+            node.op,
+            changed.inputs,
+            node.attributes,
+            like=node.outputs[0],
+            types=types,
+            line=node.line,
         )
         made = rewriter.nodes[-1].outputs
-        assert len(made) == len(types)
         for old, new in zip(node.outputs, made, strict=True):
             rewriter.replace(old, new)
 
@@ -107,7 +123,7 @@ class _Layout:
         if len(shape) != 4:
             return ()
         images = [t for t in types if t.shape == shape]
-        if not any(t is channels_last(t) and not t.contiguous for t in images):
+        if not any(_is_channels_last(t) for t in images):
             return ()
         return tuple(
             i
