@@ -37,7 +37,7 @@ class CompiledFunction:
         self.recordings = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if is_recording():
+        if is_recording() or mode.anomaly:  # which looks at every gradient
             return self.function(*args, **kwargs)
         tensors: list[Tensor] = []
         key = (

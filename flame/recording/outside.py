@@ -84,7 +84,7 @@ class Outside:
         first = {key: tracked for key, (_, tracked) in seen.flags.items()}
         known = [t for t, _ in seen.parts.values()] + [t for t, _ in seen.flags.values()]
         self.tensors = [
-            (weakref.ref(t), *_identity(t)[:-1], first.get(id(t), t.tracked))
+            (weakref.ref(t), (*_identity(t)[:-1], first.get(id(t), t.tracked)))
             for t in {id(t): t for t in known}.values()
         ]
         self.flags = [
@@ -105,11 +105,9 @@ class Outside:
         if changes.tensors == self.count:
             return True
         count = changes.tensors
-        for reference, *identity in self.tensors:
+        for reference, identity in self.tensors:
             known = reference()
-            if known is not None and any(
-                a is not b and a != b for a, b in zip(identity, _identity(known), strict=True)
-            ):
+            if known is not None and _identity(known) != identity:
                 return False
         self.count = count
         return True
@@ -128,8 +126,9 @@ def _parts(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    hooks = len(tensor.hooks or ()), len(tensor.after_hooks or ())
-    return tensor.storage, tensor.pointer, tensor.type, hooks, tensor.tracked
+    hooks, after = tensor.hooks, tensor.after_hooks
+    counts = len(hooks) if hooks else 0, len(after) if after else 0
+    return tensor.storage, tensor.pointer, tensor.type, counts, tensor.tracked
 
 
 def _bytes(tensor: Tensor) -> bytes:

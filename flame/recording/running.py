@@ -149,6 +149,9 @@ class _Back:
         if source.kind == "outside":
             assert source.tensor is not None
             return source.tensor
+        if source.kind == "part":
+            assert source.tensor is not None
+            return source.tensor.detach()
         assert source.type is not None
         if source.kind == "result":
             storage, offset = self.memory(source.index)
@@ -223,6 +226,9 @@ class _Gradients:
             leaf = gradient.leaf
             if leaf is None:
                 leaf = back.tensors[gradient.argument]
+                if made is not None and not leaf.is_leaf:
+                    leaf.backward(made)  # on into the history that it came with
+                    continue
                 if gradient.was_read and leaf._grad is not None and made is not None:
                     made = leaf._grad + made
             leaf._grad = made

@@ -23,7 +23,7 @@ from flame.recording.guards import Holders, Modes
 from flame.recording.memory import Memory, RecordedStorage, is_recorded
 from flame.recording.outside import Outside
 from flame.recording.recorder import Recorder, Repeated
-from flame.recording.structure import Place, replaced, tensors_in
+from flame.recording.structure import Place, objects_in, outline, replaced, tensors_in
 from flame.recording.surroundings import Surroundings
 from flame.tensor import Tensor
 
@@ -32,7 +32,8 @@ from flame.tensor import Tensor
 class Source:
     """Where a tensor that comes back lies: ``offset`` bytes into memory number ``index`` of a kind.
 
-    kind: "result" (of the graph), "argument", or "outside" (the tensor itself, of ``tensor``).
+    kind: "result" (of the graph), "argument", "outside" (``tensor`` itself), or "part" (of memory
+    from outside, as ``tensor`` shows it).
     """
 
     kind: str
@@ -109,9 +110,10 @@ def record(
     """
     beneath = interpreter()
     session = _Session(beneath)
-    surroundings = Surroundings(function)
+    surroundings = Surroundings(function, objects_in((args, kwargs)))
     inputs = [session.argument(t) for t in tensors]
-    args, kwargs = _stand_ins((args, kwargs), inputs)
+    args, kwargs = given = _stand_ins((args, kwargs), inputs)
+    outlines = outline(given)
     set_interpreter(session)
     before, mode.recorder = mode.recorder, session
     for module in surroundings.modules:
@@ -119,7 +121,12 @@ def record(
     failed = True
     try:
         held = [function(*args, **kwargs)]
-        del args, kwargs
+        if outline(given) != outlines:
+            raise TraceError(
+                "the step changes a list or dict among its arguments; a compiled step runs Python "
+                "only when it is recorded, so later calls would not. Return the values"
+            )
+        del args, kwargs, given
         surroundings.check_unchanged()
         session.seen.check(session)
         session.modes.check_unchanged("the compiled function", session.modes_set)
@@ -213,8 +220,9 @@ class _Finish:
         if memory in session.arguments:
             return Source("argument", session.arguments.index(memory), offset, tensor.type)
         if not is_recorded(tensor) and memory.given is not None:
-            plain = tensor if tensor.base is None and tensor.node is None else tensor.detach()
-            return Source("outside", 0, 0, None, plain)
+            if tensor.base is None and tensor.node is None:
+                return Source("outside", 0, 0, None, tensor)
+            return Source("part", 0, 0, None, tensor.detach())
         symbol = session._whole(memory)
         index = self.outputs.setdefault(symbol, len(self.outputs))
         return Source("result", index, offset, tensor.type)

@@ -5,7 +5,7 @@ Invariant: two values of equal signature differ in their tensors' contents alone
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flame.core.errors import DTypeError
@@ -21,6 +21,8 @@ def signature(value: Any, tensors: list[Tensor]) -> Any:
         tensors.append(value)
         return (value.type, True) if value.requires_grad else value.type
     if kind in _PLAIN:
+        if kind is float and (value == 0.0 or value != value):
+            return kind, repr(value)  # 0.0 and -0.0 are equal, and nan is not even itself
         return kind, value
     if kind is tuple or kind is list or isinstance(value, (tuple, list)):
         return kind, tuple([signature(x, tensors) for x in value])
@@ -56,6 +58,26 @@ def tensors_in(value: Any) -> list[Tensor]:
     found: list[Tensor] = []
     replaced(value, found.append)
     return found
+
+
+def outline(value: Any) -> Any:
+    """The lengths and keys of nested containers."""
+    if isinstance(value, (tuple, list)):
+        return [outline(x) for x in value]
+    if isinstance(value, dict):
+        return [(key, outline(x)) for key, x in value.items()]
+    return None
+
+
+def objects_in(value: Any) -> Iterator[Any]:
+    """What a structure holds that is neither a tensor nor plain."""
+    if isinstance(value, (tuple, list)):
+        for each in value:
+            yield from objects_in(each)
+    elif isinstance(value, dict):
+        yield from objects_in(list(value.values()))
+    elif not isinstance(value, Tensor) and type(value) not in _PLAIN:
+        yield value
 
 
 class Place:

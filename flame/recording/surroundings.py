@@ -8,10 +8,11 @@ each call; what lies deeper is not.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from flame.core.errors import TraceError
@@ -26,7 +27,7 @@ _MISSING = object()
 class Surroundings:
     """What a function reaches. ``modules``: those among it, whose attributes `Modes` compares."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], arguments: Iterable[Any] = ()) -> None:
         self.function = function
         self.cells: list[tuple[str, Any, Any]] = []
         self.globals: list[tuple[dict[str, Any], str, Any]] = []
@@ -37,6 +38,8 @@ class Surroundings:
         self._names: set[str] = set()
         found: list[tuple[str, Any]] = []
         self._scan(function, 0, found)
+        for argument in arguments:
+            self._value("an argument", argument, 0, found)
         for name, value in found:
             self.objects.append((name, value, self._attributes(value)))
 
@@ -81,8 +84,16 @@ class Surroundings:
 
     def _scan(self, function: Any, depth: int, found: list[tuple[str, Any]]) -> None:
         """Free variables and globals of a function, and of those that it names."""
-        plain = _plain_function(function)
-        if plain is None or id(plain) in self._seen or depth > _DEEPEST:
+        if isinstance(function, functools.partial):
+            for value in (*function.args, *function.keywords.values()):
+                self._value("partial", value, depth, found)
+            function = function.func
+        elif not isinstance(function, (types.FunctionType, types.MethodType)):
+            function = getattr(function, "__call__", None)  # noqa: B004 - of an object
+        plain = getattr(function, "__func__", function)
+        if not isinstance(plain, types.FunctionType):
+            return
+        if id(plain) in self._seen or depth > _DEEPEST:
             return
         self._seen.add(id(plain))
         known: list[tuple[str, Any]] = []

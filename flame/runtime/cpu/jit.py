@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any, Protocol
 
 from flame.core.errors import CompileError
+from flame.runtime.cpu import amx
 from flame.runtime.cpu.cache import FORMAT_VERSION, DiskCache, Entry, default_directory
 from flame.runtime.cpu.emission import compile_threads, emit, new_machine, over_machines
 
@@ -66,9 +67,9 @@ class Compiler:
         layout, triple = self._machine.target_data, self._machine.triple
         self._target = f'target datalayout = "{layout}" target triple = "{triple}" '
         # What decides the machine code of a text.
-        self.identity = "\n".join(
-            (str(FORMAT_VERSION), self.version, self.cpu_name, self.cpu_features, self._target)
-        )
+        # `amx.status` also asks for the matrix unit, which kernels from disk use without asking.
+        parts = (self.version, self.cpu_name, self.cpu_features, self._target, amx.status())
+        self.identity = "\n".join((str(FORMAT_VERSION), *parts))
         self._linker: Any = binding.create_lljit_compiler(self._machine)
         _keep_forever(self._linker)
         self._addresses: dict[tuple[str, tuple[str, ...], bool], tuple[int, ...]] = {}

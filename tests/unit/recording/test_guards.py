@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 import types
@@ -137,6 +138,68 @@ def test_arrays_that_are_changed_by_numpy() -> None:
     )
 
 
+def test_objects_among_the_arguments() -> None:
+    class Options:
+        alpha = 0.5
+
+    options, model = Options(), nn.Linear(3, 3)
+    options.alpha = 0.7
+
+    def function(x: Any, options: Any, model: Any) -> Any:
+        return model(x).detach() * options.alpha
+
+    change = functools.partial(setattr, options, "alpha", 2.0)
+    assert_follows(function, [change, lambda: model.eval()], array(3), options, model)
+
+
+def test_partial_functions_and_objects_that_are_called() -> None:
+    options = types.SimpleNamespace(alpha=0.5)
+
+    class Scales:
+        def __init__(self) -> None:
+            self.factor = 2.0
+
+        def __call__(self, x: Any) -> Any:
+            return x * self.factor
+
+    scales = Scales()
+    assert_follows(scales, [lambda: setattr(scales, "factor", 3.0)], array(3))
+    partial = functools.partial(lambda options, x: x * options.alpha, options)
+    assert_follows(partial, [lambda: setattr(options, "alpha", 3.0)], array(3))
+
+    @flame.no_grad()
+    def decorated(x: Any) -> Any:
+        return x + options.alpha
+
+    assert_follows(decorated, [lambda: setattr(options, "alpha", 4.0)], array(3))
+
+
+def test_lists_among_the_arguments_are_not_changed() -> None:
+    losses: list[Any] = []
+
+    @flame.compile
+    def step(x: Any, losses: list[Any]) -> Any:
+        losses.append(1.0)
+        return x
+
+    with pytest.raises(TraceError, match="among its arguments"):
+        step(array(3), losses)
+    assert losses == []
+
+
+def test_numbers_that_are_equal_and_not_the_same() -> None:
+    divide = flame.compile(lambda x, y: x / (flame.zeros(2) + y))
+    one = flame.ones(2)
+    assert divide(one, 0.0).tolist() == [np.inf] * 2
+    assert divide(one, 0).tolist() == [np.inf] * 2
+    sign = flame.compile(lambda x, y: flame.copysign(x, y))
+    assert sign(one, 0.0).tolist() == [1.0, 1.0]
+    assert sign(one, -0.0).tolist() == [-1.0, -1.0]
+    for _ in range(3):
+        assert np.isnan(divide(one, float("nan")).numpy()).all()
+    assert divide.recordings == 3
+
+
 # --- values of tensors ----------------------------------------------------------------------------
 
 
@@ -250,6 +313,38 @@ def test_results_that_are_views_of_each_other_and_of_state() -> None:
         assert whole is state
         assert part.tolist() == [i + 1.0] * 3
         assert part.storage is state.storage
+
+
+def test_parts_of_parameters_that_are_returned() -> None:
+    model = nn.Linear(3, 3)
+    compiled = flame.compile(lambda x: (model.weight[0], model.weight, model.weight.t() * x))
+    for _ in range(2):
+        row, weight, product = compiled(flame.ones(3))
+        assert weight is model.weight
+        (row.sum() * 2 + product.sum()).backward()
+        expected = np.ones((3, 3), np.float32)
+        expected[0] += 2
+        np.testing.assert_allclose(model.weight.grad.numpy(), expected)
+        model.zero_grad()
+
+
+def test_arguments_with_a_history() -> None:
+    """A backward pass in the step goes on into the history that an argument came with."""
+    gradients = []
+    for compiling in (False, True):
+        first, second = array(3, 3, seed=1).requires_grad_(), array(3, seed=2).requires_grad_()
+
+        def step(x: Any, second: Any = second) -> Any:
+            loss = (x * second).square().sum()
+            loss.backward()
+            return loss.detach()
+
+        call = flame.compile(step) if compiling else step
+        for i in range(3):
+            call((array(2, 3, seed=i) @ first).tanh())
+        gradients.append([first.grad.numpy().copy(), second.grad.numpy().copy()])
+    for found, expected in zip(*gradients, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_memory_met_through_a_part_first() -> None:
