@@ -10,6 +10,7 @@ import functools
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -173,4 +174,7 @@ def plain_text(value: Any) -> str:
         array = np.ascontiguousarray(value)
         digest = hashlib.sha256(array.tobytes()).hexdigest()
         return f"array {array.dtype}{array.shape} {digest}"
+    if is_dataclass(value) and type(value).__module__.startswith("flame."):
+        parts = {f.name: getattr(value, f.name) for f in fields(value)}
+        return f"{plain_text(type(value))} {plain_text(parts)}"
     raise _NoTextError(f"{type(value).__name__} {value!r} has no text")

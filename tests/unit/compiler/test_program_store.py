@@ -22,6 +22,7 @@ from flame.core.errors import IndexRangeError
 from flame.graph import Graph, Node, Symbol, interpret
 from flame.ops.op import OPS
 from flame.ops.pointwise import pointwise
+from flame.recording.step import record
 from flame.runtime.cpu import jit
 from flame.testing.programs import GraphWriter, ProgramRunner, random_graph, random_values
 
@@ -161,6 +162,21 @@ def test_what_has_no_text_has_no_key() -> None:
     (node,) = graph.nodes
     odd = replace(node, attributes={"function": object()})
     assert program_key(replace(graph, nodes=(odd,))) is None
+
+
+def test_attributes_of_our_own_classes_are_told_apart() -> None:
+    def key(mode: str, size: int) -> str | None:
+        given = flame.zeros(1, 1, 4, 4)
+        recording = record(
+            lambda x: flame.nn.functional.interpolate(x, size=(size, size), mode=mode),
+            (given,), {}, [given],
+        )  # fmt: skip
+        return program_key(recording.graph)
+
+    found = [key("nearest", 8), key("bilinear", 8), key("nearest", 6)]
+    assert None not in found
+    assert len(set(found)) == 3
+    assert key("nearest", 8) == found[0]
 
 
 _SCRIPT = """
