@@ -11,6 +11,7 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self, overload
 
+from flame.core.changes import changes
 from flame.core.errors import ArgumentError, IndexRangeError
 from flame.nn.module import Module
 
@@ -179,6 +180,7 @@ class ModuleDict(Module):
         self.register_module(key, module)
 
     def __delitem__(self, key: str) -> None:
+        changes.count += 1
         del self._modules[key]
 
     def __len__(self) -> int:
@@ -192,10 +194,12 @@ class ModuleDict(Module):
 
     def clear(self) -> None:
         """Remove all modules."""
+        changes.count += 1
         self._modules.clear()
 
     def pop(self, key: str) -> Module:
         """Remove the module named `key` and return it."""
+        changes.count += 1
         return self._modules.pop(key)  # type: ignore[return-value]
 
     def keys(self) -> Iterable[str]:

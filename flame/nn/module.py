@@ -423,6 +423,7 @@ def _members_with(module: Module, name: str) -> dict[str, Any] | None:
 
 def _claim(module: Module, kind: str, name: str) -> Any:
     """The dictionary for `kind`, after `name` was checked and taken away from the other kinds."""
+    changes.count += 1
     if kind not in module.__dict__:
         raise StateError(
             f"{type(module).__name__}: call super().__init__() before assigning {name!r}"

@@ -62,11 +62,13 @@ class Modes:
 
     def __init__(self) -> None:
         self.known: dict[int, tuple[Any, dict[str, Any]]] = {}
+        self.children: list[tuple[Any, tuple[Any, ...]]] = []
         self.count = -1
 
     def meet(self, module: Any) -> None:
         if id(module) not in self.known:
             self.known[id(module)] = (module, attributes_of(module))
+            self.children.append((module, _children(module)))
 
     def check_unchanged(self, line: str, allowed: set[int]) -> None:
         for module, before in self.known.values():
@@ -81,6 +83,22 @@ class Modes:
                         "buffer that is changed in place"
                     )
 
+        parent = self._changed_parent()
+        if parent is not None:
+            raise TraceError(
+                f"{line}: the step gives a {type(parent).__name__} other modules; a compiled step "
+                "runs Python only when it is recorded. Make them before the first call"
+            )
+
+    def _changed_parent(self) -> Any:
+        """A module that has other modules inside than when it was met, or None."""
+        for module, children in self.children:
+            now = _children(module)
+            pairs = zip(now, children, strict=False)
+            if len(now) != len(children) or any(a is not b for a, b in pairs):
+                return module
+        return None
+
     def ignore(self, allowed: set[int]) -> None:
         """The mode of these modules is set by the step itself."""
         for key in allowed & self.known.keys():
@@ -93,11 +111,17 @@ class Modes:
             namespace = vars(module)
             if any(not same(namespace.get(n, _MISSING), v) for n, v in before.items()):
                 return False
+        if self._changed_parent() is not None:
+            return False
         self.count = changes.count
         return True
 
 
 _MISSING = object()
+
+
+def _children(module: Any) -> tuple[Any, ...]:
+    return tuple(vars(module).get("_modules", {}).values())
 
 
 def attributes_of(module: Any) -> dict[str, Any]:

@@ -39,8 +39,7 @@ class Step:
         """Whether nothing that the recording depends on has changed."""
         r = self.recording
         for gradient in r.gradients:
-            leaf = gradient.leaf
-            if gradient.was_read and leaf is not None and leaf._grad is not gradient.before:
+            if not gradient.holds():
                 return False
         return r.modes.hold() and r.surroundings.hold() and r.holders.hold() and r.outside.hold()
 

@@ -47,7 +47,8 @@ class Source:
 class Gradient:
     """What a step does with the ``grad`` of a leaf. ``leaf`` is None for argument ``argument``.
 
-    ``before``: what it was, and had to be where it was read; ``after``: None, or where it lies.
+    ``before``: what it was, and has to be where it was read; ``after``: None, or where it lies.
+    ``kind``: where it was looked at and its numbers were not read, its type is all that counts.
     """
 
     leaf: Tensor | None
@@ -55,6 +56,16 @@ class Gradient:
     before: Tensor | None
     was_read: bool
     after: Source | None
+    kind: TensorType | None = None
+
+    def holds(self) -> bool:
+        """Whether the gradient that was read is still there, or another like it."""
+        if not self.was_read or self.leaf is None:
+            return True
+        now = self.leaf._grad
+        if self.kind is not None:
+            return now is not None and now.type is self.kind
+        return now is self.before
 
 
 @dataclass
@@ -234,7 +245,11 @@ class _Finish:
         if argument < 0 and is_recorded(tensor):
             return None  # of a tensor that the step made, and that goes with it
         place = None if after is None else self._source(after)
-        return Gradient(None if argument >= 0 else tensor, argument, before, was_read, place)
+        kind: TensorType | None = None
+        if before is not None and id(before.storage) not in self.session.memories:
+            kind = before.type
+            before = None
+        return Gradient(None if argument >= 0 else tensor, argument, before, was_read, place, kind)
 
     def _holders(self) -> Holders:
         session = self.session

@@ -58,12 +58,12 @@ class Surroundings:
                 found = attributes.get(name, _MISSING)
                 if found is not value and not same(found, value):
                     return False
-        return all(contents(c) == held for _, c, held in self.containers)
+        return all(_holds(container, held) for _, container, held in self.containers)
 
     def check_unchanged(self) -> None:
         """Raise TraceError where the function changed Python data: it would do so only once."""
         for name, container, held in self.containers:
-            if contents(container) != held:
+            if not _holds(container, held):
                 raise self._changed(name, f"{name!r}, a {type(container).__name__}")
         for name, object_, before in self.objects:
             now = self._attributes(object_)
@@ -112,11 +112,8 @@ class Surroundings:
                 known.append((name, space[name]))
         owner = getattr(function, "__self__", None)
         if owner is not None:
+            self._methods(owner, depth, found)
             self._value("self", owner, depth, found)
-            for name in sorted(names):
-                method = getattr(type(owner), name, None)
-                if isinstance(method, types.FunctionType) and not _is_ours(method):
-                    self._scan(method, depth + 1, found)
         for name, value in known:
             self._value(name, value, depth, found)
 
@@ -137,17 +134,34 @@ class Surroundings:
             self._inside(name, value, depth, found)
             if not _is_ours(type(value)):
                 self._scan(value.forward, depth + 1, found)
-        elif not any(_is_ours(kind) for kind in type(value).__mro__) and depth <= _DEEPEST:
+        elif not _is_ours(type(value)) and not hasattr(value, "get_last_lr"):  # no schedule
             self._seen.add(id(value))
             found.append((name, value))
-            self._inside(name, value, depth, found)
+            self._methods(value, depth, found)
+            if any(_is_ours(kind) for kind in type(value).__mro__):
+                self._own_optimizer(name, value)
+            else:
+                self._inside(name, value, depth, found)
+
+    def _own_optimizer(self, name: str, value: Any) -> None:
+        """One whose step is the user's Python, which runs once: so its options must not change."""
+        if hasattr(value, "param_groups") and not _is_ours(type(value).step):
+            for i, group in enumerate(value.param_groups):
+                self.containers.append((f"{name}.param_groups[{i}]", group, contents(group)))
+
+    def _methods(self, owner: Any, depth: int, found: list[tuple[str, Any]]) -> None:
+        """The methods of an object that the source so far names."""
+        for name in sorted(self._names):
+            method = getattr(type(owner), name, None)
+            if isinstance(method, types.FunctionType) and not _is_ours(method):
+                self._scan(method, depth + 1, found)
 
     def _inside(self, name: str, value: Any, depth: int, found: list[tuple[str, Any]]) -> None:
-        """The attributes of an object."""
+        """The attributes of an object that the source so far names."""
         if depth >= _DEEPEST:
             return
         for key, each in list(vars(value).items()):
-            if not isinstance(each, (types.FunctionType, types.MethodType)):
+            if key in self._names and not isinstance(each, (types.FunctionType, types.MethodType)):
                 self._value(f"{name}.{key}", each, depth + 1, found)
 
     def _attributes(self, object_: Any) -> dict[str, Any]:
@@ -156,12 +170,24 @@ class Surroundings:
 
 
 def contents(container: Any) -> Any:
-    """What can be compared later: the identities of a small container's entries, or its size."""
+    """What can be compared later: the entries of a small container, or the size of a large one."""
     if len(container) > _FEW:
         return len(container)
+    return list(container.items() if isinstance(container, dict) else container)
+
+
+def _holds(container: Any, held: Any) -> bool:
+    """Whether a container has the same entries, or the same size, as when it was looked at."""
+    if held.__class__ is int:
+        return len(container) == held
+    if len(container) != len(held):
+        return False
     if isinstance(container, dict):
-        return [(id(k), id(v)) for k, v in container.items()]
-    return [id(x) for x in container]
+        pairs = zip(container.items(), held, strict=True)
+        return all(a == c and (b is d or same(b, d)) for (a, b), (c, d) in pairs)
+    if isinstance(container, set):
+        return all(x in container for x in held)
+    return all(a is b or same(a, b) for a, b in zip(container, held, strict=True))
 
 
 def _names_of(code: types.CodeType) -> Iterator[str]:

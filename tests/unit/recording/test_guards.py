@@ -174,6 +174,86 @@ def test_partial_functions_and_objects_that_are_called() -> None:
     assert_follows(decorated, [lambda: setattr(options, "alpha", 4.0)], array(3))
 
 
+def test_modules_inside_of_modules() -> None:
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(3, 3), nn.Tanh()), "b": nn.ReLU()})
+
+    def function(x: Any) -> Any:
+        for each in model.values():
+            x = each(x)
+        return x.detach()
+
+    def pop() -> None:
+        model.pop("b")
+
+    assert_follows(function, [lambda: model["a"].append(nn.Sigmoid()), pop], array(3))
+
+    @flame.compile
+    def grows(x: Any) -> Any:
+        model["c"] = nn.Tanh()
+        return model["c"](x)
+
+    with pytest.raises(TraceError, match="other modules"):
+        grows(array(3))
+
+
+def test_an_optimizer_whose_step_is_python() -> None:
+    class Descent(optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": 0.1})
+            self.calls = 0
+
+        def step(self, closure: Any = None) -> None:
+            with flame.no_grad():
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        p.sub_(p.grad * group["lr"])
+
+    class Counting(Descent):
+        def step(self, closure: Any = None) -> None:
+            self.calls += 1
+            super().step(closure)
+
+    weight = array(3).requires_grad_()
+    optimizer, counting = Descent([weight]), Counting([weight])
+
+    def step(x: Any) -> Any:
+        optimizer.zero_grad()
+        (weight * x).sum().backward()
+        optimizer.step()
+        return weight.detach().clone()
+
+    @flame.compile
+    def counted(x: Any) -> None:
+        (weight * x).sum().backward()
+        counting.step()
+
+    compiled = flame.compile(step)
+    for rate in (0.1, 0.5):
+        optimizer.param_groups[0]["lr"] = rate
+        for i in range(2):
+            x, before = array(3, seed=i), weight.numpy(force=True).copy()
+            np.testing.assert_allclose(compiled(x).numpy(), before - rate * x.numpy(), 1e-5)
+    assert compiled.recordings == 2
+    with pytest.raises(TraceError, match=r"'calls' of 'counting', a Counting"):
+        counted(array(3))
+
+
+def test_gradients_that_are_zeroed_and_not_forgotten() -> None:
+    weight = array(3).requires_grad_()
+    optimizer = optim.SGD([weight], lr=0.0)
+
+    @flame.compile
+    def step(x: Any) -> None:
+        optimizer.zero_grad(set_to_none=False)
+        (weight * x).sum().backward()
+
+    for i in range(5):
+        x = array(3, seed=i)
+        step(x)
+        np.testing.assert_allclose(weight.grad.numpy(), x.numpy())
+    assert step.recordings == 2  # without gradients, and with
+
+
 def test_lists_among_the_arguments_are_not_changed() -> None:
     losses: list[Any] = []
 
