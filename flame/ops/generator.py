@@ -42,9 +42,23 @@ class Generator:
             raise DTypeError(f"a seed is an integer, got {type(seed).__name__}")
         if not -(2**63) <= seed < _WORD:
             raise ArgumentError(f"a seed has at most 64 bits, got {seed}")
-        with self._lock:
-            self._seed, self._offset = int(seed) % _WORD, 0
+        self._go_to(int(seed) % _WORD, 0)
         return self
+
+    def _go_to(self, seed: int, offset: int) -> None:
+        """Go on from a place; so does each step that is compiled."""
+        before = [(0, 0)]
+
+        def go() -> None:
+            with self._lock:
+                before[0] = self._seed, self._offset
+                self._seed, self._offset = seed, offset
+
+        def back() -> None:
+            with self._lock:
+                self._seed, self._offset = before[0]
+
+        interpreter().repeat(go, undo=back)
 
     def initial_seed(self) -> int:
         """The seed of the last `manual_seed` (0 before it)."""
@@ -52,12 +66,14 @@ class Generator:
 
     def seed(self) -> int:
         """Start again under a seed from the operating system, which is returned."""
+        interpreter().refuse("a seed of the operating system")
         made = int.from_bytes(os.urandom(8), "little")
         self.manual_seed(made)
         return made
 
     def get_state(self) -> Tensor:
         """The state as a uint8 tensor of 16 elements, for `set_state`."""
+        interpreter().refuse("the state of a generator")
         import numpy as np
 
         with self._lock:
@@ -71,8 +87,7 @@ class Generator:
                 f"a generator's state is a uint8 tensor of shape ({_STATE.size},), got "
                 f"{new_state.dtype.name} {new_state.shape}"
             )
-        with self._lock:
-            self._seed, self._offset = _STATE.unpack(new_state.numpy().tobytes())
+        self._go_to(*_STATE.unpack(new_state.numpy().tobytes()))
         return self
 
     def reserve(self, blocks: int) -> tuple[int, int]:

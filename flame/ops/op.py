@@ -213,6 +213,9 @@ class Interpreter:
         """
         return action()
 
+    def refuse(self, what: str) -> None:
+        """``what`` was asked for, which differs from step to step; a recorder raises TraceError."""
+
     def made(self, tensor: Any) -> None:
         """A tensor was made from Python data."""
 

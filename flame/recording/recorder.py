@@ -193,6 +193,13 @@ class Recorder(Eager):
         stand_ins: Any = tuple([stand_in(s, n) for s, n in zip(symbols, made, strict=True)])
         return stand_ins  # type: ignore[no-any-return]
 
+    def refuse(self, what: str) -> None:
+        if threading.get_ident() == self.thread:
+            raise TraceError(
+                f"{user_line()}: {what} was asked for, which changes from step to step; a compiled "
+                "step would keep that of now. Ask outside of the step"
+            )
+
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Inside, operations run at once, on tensors that the step itself does not compute."""

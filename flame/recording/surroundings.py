@@ -134,18 +134,22 @@ class Surroundings:
             self._inside(name, value, depth, found)
             if not _is_ours(type(value)):
                 self._scan(value.forward, depth + 1, found)
-        elif not _is_ours(type(value)) and not hasattr(value, "get_last_lr"):  # no schedule
+        elif _is_ours(type(value)):
+            self._optimizer(name, value)
+        elif not hasattr(value, "get_last_lr"):  # no schedule
             self._seen.add(id(value))
             found.append((name, value))
             self._methods(value, depth, found)
             if any(_is_ours(kind) for kind in type(value).__mro__):
-                self._own_optimizer(name, value)
+                self._optimizer(name, value)
             else:
                 self._inside(name, value, depth, found)
 
-    def _own_optimizer(self, name: str, value: Any) -> None:
-        """One whose step is the user's Python, which runs once: so its options must not change."""
-        if hasattr(value, "param_groups") and not _is_ours(type(value).step):
+    def _optimizer(self, name: str, value: Any) -> None:
+        """One whose options the user's Python reads, which runs once: they must not change."""
+        if not hasattr(value, "param_groups"):
+            return
+        if "param_groups" in self._names or not _is_ours(type(value).step):
             for i, group in enumerate(value.param_groups):
                 self.containers.append((f"{name}.param_groups[{i}]", group, contents(group)))
 

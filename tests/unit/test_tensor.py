@@ -507,3 +507,20 @@ def test_array_namespace() -> None:
         "sort", "sqrt", "squeeze", "stack", "sum", "take_along_dim", "tensordot", "where", "zeros",
     ):  # fmt: skip
         assert hasattr(space, name), name
+
+
+def test_in_place_from_memory_that_overlaps() -> None:
+    """The operand is copied first, and its copy may be laid out in another way than it was."""
+    for start in (0, 1):
+        whole = flame.arange(24.0).reshape(4, 6)
+        expected = whole.numpy().copy()
+        part, view = whole[1:3, ::2], expected[1:3, ::2]
+        part[:1] = part[start : start + 1]
+        view[:1] = view[start : start + 1].copy()
+        part[:1] += 100
+        view[:1] += 100
+        part.t().copy_(part.t().flip(0))
+        view.T[...] = view.T[::-1].copy()
+        whole[:, :4].add_(whole[:, 2:])
+        expected[:, :4] += expected[:, 2:].copy()
+        assert whole.tolist() == expected.tolist()

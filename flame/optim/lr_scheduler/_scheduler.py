@@ -154,6 +154,7 @@ class LRScheduler:
 
     def get_last_lr(self) -> list[float]:
         """The rate of each group that the last step set."""
+        interpreter().refuse("the rate of a schedule")
         return list(self._last_lr)
 
     def get_lr(self) -> list[float]:

@@ -238,6 +238,56 @@ def test_an_optimizer_whose_step_is_python() -> None:
         counted(array(3))
 
 
+def test_rates_that_the_step_reads_or_sets() -> None:
+    weight = array(3).requires_grad_()
+    optimizer = optim.SGD([weight], lr=0.1)
+    schedule = lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    def reads(x: Any) -> Any:
+        return x * optimizer.param_groups[0]["lr"]
+
+    def sets(x: Any) -> None:
+        weight.grad = x
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * 0.9
+        optimizer.step()
+
+    def logs(x: Any) -> Any:
+        schedule.step()
+        return {"rate": schedule.get_last_lr()[0]}
+
+    def logs_the_group(x: Any) -> Any:
+        schedule.step()
+        return {"rate": optimizer.param_groups[0]["lr"]}
+
+    assert_follows(reads, [schedule.step], array(3))
+    for function, words in ((sets, "changes 'optimizer"), (logs, "rate of a schedule"),
+                            (logs_the_group, "changes 'optimizer")):  # fmt: skip
+        with pytest.raises(TraceError, match=rf"test_guards\.py:\d+: .*{words}"):
+            flame.compile(function)(array(3))
+
+
+def test_seeds_that_the_step_sets() -> None:
+    state = flame.get_rng_state()
+
+    def step(x: Any) -> Any:
+        first = flame.rand(3)
+        flame.manual_seed(5)
+        second = flame.rand(3)
+        flame.set_rng_state(state)
+        return flame.stack([first, second, flame.rand(3)])
+
+    compiled = flame.compile(step)
+    for call in (0, 1, 2):
+        flame.manual_seed(call)
+        expected = step(array(3))
+        flame.manual_seed(call)
+        np.testing.assert_array_equal(compiled(array(3)).numpy(), expected.numpy())
+    assert compiled.recordings == 1
+    with pytest.raises(TraceError, match="state of a generator"):
+        flame.compile(lambda x: x + flame.get_rng_state().sum())(array(3))
+
+
 def test_gradients_that_are_zeroed_and_not_forgotten() -> None:
     weight = array(3).requires_grad_()
     optimizer = optim.SGD([weight], lr=0.0)

@@ -527,3 +527,80 @@ def test_python_numbers_as_arguments() -> None:
 
     choices = [(0.5, 2, False), (2.0, 2, False), (0.5, 3, True), (0.5, 2, False)]
     both(setup, calls=4, recordings=3, arguments=lambda i: (array(8, 6, seed=i), *choices[i]))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Lion"])
+def test_optimizers_are_the_same_bits(name: str) -> None:
+    """Nothing is summed in another order here, so nothing may differ."""
+    weights = []
+    for compiling in (False, True):
+        weight = array(37, 5).requires_grad_()
+        optimizer = getattr(optim, name)([weight], lr=0.01, weight_decay=0.1)
+
+        def step(gradient: Any, weight: Any = weight, optimizer: Any = optimizer) -> None:
+            weight.grad = gradient
+            optimizer.step()
+
+        call = flame.compile(step) if compiling else step
+        for i in range(5):
+            gradient = array(37, 5, seed=i)
+            call(gradient)
+            assert weight.grad is gradient
+        weights.append(weight.numpy(force=True).copy())
+    np.testing.assert_array_equal(*weights)
+
+
+def test_custom_functions_retained_gradients_and_hooks() -> None:
+    class Clipped(flame.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, bound: float) -> Any:
+            ctx.save_for_backward(x)
+            ctx.bound = bound
+            return x.clamp(-bound, bound)
+
+        @staticmethod
+        def backward(ctx: Any, g: Any) -> Any:
+            (x,) = ctx.saved_tensors
+            return g * (x.abs() < 2 * ctx.bound), None
+
+    def setup() -> Any:
+        model = nn.Linear(6, 3)
+        model.weight.register_hook(lambda g: g.clamp(-0.1, 0.1))
+        optimizer = optim.SGD(model.parameters(), lr=0.1)
+
+        def step(x: Any, y: Any) -> Any:
+            optimizer.zero_grad()
+            hidden = model(x)
+            hidden.retain_grad()
+            out = Clipped.apply(hidden, 0.5)
+            out.register_hook(lambda g: g * 0.5)
+            loss = functional.mse_loss(out, y)
+            loss.backward()
+            optimizer.step()
+            return loss, hidden.grad
+
+        return tensors_of(model), step
+
+    both(setup)
+
+
+def test_second_derivatives_by_products() -> None:
+    """A product with the Hessian, by differentiating twice inside of the step."""
+
+    def setup() -> Any:
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        parameters = list(model.parameters())
+
+        def step(x: Any, y: Any) -> Any:
+            loss = functional.mse_loss(model(x), y)
+            grads = flame.autograd.grad(loss, parameters, create_graph=True)
+            total = sum((g * g.detach()).sum() for g in grads)
+            products = flame.autograd.grad(total, parameters)
+            with flame.no_grad():
+                for p, h in zip(parameters, products, strict=True):
+                    p.sub_(h, alpha=0.1)
+            return loss, products
+
+        return parameters, step
+
+    both(setup)
