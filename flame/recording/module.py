@@ -16,7 +16,11 @@ def compiled_module(module: Any) -> Any:
     kind = type(module)
     if issubclass(kind, _Compiled):
         return module
-    namespace = {"_compiled_call": CompiledFunction(module.__call__), "__doc__": kind.__doc__}
+    namespace = {
+        "_compiled_call": CompiledFunction(module.__call__),
+        "_uncompiled": (module,),  # in a tuple, or it would look like a part of the module
+        "__doc__": kind.__doc__,
+    }
     made: Any = object.__new__(type(f"Compiled{kind.__name__}", (_Compiled, kind), namespace))
     object.__setattr__(made, "__dict__", vars(module))
     return made
@@ -26,9 +30,14 @@ class _Compiled:
     """What a compiled module adds to its class."""
 
     _compiled_call: CompiledFunction
+    _uncompiled: tuple[Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return type(self)._compiled_call(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies, and what is unpickled, are compiled modules of their own."""
+        return compiled_module, type(self)._uncompiled
 
     @property
     def compiled(self) -> CompiledFunction:

@@ -19,6 +19,7 @@ from flame.core.types import TensorType
 from flame.graph import Graph, Symbol
 from flame.ops.op import interpreter, set_interpreter
 from flame.recording.differentiable import Backward, record_backward
+from flame.recording.gone import close
 from flame.recording.guards import Holders, Modes
 from flame.recording.memory import Memory, RecordedStorage, is_recorded
 from flame.recording.outside import Outside
@@ -153,6 +154,7 @@ def record(
         if failed:
             session.seen.restore()
             undo(session.repeated)
+            close(list(session.recorded))
         for tensor, gradient, _ in session.gradients.values():
             tensor._grad = gradient
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
+import pickle
 import threading
 import types
 import warnings
@@ -194,6 +196,20 @@ def test_modules_inside_of_modules() -> None:
 
     with pytest.raises(TraceError, match="other modules"):
         grows(array(3))
+
+
+def test_copies_of_compiled_modules_are_their_own() -> None:
+    model = flame.compile(nn.Linear(3, 3))
+    x = array(3)
+    first = model(x).detach()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin).__name__ == "CompiledLinear"
+        assert twin.recordings == 0
+        np.testing.assert_array_equal(twin(x).numpy(force=True), first.numpy())
+        with flame.no_grad():
+            twin.bias.add_(1)
+        np.testing.assert_allclose(twin(x).numpy(force=True), first.numpy() + 1, rtol=1e-6)
+        np.testing.assert_array_equal(model(x).numpy(force=True), first.numpy())
 
 
 def test_an_optimizer_whose_step_is_python() -> None:
@@ -593,6 +609,34 @@ def test_flags_are_as_before_after_a_failure() -> None:
     with pytest.raises(TraceError):
         step(array(3))
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_tensors_of_a_failed_recording_raise() -> None:
+    kept: list[Any] = []
+
+    @flame.compile
+    def step(x: Any) -> Any:
+        y = x * 2
+        kept.extend([y, y[0], x])
+        return float(y.sum())
+
+    with pytest.raises(TraceError):
+        step(array(3))
+    for tensor in kept:
+        for use in (lambda t: t + 1, lambda t: t.numpy(), lambda t: t.shape, lambda t: t[0]):
+            with pytest.raises(TraceError, match="recording failed"):
+                use(tensor)
+        assert "failed" in repr(tensor)
+    kept.clear()
+
+
+def test_generator_functions_are_refused() -> None:
+    @flame.compile
+    def parts(x: Any) -> Any:
+        yield x * 2
+
+    with pytest.raises(TraceError, match="kept after it"):
+        parts(array(3))
 
 
 # --- threads and memory ---------------------------------------------------------------------------
