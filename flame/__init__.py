@@ -35,6 +35,7 @@ from flame.core.dtypes import float64 as double
 from flame.core.dtypes import int16 as short
 from flame.core.dtypes import int32 as int
 from flame.core.dtypes import int64 as long
+from flame.core.precision import get_float32_matmul_precision
 from flame.creation import (
     as_tensor,
     asarray,
@@ -44,7 +45,7 @@ from flame.creation import (
     scalar_tensor,
     tensor,
 )
-from flame.eager import Eager
+from flame.eager import Eager, set_float32_matmul_precision
 from flame.ops.activations import *
 from flame.ops.arithmetic import *
 from flame.ops.attention import *

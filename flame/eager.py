@@ -17,10 +17,11 @@ from flame.autograd.mode import mode, no_grad
 from flame.autograd.node import Edge, Node, OpNode
 from flame.compiler.pipeline import make_plan
 from flame.compiler.plan import Plan, Step
-from flame.core.errors import DTypeError, GradientError, ShapeError
+from flame.core.errors import DTypeError, GradientError, ShapeError, StateError
+from flame.core.precision import choose_float32_matmul_precision
 from flame.core.types import TensorType
 from flame.kernel.values import Value
-from flame.ops.op import Interpreter, Op, Types
+from flame.ops.op import Interpreter, Op, Types, interpreter
 from flame.runtime import cpu
 from flame.runtime.storage import Storage
 from flame.tensor import Tensor, from_array
@@ -396,3 +397,20 @@ class SliceNode(Node):
     def release(self) -> None:
         if self.inner is not None:
             self.inner.release()
+
+
+def set_float32_matmul_precision(precision: str) -> None:
+    """How exactly processors with a matrix unit for bfloat16 multiply float32 matrices.
+
+    "highest" (the default): as exactly as float32 multiplications and additions. "high": two
+    bfloat16 parts of each number count, 16 binary digits. "medium": one, 8 digits. Sums are in
+    float32 always. Other processors, and small products, are exact in any case. Raises
+    ArgumentError for another name, StateError inside a function that is being compiled.
+    """
+    current = interpreter()
+    if not isinstance(current, Eager):
+        raise StateError(
+            "set_float32_matmul_precision: call it outside of functions that are being compiled"
+        )
+    choose_float32_matmul_precision(precision)
+    current.plans.clear()

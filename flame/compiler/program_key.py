@@ -21,12 +21,14 @@ from flame.core import dtypes
 from flame.core.dtypes import DType
 from flame.core.errors import FlameError
 from flame.core.log import log
+from flame.core.precision import get_float32_matmul_precision
 from flame.core.types import TensorType
 from flame.graph import Graph, Node, Symbol
 from flame.kernel import values
 from flame.kernel.values import Value
 from flame.ops.elementwise import Elementwise, compute_dtype
 from flame.ops.op import OPS, Op
+from flame.runtime.cpu import amx
 from flame.runtime.cpu.pool import get_num_threads
 
 FORMAT: Final = 1
@@ -56,6 +58,7 @@ def program_key(graph: Graph, *options: object) -> str | None:
         return None
     lines += [
         f"format {FORMAT}, threads {get_num_threads()}, {dtypes.get_default_dtype()}",
+        f"products {get_float32_matmul_precision()}, amx {amx.status()}",
         source,
         compiler().identity,
     ]

@@ -26,6 +26,7 @@ from flame.kernel.program import (
     Loop,
     LoopKind,
     Matrix,
+    SplitProduct,
     Statement,
     Store,
     Target,
@@ -296,6 +297,16 @@ class KernelBuilder:
     def transpose(self, rows: Value, columns: Value, source: Matrix, target: Matrix) -> None:
         """target[j, i] = source[i, j]; both of one dtype of 4 or 8 bytes, outside vector loops."""
         self._emit(Transpose(rows, columns, source, target))
+
+    def split_product(
+        self, steps: Value, a: Matrix, b: Matrix, c: Matrix, add: Value,
+        opening: tuple[Value, Value], products: int,
+    ) -> None:  # fmt: skip
+        """A product of packed panels by the matrix unit, outside vector loops; `SplitProduct`.
+
+        ``opening``: whether to make the unit ready before, and to release it afterwards.
+        """
+        self._emit(SplitProduct(steps, a, b, c, add, *opening, products))
 
     # --- result -----------------------------------------------------------------------------------
 

@@ -10,6 +10,8 @@ Grammar:
                 before any is written | if(condition) { statement* } | gemm(...)
                    one matrix product by the vendor's library | transpose(...)
                           one matrix turned, elements of 4 or 8 bytes
+                | split_product(...)
+                          products of packed panels by the processor's matrix unit
 
 Invariant: the one parallel loop is the outermost statement; its iterations touch disjoint memory,
 so they may run in any order and on any thread.
@@ -131,7 +133,34 @@ class Transpose:
     target: Matrix
 
 
-Statement = Loop | Declare | Assign | Accumulate | Store | If | Gemm | Transpose
+SPLIT_PARTS: Final = {6: 3, 3: 2, 1: 1}  # products of parts -> parts of a number
+
+
+@dataclass(frozen=True, eq=False)
+class SplitProduct:
+    """c (32, 32) = a @ b, or c += a @ b, of float32; by the processor's matrix unit.
+
+    Numbers stand as sums of `SPLIT_PARTS`[products] bfloat16 parts, the largest first; ``products``
+    of parts count, those of the largest ones: 6 of 3 parts are as exact as float32.
+
+    ``a``, ``b`` (uint32): panels (steps, 2, parts, 16, 16) of 32 rows or columns. A step is 32
+    elements of the depth; an element of it holds those of depth j (low half) and 16 + j (high
+    half), as a[s, t, part, row, j] for row 16 t + row, as b[s, t, part, j, column] for column
+    16 t + column. The unit has to be ready: it is, from a statement that says to ``open`` it up
+    to one that says to ``close`` it; a statement with no steps does nothing else.
+    """
+
+    steps: Value
+    a: Matrix
+    b: Matrix
+    c: Matrix
+    add: Value  # bool
+    open: Value  # bool
+    close: Value  # bool
+    products: int
+
+
+Statement = Loop | Declare | Assign | Accumulate | Store | If | Gemm | Transpose | SplitProduct
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +225,12 @@ def _lines(statement: Statement, pad: str) -> Iterator[str]:
         case Transpose(rows, columns, source, target):
             operand = [f"{x.buffer.name}[{x.offset!r}; {x.row_stride!r}]" for x in (target, source)]
             yield f"{pad}transpose ({rows!r}, {columns!r}) {operand[0]} = {operand[1]}"
+        case SplitProduct(steps, a, b, c, add, opens, closes, products):
+            operand = [f"{x.buffer.name}[{x.offset!r}]" for x in (c, a, b)]
+            yield (
+                f"{pad}split_product {products} ({steps!r}, {opens!r}, {closes!r}) {operand[0]} = "
+                f"{operand[1]} @ {operand[2]} + {add!r} * {operand[0]}"
+            )
 
 
 ZERO: Final = const(0)

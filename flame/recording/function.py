@@ -17,6 +17,7 @@ from flame.autograd.mode import mode
 from flame.core import dtypes
 from flame.core.errors import ArgumentError, FlameWarning, StateError
 from flame.core.log import log
+from flame.core.precision import get_float32_matmul_precision
 from flame.ops.op import Stale, interpreter
 from flame.recording.running import Step
 from flame.recording.step import record, undo
@@ -45,6 +46,7 @@ class CompiledFunction:
             signature(kwargs, tensors) if kwargs else None,
             mode.enabled,
             dtypes.get_default_dtype(),
+            get_float32_matmul_precision(),
         )
         for step in tuple(self.steps.get(key, ())):
             if step.holds():

@@ -26,6 +26,7 @@ from flame.kernel.program import (
     Kernel,
     Loop,
     LoopKind,
+    SplitProduct,
     Statement,
     Store,
     Transpose,
@@ -33,10 +34,12 @@ from flame.kernel.program import (
 )
 from flame.kernel.values import Buffer, Register, Value
 from flame.render import llvm_instructions as instructions
+from flame.render.llvm_amx import split_product_function
 from flame.render.llvm_analysis import (
     combines,
     computed_dtypes,
     gemms,
+    split_products,
     stores,
     transposes,
     walk,
@@ -113,6 +116,7 @@ class _Renderer(MemoryAccess):
             {s.buffer for s in stores(kernel.body)}
             | {g.c.buffer for g in gemms(kernel.body)}
             | {t.target.buffer for t in transposes(kernel.body)}
+            | {s.c.buffer for s in split_products(kernel.body)}
         )
 
     # --- text -------------------------------------------------------------------------------------
@@ -214,6 +218,8 @@ class _Renderer(MemoryAccess):
                     self._gemm(statement)
                 case Transpose():
                     self._transpose(statement)
+                case SplitProduct():
+                    self._split_product(statement)
 
     def _set(self, register: Register, name: str, lanes: int) -> None:
         self.registers[register] = (name, lanes)
@@ -525,6 +531,15 @@ class _Renderer(MemoryAccess):
         rows, columns = self.value(t.rows, 1), self.value(t.columns, 1)
         self.emit_void(f"call void {name}({', '.join(matrices)}, i64 {rows}, i64 {columns})")
         self._forget(lambda uses: t.target.buffer in uses.buffers)
+
+    def _split_product(self, s: SplitProduct) -> None:
+        name, text = split_product_function(s.products)
+        self.functions[name] = text
+        pieces = [f"ptr {self.address(x.buffer, x.offset, None)}" for x in (s.a, s.b, s.c)]
+        pieces.append(f"i64 {self.value(s.steps, 1)}")
+        pieces += [f"i1 {self.value(x, 1)}" for x in (s.add, s.open, s.close)]
+        self.emit_void(f"call void {name}({', '.join(pieces)})")
+        self._forget(lambda uses: s.c.buffer in uses.buffers)
 
 
 def _phi(

@@ -13,6 +13,7 @@ from flame.kernel.program import (
     Gemm,
     If,
     Loop,
+    SplitProduct,
     Statement,
     Store,
     Target,
@@ -40,6 +41,10 @@ def gemms(loop: Loop) -> Iterator[Gemm]:
 
 def transposes(loop: Loop) -> Iterator[Transpose]:
     return (s for s in walk(loop.body) if isinstance(s, Transpose))
+
+
+def split_products(loop: Loop) -> Iterator[SplitProduct]:
+    return (s for s in walk(loop.body) if isinstance(s, SplitProduct))
 
 
 def written_registers(body: Iterable[Statement]) -> Iterator[Register]:

@@ -33,6 +33,7 @@ from flame.kernel.program import (
     If,
     Kernel,
     Loop,
+    SplitProduct,
     Statement,
     Store,
     Target,
@@ -268,7 +269,7 @@ def _touched(kernel: Kernel) -> Iterator[Buffer]:
                     yield t.buffer
                     for value in (t.index, t.value, t.where):
                         yield from loads(value)
-            elif isinstance(statement, Gemm):
+            elif isinstance(statement, (Gemm, SplitProduct)):
                 yield from (m.buffer for m in (statement.a, statement.b, statement.c))
             elif isinstance(statement, Transpose):
                 yield from (statement.source.buffer, statement.target.buffer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 
 from flame.core.errors import DeviceError
-from flame.runtime.cpu import blas, memory
+from flame.runtime.cpu import amx, blas, memory
 from flame.runtime.cpu.allocator import ALLOCATOR, readable
 from flame.runtime.cpu.jit import compiler
 from flame.runtime.cpu.pool import get_num_threads
@@ -44,6 +44,7 @@ def info() -> dict[str, str]:
     return {
         "cpu": f"{built.cpu_name} ({platform.machine()})",
         "cpu features": " ".join(name for name in _NOTABLE if name in present) or "none of note",
+        "matrix unit": f"not used: {reason}" if (reason := amx.status()) else "AMX",
         "threads": str(get_num_threads()),
         "memory available": "unknown" if available is None else readable(available),
         "memory held": readable(ALLOCATOR.statistics().reserved),

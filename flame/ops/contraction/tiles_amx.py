@@ -1,0 +1,239 @@
+"""The kernel of a float32 product by the processor's matrix unit, which multiplies bfloat16.
+
+Both factors are split into bfloat16 parts as they are packed (`splitting`); six products of three
+parts are as exact as float32. Panels with infinite or huge numbers, or with NaN, are multiplied by
+the vector units from the factors themselves. Invariant: panels are 32 wide and chunks of the depth
+depend on the depth alone, so results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from flame.core import dtypes
+from flame.core.dtypes import DType
+from flame.core.precision import get_float32_matmul_precision
+from flame.core.types import Shape
+from flame.kernel import values
+from flame.kernel.builder import BoundKernel, KernelBuilder
+from flame.kernel.program import SPLIT_PARTS, Matrix
+from flame.kernel.values import Value, const, fma, read
+from flame.ops.contraction.factors import Factor, first_of, flat_of, open_both, panel_bounds
+from flame.ops.contraction.fusion import Epilogue
+from flame.ops.contraction.splitting import SIDE, Depth, Packer
+from flame.runtime.cpu import amx
+
+CHUNK = 256  # depth that is summed by the matrix unit at once
+TALL, BROAD = 16, 32  # panels of rows and of columns that one iteration takes at most
+SMALL = 1 << 18  # products that are worth a thread
+# Nanoseconds, as measured: of a product of parts in a step of a block of 32 x 32 sums, of a chunk
+# of the block, of its epilogue; of packing a number; of a product of numbers by the vector units.
+PART_TIME, CHUNK_TIME, LAST_TIME, PACK_TIME, VECTOR_TIME = 25.0, 450.0, 200.0, 0.4, 2 / 160
+PRODUCTS = {"highest": 6, "high": 3, "medium": 1}
+BLOCK = SIDE * SIDE
+
+
+def products_for(a: Factor, b: Factor, m: int, n: int, depth: int) -> int:
+    """Products of parts that make up one; 0 where the vector units are to multiply."""
+    kinds = {a.type.dtype, b.type.dtype}
+    if not kinds <= {dtypes.float32, dtypes.float16, dtypes.bfloat16}:
+        return 0
+    if m < SIDE or n < SIDE or depth < SIDE:
+        return 0
+    products = PRODUCTS[get_float32_matmul_precision()]
+    if a.prologue is None and b.prologue is None:
+        if kinds == {dtypes.bfloat16}:
+            products = 1
+        elif kinds == {dtypes.float16}:
+            products = min(products, 3)
+    return products if pays(Cut(m, n, depth, TALL, BROAD), products) and amx.available() else 0
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A problem (m, n, depth), and the panels of rows and of columns that one iteration takes."""
+
+    m: int
+    n: int
+    depth: int
+    tall: int
+    broad: int
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.m // SIDE)
+
+    @property
+    def panels(self) -> int:
+        return -(-self.n // SIDE)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.depth // CHUNK)
+
+    @property
+    def chunk(self) -> int:
+        """Depth of all chunks but the last one, a multiple of a step."""
+        return -(-self.depth // (self.chunks * SIDE)) * SIDE
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        return -(-self.tiles // self.tall), -(-self.panels // self.broad)
+
+
+def pays(cut: Cut, products: int) -> bool:
+    """Whether the matrix unit is faster than the vector units."""
+    steps = -(-cut.depth // SIDE)
+    blocks = cut.tiles * cut.panels
+    multiplied = blocks * (steps * products * PART_TIME + cut.chunks * CHUNK_TIME + LAST_TIME)
+    copies = cut.tiles * cut.blocks[1] + cut.panels * cut.blocks[0]
+    packed = copies * SIDE * cut.depth * PACK_TIME
+    return multiplied + packed < cut.m * cut.n * cut.depth * VECTOR_TIME
+
+
+def cut_for(m: int, n: int, depth: int, batch: int, threads: int) -> Cut:
+    """Blocks as large as caches allow, but enough of them for all threads."""
+    made = Cut(m, n, depth, 1, 1)
+    tall = -(-made.tiles // -(-made.tiles // TALL))
+    broad = -(-made.panels // -(-made.panels // BROAD))
+    wanted = min(2 * threads if threads > 1 else 1, max(1, m * n * depth * batch // SMALL))
+    made = Cut(m, n, depth, tall, broad)
+    while batch * made.blocks[0] * made.blocks[1] < wanted and tall * broad > 1:
+        if tall >= broad:
+            tall = -(-tall // 2)
+        else:
+            broad = -(-broad // 2)
+        made = Cut(m, n, depth, tall, broad)
+    return made
+
+
+class SplitKernel:
+    """Builds the kernel for one problem whose sizes are all at least 32."""
+
+    def __init__(
+        self, rows: Factor, columns: Factor, batch: Shape, cut: Cut, epilogue: Epilogue,
+        products: int,
+    ) -> None:  # fmt: skip
+        self.batch, self.cut, self.epilogue, self.products = batch, cut, epilogue, products
+        self.dtype: DType = dtypes.float32
+        self.k = k = KernelBuilder("split_product")
+        self.rows, self.columns = open_both(k, rows, columns, self.dtype)
+        epilogue.declare(k)
+        parts = SPLIT_PARTS[products]
+        self.pack_rows = Packer(k, self.rows, parts, rows=True, depth=cut.depth)
+        self.pack_columns = Packer(k, self.columns, parts, rows=False, depth=cut.depth)
+        self.panel_size = _power_of_two(cut.chunk // SIDE) * self.pack_rows.step_size
+        self.tall = _power_of_two(cut.tall)
+        broad = _power_of_two(cut.broad) if cut.chunks > 1 else 1
+        self.row_panels = k.scratch(dtypes.uint32, (self.tall, self.panel_size))
+        self.column_panel = k.scratch(dtypes.uint32, (self.panel_size,))
+        self.sums = k.scratch(self.dtype, (broad, self.tall, SIDE, SIDE))
+        self.skipped = k.local(self.dtype, (self.tall,))
+        self.m, self.n, self.depth = k.size(cut.m), k.size(cut.n), k.size(cut.depth)
+        self.last_row = panel_bounds(k, cut.m, SIDE)[1]
+        self.last_column = panel_bounds(k, cut.n, SIDE)[1]
+
+    def kernel(self) -> BoundKernel:
+        k, cut = self.k, self.cut
+        work = cut.tall * cut.broad * cut.depth * SIDE
+        with k.parallel(*self.batch, *cut.blocks, work=work) as (*index, row_block, column_block):
+            tile, tiles = self._part(row_block, cut.tall, cut.tiles)
+            panel, panels = self._part(column_block, cut.broad, cut.panels)
+            with k.loop(k.size(cut.chunks)) as chunk:
+                begin = chunk * k.size(cut.chunk)
+                length = self.depth
+                if cut.chunks > 1:
+                    length = values.binary("min", self.depth - begin, k.size(cut.chunk))
+                steps = values.binary("udiv", length + (SIDE - 1), const(SIDE))
+                depth = Depth(begin, length, steps)
+                with k.loop(tiles) as i:
+                    first = first_of(tile + i, SIDE, self.last_row)
+                    at = self.row_panels.at((i, const(0)))
+                    skip = self.pack_rows.pack(index, depth, first, self.row_panels, at)
+                    k.store(self.skipped, (i,), skip)
+                with k.loop(panels) as j:
+                    self._panel(index, depth, (tile, tiles), panel + j, j)
+        return k.bind()
+
+    def _part(self, block: Value, size: int, total: int) -> tuple[Value, Value]:
+        """(first, count) of a block's panels."""
+        k = self.k
+        if size >= total:
+            return const(0), k.size(total)
+        first = block * k.size(size)
+        if total % size == 0:
+            return first, k.size(size)
+        return first, values.binary("min", k.size(total) - first, k.size(size))
+
+    def _panel(
+        self, index: Sequence[Value], depth: Depth, tiles: tuple[Value, Value], panel: Value,
+        j: Value,
+    ) -> None:  # fmt: skip
+        """A chunk's products of one panel of columns with all panels of rows."""
+        k, (tile, count) = self.k, tiles
+        column = first_of(panel, SIDE, self.last_column)
+        skip = k.register(self.pack_columns.pack(index, depth, column, self.column_panel, const(0)))
+        place = j if self.cut.chunks > 1 else const(0)
+        start = self.sums.at((place, const(0), const(0), const(0)))
+        with k.loop(count) as i:
+            row = first_of(tile + i, SIDE, self.last_row)
+            at = start + i * BLOCK
+            bad = (read(skip) + self.skipped[i]) > 0
+            k.split_product(
+                values.select(bad, const(0), depth.steps),
+                Matrix(self.row_panels.buffer, self.row_panels.at((i, const(0))), const(0)),
+                Matrix(self.column_panel.buffer, const(0), const(0)),
+                Matrix(self.sums.buffer, at, const(SIDE)),
+                depth.begin > 0,
+                (values.compare("eq", i, const(0)), values.compare("eq", i, count - 1)),
+                self.products,
+            )
+            with k.when(bad):
+                self._by_vectors(index, depth, (row, column), at)
+            with self._last(depth):
+                self._finish(index, (tile + i, row), (panel, column), at)
+
+    def _last(self, depth: Depth) -> AbstractContextManager[None]:
+        """What runs with the last chunk of the depth only."""
+        if self.cut.chunks == 1:
+            return nullcontext()
+        return self.k.when(depth.begin + depth.length >= self.depth)
+
+    def _by_vectors(
+        self, index: Sequence[Value], depth: Depth, first: tuple[Value, Value], at: Value
+    ) -> None:
+        """A chunk's products of two panels by the vector units, from the factors themselves."""
+        k, (row, column) = self.k, first
+        flat = flat_of(self.sums)
+        with k.loop(SIDE) as i, k.vector(SIDE, 2) as v:
+            total = k.register(const(0, self.dtype))
+            with k.loop(depth.length) as step:
+                a = self.rows.element(index, depth.begin + step, row + i)
+                b = self.columns.element(index, depth.begin + step, column + v)
+                k.assign(total, fma(a, b, read(total)))
+            place = at + i * SIDE + v
+            if self.cut.chunks > 1:
+                with k.when(depth.begin > 0):
+                    k.assign(total, read(total) + values.load(self.sums.buffer, place))
+            k.store(flat, (place,), read(total))
+
+    def _finish(
+        self, index: Sequence[Value], tile: tuple[Value, Value], panel: tuple[Value, Value],
+        at: Value,
+    ) -> None:  # fmt: skip
+        """Hand a block of sums to the epilogue; not those that its neighbour has, too."""
+        k, (row, column) = self.k, (tile[1], panel[1])
+        known_rows = const(0) if self.last_row is None else tile[0] * SIDE - row
+        known_columns = const(0) if self.last_column is None else panel[0] * SIDE - column
+        at = at + known_rows * SIDE + known_columns
+        row, column = row + known_rows, column + known_columns
+        height, width = const(SIDE) - known_rows, const(SIDE) - known_columns
+        with k.loop(height) as i, k.vector(width, 2) as v:
+            value = values.load(self.sums.buffer, at + i * SIDE + v)
+            self.epilogue.store(k, (*index, row + i, column + v), value)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
