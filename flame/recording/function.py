@@ -38,7 +38,8 @@ class CompiledFunction:
         self.recordings = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if is_recording() or mode.anomaly:  # which looks at every gradient
+        # anomaly mode looks at every gradient, and checkpoints keep what they will of the tape
+        if is_recording() or mode.anomaly or mode.saver is not None:
             return self.function(*args, **kwargs)
         tensors: list[Tensor] = []
         key = (

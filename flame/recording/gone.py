@@ -30,7 +30,9 @@ class _Gone(Tensor):
 
 def close(storages: Iterable[Any]) -> None:
     """Let every tensor over these raise at whatever is done with it."""
-    for storage in storages:
-        for tensor in gc.get_referrers(storage):
-            if isinstance(tensor, Tensor):
-                tensor.__class__ = _Gone
+    lost = {id(s) for s in storages}
+    if not lost:
+        return
+    for found in gc.get_objects():  # a storage's referrers may be bare dicts, without the tensor
+        if issubclass(type(found), Tensor) and id(found.__dict__.get("storage")) in lost:
+            found.__class__ = _Gone

@@ -492,6 +492,20 @@ def test_a_compiled_function_inside_another() -> None:
     both(setup)
 
 
+def test_a_compiled_module_in_a_checkpointed_region() -> None:
+    found = []
+    for compiling in (False, True):
+        flame.manual_seed(1)
+        model = net(dropout=0.5)
+        forward = flame.compile(model) if compiling else model
+        x = array(8, 6).requires_grad_()
+        out = flame.autograd.checkpoint(forward, x)
+        out.sum().backward()
+        found.append([out.detach().numpy(), x.grad.numpy(), model[0].weight.grad.numpy()])
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_batches_of_two_sizes_from_a_loader() -> None:
     data = flame.data.TensorDataset(array(22, 6, seed=1), array(22, 3, seed=2))
     loader = flame.data.DataLoader(data, batch_size=8)
