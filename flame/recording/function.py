@@ -11,6 +11,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from flame.autograd.mode import mode
@@ -116,14 +117,12 @@ class CompiledFunction:
 
     def _use(self, key: Any) -> None:
         """This signature is the latest that was used."""
-        with _recording:
-            if key in self.steps:
-                self.steps.move_to_end(key)
+        with suppress(KeyError):  # another thread has dropped it
+            self.steps.move_to_end(key)
 
     def _drop(self, key: Any, step: Step) -> None:
-        with _recording:
-            if step in self.steps.get(key, ()):
-                self.steps[key].remove(step)
+        with suppress(KeyError, ValueError):  # another thread has
+            self.steps[key].remove(step)
 
     def _bound(self) -> None:
         """Keep at most `MAX_SIGNATURES` programs."""
