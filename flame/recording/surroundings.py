@@ -20,6 +20,7 @@ from flame.recording.guards import same
 from flame.tensor import Tensor
 
 _FEW = 64  # entries of a container that are compared one by one
+_MANY = 256  # containers, beyond which none is looked into
 _DEEPEST = 3  # functions and objects behind one another
 _MISSING = object()
 
@@ -122,7 +123,7 @@ class Surroundings:
         if name.startswith("__") or id(value) in self._seen or isinstance(value, (type, Tensor)):
             return
         if isinstance(value, (list, dict, set)):
-            self.containers.append((name, value, contents(value)))
+            self._container(name, value, depth, found)
         elif isinstance(value, (types.FunctionType, types.MethodType)):
             if not _is_ours(value):
                 self._scan(value, depth + 1, found)
@@ -144,6 +145,17 @@ class Surroundings:
                 self._optimizer(name, value)
             else:
                 self._inside(name, value, depth, found)
+
+    def _container(self, name: str, value: Any, depth: int, found: list[tuple[str, Any]]) -> None:
+        """A container, and what is inside of a small one."""
+        self._seen.add(id(value))
+        self.containers.append((name, value, contents(value)))
+        if depth >= _DEEPEST or len(value) > _FEW or len(self.containers) > _MANY:
+            return
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, each in list(entries):
+            if isinstance(each, (list, dict, set)) or hasattr(each, "__dict__"):
+                self._value(f"{name}[{key!r}]", each, depth + 1, found)
 
     def _optimizer(self, name: str, value: Any) -> None:
         """One whose options the user's Python reads, which runs once: they must not change."""

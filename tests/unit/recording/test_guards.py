@@ -95,6 +95,23 @@ def test_attributes_of_objects() -> None:
     assert compiled.recordings == 1
 
 
+def test_numbers_deep_in_containers() -> None:
+    options: dict[str, Any] = {"scales": [1.0, 2.0], "inner": {"shift": 1.0}}
+    blocks = [types.SimpleNamespace(power=2)]
+
+    def function(x: Any) -> Any:
+        return x ** blocks[0].power * options["scales"][1] + options["inner"]["shift"]
+
+    def change_inner() -> None:
+        options["inner"]["shift"] = 3.0
+
+    def change_scale() -> None:
+        options["scales"][1] = 5.0
+
+    change_block = functools.partial(setattr, blocks[0], "power", 3)
+    assert_follows(function, [change_inner, change_scale, change_block], array(3))
+
+
 def test_attributes_of_the_object_itself_and_of_its_methods() -> None:
     class Trainer:
         def __init__(self) -> None:
