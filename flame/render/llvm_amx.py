@@ -13,7 +13,7 @@ from typing import Final
 
 from flame.kernel.program import SPLIT_PARTS
 
-# (part of A, part of B), in an order in which neighbours share a part
+# (part of A, part of B), in an order in which neighbours share one of them
 ORDER: Final = {
     6: ((1, 1), (0, 1), (0, 2), (0, 0), (1, 0), (2, 0)),
     3: ((0, 1), (0, 0), (1, 0)),
@@ -117,25 +117,29 @@ def _each_sum(target: str) -> list[str]:
 
 
 def _products(products: int) -> list[str]:
-    """One step of the depth."""
-    parts = SPLIT_PARTS[products]
+    """One step of the depth. A tile is loaded as soon as what was in it has been multiplied."""
     lines: list[str] = []
-    held: dict[str, int] = {}
+    parts = SPLIT_PARTS[products]
 
-    def hold(matrix: str, first: int, part: int) -> None:
-        if held.get(matrix) == part:
-            return
-        held[matrix] = part
-        for t in range(2):
-            address = f"%{matrix}.{len(lines)}"
-            offset = (t * parts + part) * TILE
-            lines.append(f"{address} = getelementptr i8, ptr %{matrix}.now, i64 {offset}")
-            lines.append(f"call void @llvm.x86.tileloadd64(i8 {first + t}, ptr {address}, i64 64)")
+    def load(matrix: str, t: int, part: int) -> None:
+        tile, address = (4 if matrix == "a" else 6) + t, f"%{matrix}.{len(lines)}"
+        offset = (t * parts + part) * TILE
+        lines.append(f"{address} = getelementptr i8, ptr %{matrix}.now, i64 {offset}")
+        lines.append(f"call void @llvm.x86.tileloadd64(i8 {tile}, ptr {address}, i64 64)")
 
-    for a, b in ORDER[products]:
-        hold("a", 4, a)
-        hold("b", 6, b)
-        for tile in range(4):
-            numbers = f"i8 {tile}, i8 {4 + tile // 2}, i8 {6 + tile % 2}"
-            lines.append(f"call void @llvm.x86.tdpbf16ps({numbers})")
+    order = ORDER[products]
+    for matrix, part in zip("ab", order[0], strict=True):
+        load(matrix, 0, part)
+        load(matrix, 1, part)
+    for here, following in zip(order, (*order[1:], order[-1]), strict=True):
+        # tiles of the factor that changes next are done with one after the other
+        by_rows = here[0] != following[0]
+        for first, second in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            row, column = (first, second) if by_rows else (second, first)
+            tile = f"i8 {2 * row + column}, i8 {4 + row}, i8 {6 + column}"
+            lines.append(f"call void @llvm.x86.tdpbf16ps({tile})")
+            if second and by_rows:
+                load("a", first, following[0])
+            elif second and here[1] != following[1]:
+                load("b", first, following[1])
     return lines

@@ -15,7 +15,7 @@ from flame.ops.contraction.dots import Dots, dot_kernels
 from flame.ops.contraction.factors import Factor, pack_panels, packed_type
 from flame.ops.contraction.fusion import Epilogue, PlainStore, SplitRows, Turned
 from flame.ops.contraction.tiles import TileKernel, Ways
-from flame.ops.contraction.tiles_amx import SplitKernel, cut_for, products_for
+from flame.ops.contraction.tiles_amx import contract_split, products_for
 from flame.ops.elementwise import compute_dtype
 from flame.runtime.cpu import get_num_threads
 
@@ -49,9 +49,7 @@ def contract(a: Factor, b: Factor, out: Shape, epilogue: Epilogue) -> Lowering:
         a, b, m, n, epilogue = b.turned(), a.turned(), n, m, Turned(epilogue)
     threads = get_num_threads()
     if dtype is dtypes.float32 and (products := products_for(a, b, m, n, depth)):
-        blocks = cut_for(m, n, depth, math.prod(batch), threads)
-        kernel = SplitKernel(a, b, batch, blocks, epilogue, products).kernel()
-        return _lowering(([kernel], []))
+        return contract_split(a, b, (*batch, m, n), epilogue, products, threads)
     cut = blocking_for(dtype, m, n, depth, math.prod(batch), threads, deep=a.deep)
     ways = _ways(a, b, dtype, cut)
     kernels: list[BoundKernel] = []

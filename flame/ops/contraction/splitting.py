@@ -44,8 +44,9 @@ def split(x: Value, parts: int) -> tuple[list[Value], Value]:
 
 @dataclass(frozen=True)
 class Depth:
-    """A chunk of the depth: where it begins, its length, its steps."""
+    """A chunk of the depth: which, where it begins, its length, its steps."""
 
+    chunk: Value
     begin: Value
     length: Value
     steps: Value

@@ -8,6 +8,7 @@ depend on the depth alone, so results do not depend on the number of threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,14 +16,21 @@ from dataclasses import dataclass
 from flame.core import dtypes
 from flame.core.dtypes import DType
 from flame.core.precision import get_float32_matmul_precision
-from flame.core.types import Shape
+from flame.core.types import Shape, tensor_type
 from flame.kernel import values
-from flame.kernel.builder import BoundKernel, KernelBuilder
+from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Operand
 from flame.kernel.program import SPLIT_PARTS, Matrix
 from flame.kernel.values import Value, const, fma, read
-from flame.ops.contraction.factors import Factor, first_of, flat_of, open_both, panel_bounds
+from flame.ops.contraction.factors import (
+    Factor,
+    Reader,
+    first_of,
+    flat_of,
+    open_both,
+    panel_bounds,
+)
 from flame.ops.contraction.fusion import Epilogue
-from flame.ops.contraction.splitting import SIDE, Depth, Packer
+from flame.ops.contraction.splitting import SIDE, TILE, Depth, Packer
 from flame.runtime.cpu import amx
 
 CHUNK = 256  # depth that is summed by the matrix unit at once
@@ -109,6 +117,18 @@ def cut_for(m: int, n: int, depth: int, batch: int, threads: int) -> Cut:
     return made
 
 
+def contract_split(
+    a: Factor, b: Factor, out: Shape, epilogue: Epilogue, products: int, threads: int
+) -> Lowering:
+    """As `contract`, by the matrix unit, for what `products_for` takes."""
+    batch, depth = out[:-2], a.type.shape[-1]
+    cut = cut_for(out[-2], out[-1], depth, math.prod(batch), threads)
+    made = SplitKernel(a, b, batch, cut, epilogue, products)
+    if made.packed is None:
+        return Lowering((made.kernel(),))
+    return Lowering((made.packed.kernel(), made.kernel()), tuple(made.packed.temporaries))
+
+
 class SplitKernel:
     """Builds the kernel for one problem whose sizes are all at least 32."""
 
@@ -123,12 +143,18 @@ class SplitKernel:
         epilogue.declare(k)
         parts = SPLIT_PARTS[products]
         self.pack_rows = Packer(k, self.rows, parts, rows=True, depth=cut.depth)
-        self.pack_columns = Packer(k, self.columns, parts, rows=False, depth=cut.depth)
-        self.panel_size = _power_of_two(cut.chunk // SIDE) * self.pack_rows.step_size
+        self.packed: PackedColumns | None = None
+        if cut.blocks[0] > 1:
+            self.packed = PackedColumns(columns, cut, products)
+            self.opened = self.packed.declare(k)
+        else:
+            self.pack_columns = Packer(k, self.columns, parts, rows=False, depth=cut.depth)
+        self.panel_size = _panel_size(cut, products)
         self.tall = _power_of_two(cut.tall)
         broad = _power_of_two(cut.broad) if cut.chunks > 1 else 1
         self.row_panels = k.scratch(dtypes.uint32, (self.tall, self.panel_size))
-        self.column_panel = k.scratch(dtypes.uint32, (self.panel_size,))
+        if self.packed is None:
+            self.column_panel = k.scratch(dtypes.uint32, (self.panel_size,))
         self.sums = k.scratch(self.dtype, (broad, self.tall, SIDE, SIDE))
         self.skipped = k.local(self.dtype, (self.tall,))
         self.m, self.n, self.depth = k.size(cut.m), k.size(cut.n), k.size(cut.depth)
@@ -136,18 +162,14 @@ class SplitKernel:
         self.last_column = panel_bounds(k, cut.n, SIDE)[1]
 
     def kernel(self) -> BoundKernel:
+        """The product's kernel."""
         k, cut = self.k, self.cut
         work = cut.tall * cut.broad * cut.depth * SIDE
         with k.parallel(*self.batch, *cut.blocks, work=work) as (*index, row_block, column_block):
             tile, tiles = self._part(row_block, cut.tall, cut.tiles)
             panel, panels = self._part(column_block, cut.broad, cut.panels)
             with k.loop(k.size(cut.chunks)) as chunk:
-                begin = chunk * k.size(cut.chunk)
-                length = self.depth
-                if cut.chunks > 1:
-                    length = values.binary("min", self.depth - begin, k.size(cut.chunk))
-                steps = values.binary("udiv", length + (SIDE - 1), const(SIDE))
-                depth = Depth(begin, length, steps)
+                depth = _depth(k, cut, chunk)
                 with k.loop(tiles) as i:
                     first = first_of(tile + i, SIDE, self.last_row)
                     at = self.row_panels.at((i, const(0)))
@@ -174,7 +196,12 @@ class SplitKernel:
         """A chunk's products of one panel of columns with all panels of rows."""
         k, (tile, count) = self.k, tiles
         column = first_of(panel, SIDE, self.last_column)
-        skip = k.register(self.pack_columns.pack(index, depth, column, self.column_panel, const(0)))
+        if self.packed is not None:
+            columns, found = self.packed.find(self.opened, index, panel, depth.chunk)
+        else:
+            columns = Matrix(self.column_panel.buffer, const(0), const(0))
+            found = self.pack_columns.pack(index, depth, column, self.column_panel, const(0))
+        skip = k.register(found)
         place = j if self.cut.chunks > 1 else const(0)
         start = self.sums.at((place, const(0), const(0), const(0)))
         with k.loop(count) as i:
@@ -184,7 +211,7 @@ class SplitKernel:
             k.split_product(
                 values.select(bad, const(0), depth.steps),
                 Matrix(self.row_panels.buffer, self.row_panels.at((i, const(0))), const(0)),
-                Matrix(self.column_panel.buffer, const(0), const(0)),
+                columns,
                 Matrix(self.sums.buffer, at, const(SIDE)),
                 depth.begin > 0,
                 (values.compare("eq", i, const(0)), values.compare("eq", i, count - 1)),
@@ -233,6 +260,63 @@ class SplitKernel:
         with k.loop(height) as i, k.vector(width, 2) as v:
             value = values.load(self.sums.buffer, at + i * SIDE + v)
             self.epilogue.store(k, (*index, row + i, column + v), value)
+
+
+class PackedColumns:
+    """All panels of the second factor in a temporary, where several iterations need them."""
+
+    def __init__(self, columns: Factor, cut: Cut, products: int) -> None:
+        self.factor, self.cut, self.products = columns, cut, products
+        shape = (*columns.type.shape[:-2], cut.panels, cut.chunks)
+        self.panels = tensor_type(dtypes.uint32, (*shape, _panel_size(cut, products)))
+        self.skipped = tensor_type(dtypes.float32, shape)
+
+    @property
+    def temporaries(self) -> list[int]:
+        """Their bytes."""
+        return [t.span * t.dtype.itemsize for t in (self.panels, self.skipped)]
+
+    def declare(self, k: KernelBuilder) -> tuple[Operand, Operand]:
+        """The temporaries in ``k``: panels, whether each is to be skipped."""
+        return k.tensor("temporary", 0, self.panels), k.tensor("temporary", 1, self.skipped)
+
+    def find(
+        self, opened: tuple[Operand, Operand], index: Sequence[Value], panel: Value, chunk: Value
+    ) -> tuple[Matrix, Value]:
+        """(a panel's chunk, whether it is to be skipped), for an index of the whole result."""
+        sizes = self.factor.type.shape[:-2]
+        given = index[len(index) - len(sizes) :]
+        own = [i if s > 1 else const(0) for i, s in zip(given, sizes, strict=True)]
+        panels, skipped = opened
+        at = panels.at((*own, panel, chunk, const(0)))
+        return Matrix(panels.buffer, at, const(0)), skipped[(*own, panel, chunk)]
+
+    def kernel(self) -> BoundKernel:
+        """The kernel that packs."""
+        k, cut = KernelBuilder("split_panels"), self.cut
+        reader = Reader(k, self.factor, dtypes.float32)
+        panels, skipped = self.declare(k)
+        packer = Packer(k, reader, SPLIT_PARTS[self.products], rows=False, depth=cut.depth)
+        last = panel_bounds(k, cut.n, SIDE)[1]
+        extents = (*self.factor.type.shape[:-2], cut.panels, cut.chunks)
+        with k.parallel(*extents, work=SIDE * cut.chunk) as (*index, panel, chunk):
+            first, depth = first_of(panel, SIDE, last), _depth(k, cut, chunk)
+            at = panels.at((*index, panel, chunk, const(0)))
+            k.store(skipped, (*index, panel, chunk), packer.pack(index, depth, first, panels, at))
+        return k.bind()
+
+
+def _depth(k: KernelBuilder, cut: Cut, chunk: Value) -> Depth:
+    begin, length = chunk * k.size(cut.chunk), k.size(cut.depth)
+    if cut.chunks > 1:
+        length = values.binary("min", length - begin, k.size(cut.chunk))
+    steps = values.binary("udiv", length + (SIDE - 1), const(SIDE))
+    return Depth(chunk, begin, length, steps)
+
+
+def _panel_size(cut: Cut, products: int) -> int:
+    """Elements of a chunk of a panel, from few sizes, so that texts are shared."""
+    return _power_of_two(cut.chunk // SIDE) * 2 * SPLIT_PARTS[products] * TILE
 
 
 def _power_of_two(number: int) -> int:
