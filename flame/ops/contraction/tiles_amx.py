@@ -33,8 +33,9 @@ from flame.ops.contraction.fusion import Epilogue
 from flame.ops.contraction.splitting import SIDE, TILE, Depth, Packer
 from flame.runtime.cpu import amx
 
-CHUNK = 256  # depth that is summed by the matrix unit at once
+CHUNK = 512  # depth that is summed by the matrix unit at once
 TALL, BROAD = 16, 32  # panels of rows and of columns that one iteration takes at most
+NEAR = 192  # steps of panels of rows that stay in the second-level cache, with what passes by
 SMALL = 1 << 18  # products that are worth a thread
 # Nanoseconds, as measured: of a product of parts in a step of a block of 32 x 32 sums, of a chunk
 # of the block, of its epilogue; of packing a number; of a product of numbers by the vector units.
@@ -56,7 +57,7 @@ def products_for(a: Factor, b: Factor, m: int, n: int, depth: int) -> int:
             products = 1
         elif kinds == {dtypes.float16}:
             products = min(products, 3)
-    return products if pays(Cut(m, n, depth, TALL, BROAD), products) and amx.available() else 0
+    return products if pays(widest(m, n, depth), products) and amx.available() else 0
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,20 @@ def pays(cut: Cut, products: int) -> bool:
     return multiplied + packed < cut.m * cut.n * cut.depth * VECTOR_TIME
 
 
-def cut_for(m: int, n: int, depth: int, batch: int, threads: int) -> Cut:
-    """Blocks as large as caches allow, but enough of them for all threads."""
+def widest(m: int, n: int, depth: int) -> Cut:
+    """Blocks as large as caches allow."""
     made = Cut(m, n, depth, 1, 1)
-    tall = -(-made.tiles // -(-made.tiles // TALL))
+    limit = min(TALL, NEAR * SIDE // made.chunk)
+    tall = -(-made.tiles // -(-made.tiles // limit))
     broad = -(-made.panels // -(-made.panels // BROAD))
+    return Cut(m, n, depth, tall, broad)
+
+
+def cut_for(m: int, n: int, depth: int, batch: int, threads: int) -> Cut:
+    """Large blocks, but enough of them for all threads."""
+    made = widest(m, n, depth)
+    tall, broad = made.tall, made.broad
     wanted = min(2 * threads if threads > 1 else 1, max(1, m * n * depth * batch // SMALL))
-    made = Cut(m, n, depth, tall, broad)
     while batch * made.blocks[0] * made.blocks[1] < wanted and tall * broad > 1:
         if tall >= broad:
             tall = -(-tall // 2)
