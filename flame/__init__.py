@@ -1,5 +1,7 @@
 """FLAME: tensors, automatic differentiation and compiled kernels for training neural networks."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from flame import linalg, special
 from flame.api import attach
 from flame.autograd.mode import (
@@ -100,6 +102,9 @@ __version__ = "0.1.0"
 attach(globals())
 set_interpreter(Eager())
 del attach, set_interpreter, Eager
+
+if _TYPE_CHECKING:
+    from flame.recording import compile
 
 _LATE = {"compile": "flame.recording"}
 _PACKAGES = ("autograd", "checkpoint", "data", "nn", "optim", "testing")

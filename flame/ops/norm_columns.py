@@ -51,9 +51,7 @@ class _Columns:
         return tensor_type(t.dtype, (self.channels,), t.strides)
 
 
-def lower_columns_backward(
-    rows: Rows, types: Types, outputs: tuple[TensorType, ...]
-) -> Lowering:
+def lower_columns_backward(rows: Rows, types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
     """As `norm_kernels.lower_batch_backward`; x, grad and dx lead ``rows``, in this order.
 
     Sums over runs, then their totals, then dx: grad and x are read twice.

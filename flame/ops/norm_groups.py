@@ -191,16 +191,17 @@ def lower_backward(types: Types, outputs: tuple[TensorType, ...], *, groups: int
         g.sums(sample, terms, [slopes, shifts])
         with g.across() as lane:
             slope, shift = slopes[lane] * scales[lane], shifts[lane]
-            writes = [(t, (sample, first + lane), v)
-                      for t, v in zip(partial, (slope, shift), strict=False)]  # fmt: skip
-            writes += [(slopes, (lane,), scaled(slope, first, lane)),
-                       (shifts, (lane,), scaled(shift, first, lane))]  # fmt: skip
-            k.store_all(writes)
+            writes: list[tuple[Operand, tuple[Value, ...], Value]] = [
+                (slopes, (lane,), scaled(slope, first, lane)),
+                (shifts, (lane,), scaled(shift, first, lane)),
+            ]
+            sums_of = zip(partial, (slope, shift), strict=False)
+            k.store_all(writes + [(t, (sample, first + lane), v) for t, v in sums_of])
         g.by_group(slopes, slopes, lambda total: total / g.count)
         g.by_group(shifts, shifts, lambda total: total / g.count)
         with g.across() as lane:
             mean, scale = k.register(means[lane]), k.register(scales[lane])
-            slope, shift = k.register(slopes[lane] * scales[lane]), k.register(shifts[lane])
+            slant, average = k.register(slopes[lane] * scales[lane]), k.register(shifts[lane])
             factor = k.register(1.0, g.compute)
             if weight is not None:
                 k.assign(factor, cast(weight[first + lane], g.compute))
@@ -208,7 +209,7 @@ def lower_backward(types: Types, outputs: tuple[TensorType, ...], *, groups: int
                 at = Position(sample, place)
                 centred = g.load(0, first, lane, at) - values.read(mean)
                 through = g.load(1, first, lane, at) * values.read(factor)
-                inner = through - values.read(shift) - centred * values.read(slope)
+                inner = through - values.read(average) - centred * values.read(slant)
                 k.store(g.images[2], (sample, first + lane, *place), inner * values.read(scale))
     totals = [sum_parts(sums, i, out, i + 1) for i, out in enumerate(outputs[1:])]
     nbytes = max(sums.numel, 1) * sums.dtype.itemsize

@@ -20,6 +20,7 @@ from flame.core.errors import ArgumentError, FlameWarning, StateError
 from flame.core.log import log
 from flame.core.precision import get_float32_matmul_precision
 from flame.ops.op import Stale, interpreter
+from flame.recording.inspecting import profiled, replayed
 from flame.recording.running import Step
 from flame.recording.step import record, undo
 from flame.recording.structure import signature
@@ -42,14 +43,7 @@ class CompiledFunction:
         # anomaly mode looks at every gradient, and checkpoints keep what they will of the tape
         if is_recording() or mode.anomaly or mode.saver is not None:
             return self.function(*args, **kwargs)
-        tensors: list[Tensor] = []
-        key = (
-            signature(args, tensors),
-            signature(kwargs, tensors) if kwargs else None,
-            mode.enabled,
-            dtypes.get_default_dtype(),
-            get_float32_matmul_precision(),
-        )
+        key, tensors = self._key(args, kwargs)
         for step in tuple(self.steps.get(key, ())):
             if step.holds():
                 if len(self.steps) > 1:
@@ -80,9 +74,7 @@ class CompiledFunction:
     @property
     def program(self) -> Any:
         """The program of the latest signature. Raises StateError before the first call."""
-        if not self.steps:
-            raise StateError("a compiled function has no program before its first call")
-        return next(reversed(self.steps.values()))[-1].program
+        return self._latest().program
 
     @property
     def programs(self) -> list[Any]:
@@ -93,6 +85,54 @@ class CompiledFunction:
         """What the latest program does; see `Program.report`."""
         text: str = self.program.report()
         return text
+
+    @property
+    def graph(self) -> Any:
+        """What was recorded for the latest signature, before any pass."""
+        return self._latest().recording.graph
+
+    def profile(self, *args: Any, runs: int = 10, **kwargs: Any) -> Any:
+        """Where the time of a call with these arguments goes: `str` of the result is a table.
+
+        The function was called with such arguments before. State is as before afterwards.
+        """
+        step, tensors = self._found(args, kwargs)
+        return profiled(step, tensors, runs)
+
+    def replay(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a call task by task and compare each with what its operations mean.
+
+        Names the first operation that differs, or that makes a NaN or an infinity, with the line
+        that called it. The function was called with such arguments before; nothing is changed.
+        """
+        step, tensors = self._found(args, kwargs)
+        return replayed(step, tensors)
+
+    def _latest(self) -> Step:
+        if not self.steps:
+            raise StateError("a compiled function has no program before its first call")
+        return next(reversed(self.steps.values()))[-1]
+
+    def _found(self, args: Any, kwargs: Any) -> tuple[Step, list[Tensor]]:
+        key, tensors = self._key(args, kwargs)
+        for step in self.steps.get(key, ()):
+            if step.holds():
+                return step, tensors
+        raise StateError(
+            "no program has been recorded for these arguments; call the function first"
+        )
+
+    def _key(self, args: Any, kwargs: Any) -> tuple[Any, list[Tensor]]:
+        """What selects a program, and the tensors among the arguments."""
+        tensors: list[Tensor] = []
+        key = (
+            signature(args, tensors),
+            signature(kwargs, tensors) if kwargs else None,
+            mode.enabled,
+            dtypes.get_default_dtype(),
+            get_float32_matmul_precision(),
+        )
+        return key, tensors
 
     def _record(self, key: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Step:
         started = time.perf_counter()

@@ -45,12 +45,15 @@ class Step:
 
     def first(self, tensors: Sequence[Tensor]) -> Any:
         """The step that was recorded, whose Python has already run."""
-        numbers = [n for r in self.recording.repeated for n in r.first]
         try:
-            return self._run(tensors, numbers)
+            return self._run(tensors, self.first_numbers())
         except BaseException:
             undo(self.repeated)
             raise
+
+    def first_numbers(self) -> list[Any]:
+        """The numbers of the step that was recorded."""
+        return [n for r in self.recording.repeated for n in r.first]
 
     def again(self, tensors: Sequence[Tensor]) -> Any:
         """A later step. Raises Stale where Python's part is no longer what was recorded."""

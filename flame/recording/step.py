@@ -93,6 +93,13 @@ class Recording:
         """Where the state lies."""
         return {_given(m): m.storage.pointer for m in self.states}
 
+    def state(self) -> dict[Symbol, Any]:
+        """What the state holds, as arrays over its memory."""
+        return {
+            _given(m): m.storage.as_numpy(m.type.dtype.numpy, m.type.shape, m.type.strides)
+            for m in self.states
+        }
+
 
 class _Session(Recorder):
     """A recorder with what the step does to gradients and modules."""
