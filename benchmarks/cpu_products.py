@@ -4,6 +4,7 @@ Forward products and those of both gradients, as `a @ b` on tensors with the str
 has; both libraries in turn in one process, medians of the time of a call from Python. Columns:
 GFLOP/s of each, and PyTorch's time over FLAME's (above 1 is faster than PyTorch). `--busy` measures
 one thread of each by its own CPU time, which means something on a machine that others use too.
+With FLAME_CPU_AMX=0 in the environment FLAME leaves the matrix unit (AMX) of the processor alone.
 """
 
 from __future__ import annotations
@@ -131,7 +132,10 @@ def main() -> None:
 
     torch.set_num_threads(threads)
     clock = time.thread_time if options.busy else time.perf_counter
-    print(f"{threads} threads; GFLOP/s, and PyTorch's time over FLAME's")
+    from flame.runtime.cpu import amx
+
+    unit = amx.status() or "used"
+    print(f"{threads} threads; matrix unit: {unit}; GFLOP/s, and PyTorch's time over FLAME's")
     for name, products in GROUPS.items():
         if options.only not in name:
             continue

@@ -536,7 +536,7 @@ class _Renderer(MemoryAccess):
         name, text = split_product_function(s.products)
         self.functions[name] = text
         pieces = [f"ptr {self.address(x.buffer, x.offset, None)}" for x in (s.a, s.b, s.c)]
-        pieces.append(f"i64 {self.value(s.steps, 1)}")
+        pieces += [f"i64 {self.value(x, 1)}" for x in (s.c.row_stride, s.steps)]
         pieces += [f"i1 {self.value(x, 1)}" for x in (s.add, s.open, s.close)]
         self.emit_void(f"call void {name}({', '.join(pieces)})")
         self._forget(lambda uses: s.c.buffer in uses.buffers)

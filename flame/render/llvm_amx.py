@@ -24,7 +24,10 @@ BLOCK: Final = 4096  # bytes of the sums
 
 
 def split_product_function(products: int) -> tuple[str, str]:
-    """(name, text) of void (a, b, c, steps, add, open, close); see `SplitProduct`."""
+    """(name, text) of void (a, b, c, far, steps, add, open, close); see `SplitProduct`.
+
+    ``far``: from row to row of c.
+    """
     name = f"@split_product_{products}"
     parts = SPLIT_PARTS[products]
     text = f"""
@@ -35,8 +38,8 @@ declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)
 declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)
 declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)
 @configuration_{products} = internal constant {_configuration()}, align 64
-define internal void {name}(ptr %a, ptr %b, ptr %c, i64 %steps, i1 %add, i1 %open, i1 %close)
-noinline {{ entry:
+define internal void {name}(ptr %a, ptr %b, ptr %c, i64 %far, i64 %steps,
+  i1 %add, i1 %open, i1 %close) noinline {{ entry:
   %staged = alloca [{BLOCK} x i8], align 64
   br i1 %open, label %configure, label %ready
 configure:
@@ -60,22 +63,24 @@ step:
 last:
   br i1 %add, label %stage, label %put
 put:
-  {_lines(_each_sum("c"))}
+  %pitch = mul i64 %far, 4
+  {_lines(_each_sum("c", "%pitch"))}
   br label %end
 stage:
-  {_lines(_each_sum("staged"))}
+  {_lines(_each_sum("staged", "128"))}
   br label %sums
 sums:
   %n = phi i64 [ 0, %stage ], [ %n.next, %sums ]
-  %index = mul i64 %n, 16
-  %new.at = getelementptr float, ptr %staged, i64 %index
-  %old.at = getelementptr float, ptr %c, i64 %index
-  %new = load <16 x float>, ptr %new.at, align 64
-  %old = load <16 x float>, ptr %old.at, align 4
-  %both = fadd <16 x float> %new, %old
-  store <16 x float> %both, ptr %old.at, align 4
+  %new.index = mul i64 %n, 32
+  %new.at = getelementptr float, ptr %staged, i64 %new.index
+  %old.index = mul i64 %n, %far
+  %old.at = getelementptr float, ptr %c, i64 %old.index
+  %new = load <32 x float>, ptr %new.at, align 64
+  %old = load <32 x float>, ptr %old.at, align 4
+  %both = fadd <32 x float> %new, %old
+  store <32 x float> %both, ptr %old.at, align 4
   %n.next = add nsw i64 %n, 1
-  %n.more = icmp slt i64 %n.next, {BLOCK // 64}
+  %n.more = icmp slt i64 %n.next, 32
   br i1 %n.more, label %sums, label %end
 end:
   br i1 %close, label %release, label %done
@@ -103,15 +108,16 @@ def _configuration() -> str:
     return f"[64 x i8] [{', '.join(f'i8 {n}' for n in numbers)}]"
 
 
-def _each_sum(target: str) -> list[str]:
-    """Store the four tiles of sums as one row-major block."""
-    lines = []
+def _each_sum(target: str, pitch: str) -> list[str]:
+    """Store the four tiles of sums as one block, ``pitch`` bytes from row to row."""
+    lines = [f"%{target}.half = mul i64 {pitch}, 16"]
     for tile in range(4):
-        offset = (tile // 2) * 16 * 128 + (tile % 2) * 64
-        address = f"%{target}.{tile}"
+        row, address = f"%{target}.row.{tile}", f"%{target}.{tile}"
+        offset = f"%{target}.half" if tile // 2 else "0"
         lines += [
-            f"{address} = getelementptr i8, ptr %{target}, i64 {offset}",
-            f"call void @llvm.x86.tilestored64(i8 {tile}, ptr {address}, i64 128)",
+            f"{row} = getelementptr i8, ptr %{target}, i64 {offset}",
+            f"{address} = getelementptr i8, ptr {row}, i64 {tile % 2 * 64}",
+            f"call void @llvm.x86.tilestored64(i8 {tile}, ptr {address}, i64 {pitch})",
         ]
     return lines
 

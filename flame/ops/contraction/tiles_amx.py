@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flame.core import dtypes
 from flame.core.dtypes import DType
@@ -35,13 +35,13 @@ from flame.runtime.cpu import amx
 
 CHUNK = 512  # depth that is summed by the matrix unit at once
 TALL, BROAD = 16, 32  # panels of rows and of columns that one iteration takes at most
+BAND = 4  # panels that an epilogue that is not short takes side by side
 NEAR = 192  # steps of panels of rows that stay in the second-level cache, with what passes by
 SMALL = 1 << 18  # products that are worth a thread
 # Nanoseconds, as measured: of a product of parts in a step of a block of 32 x 32 sums, of a chunk
 # of the block, of its epilogue; of packing a number; of a product of numbers by the vector units.
 PART_TIME, CHUNK_TIME, LAST_TIME, PACK_TIME, VECTOR_TIME = 25.0, 450.0, 200.0, 0.4, 2 / 160
 PRODUCTS = {"highest": 6, "high": 3, "medium": 1}
-BLOCK = SIDE * SIDE
 
 
 def products_for(a: Factor, b: Factor, m: int, n: int, depth: int) -> int:
@@ -62,21 +62,40 @@ def products_for(a: Factor, b: Factor, m: int, n: int, depth: int) -> int:
 
 @dataclass(frozen=True)
 class Cut:
-    """A problem (m, n, depth), and the panels of rows and of columns that one iteration takes."""
+    """A problem (m, n, depth), and the panels of rows and bands of columns of one iteration.
+
+    A band is up to ``most`` panels, whose sums stand side by side: an epilogue that reads memory of
+    its own does so in longer rows.
+    """
 
     m: int
     n: int
     depth: int
-    tall: int
-    broad: int
+    tall: int = 1
+    broad: int = 1
+    most: int = 1
 
     @property
     def tiles(self) -> int:
         return -(-self.m // SIDE)
 
     @property
-    def panels(self) -> int:
-        return -(-self.n // SIDE)
+    def together(self) -> int:
+        """Panels of a band: as many as waste little."""
+        for count in range(self.most, 1, -1):
+            lanes = count * SIDE
+            if self.n >= lanes and 15 * count * -(-self.n // lanes) <= 16 * -(-self.n // SIDE):
+                return count
+        return 1
+
+    @property
+    def lanes(self) -> int:
+        """Columns of a band."""
+        return self.together * SIDE
+
+    @property
+    def bands(self) -> int:
+        return -(-self.n // self.lanes)
 
     @property
     def chunks(self) -> int:
@@ -89,39 +108,41 @@ class Cut:
 
     @property
     def blocks(self) -> tuple[int, int]:
-        return -(-self.tiles // self.tall), -(-self.panels // self.broad)
+        return -(-self.tiles // self.tall), -(-self.bands // self.broad)
 
 
 def pays(cut: Cut, products: int) -> bool:
     """Whether the matrix unit is faster than the vector units."""
     steps = -(-cut.depth // SIDE)
-    blocks = cut.tiles * cut.panels
+    panels = cut.bands * cut.together
+    blocks = cut.tiles * panels
     multiplied = blocks * (steps * products * PART_TIME + cut.chunks * CHUNK_TIME + LAST_TIME)
-    copies = cut.tiles * cut.blocks[1] + cut.panels * cut.blocks[0]
+    copies = cut.tiles * cut.blocks[1] + panels * cut.blocks[0]
     packed = copies * SIDE * cut.depth * PACK_TIME
     return multiplied + packed < cut.m * cut.n * cut.depth * VECTOR_TIME
 
 
-def widest(m: int, n: int, depth: int) -> Cut:
+def widest(m: int, n: int, depth: int, most: int = 1) -> Cut:
     """Blocks as large as caches allow."""
-    made = Cut(m, n, depth, 1, 1)
+    made = Cut(m, n, depth, most=most)
     limit = min(TALL, NEAR * SIDE // made.chunk)
     tall = -(-made.tiles // -(-made.tiles // limit))
-    broad = -(-made.panels // -(-made.panels // BROAD))
-    return Cut(m, n, depth, tall, broad)
+    limit = BROAD // made.together
+    broad = -(-made.bands // -(-made.bands // limit))
+    return replace(made, tall=tall, broad=broad)
 
 
-def cut_for(m: int, n: int, depth: int, batch: int, threads: int) -> Cut:
-    """Large blocks, but enough of them for all threads."""
-    made = widest(m, n, depth)
+def for_threads(made: Cut, batch: int, threads: int) -> Cut:
+    """Smaller blocks, where there are not enough of them for all threads."""
     tall, broad = made.tall, made.broad
-    wanted = min(2 * threads if threads > 1 else 1, max(1, m * n * depth * batch // SMALL))
+    products = made.m * made.n * made.depth * batch
+    wanted = min(2 * threads if threads > 1 else 1, max(1, products // SMALL))
     while batch * made.blocks[0] * made.blocks[1] < wanted and tall * broad > 1:
         if tall >= broad:
             tall = -(-tall // 2)
         else:
             broad = -(-broad // 2)
-        made = Cut(m, n, depth, tall, broad)
+        made = replace(made, tall=tall, broad=broad)
     return made
 
 
@@ -130,7 +151,8 @@ def contract_split(
 ) -> Lowering:
     """As `contract`, by the matrix unit, for what `products_for` takes."""
     batch, depth = out[:-2], a.type.shape[-1]
-    cut = cut_for(out[-2], out[-1], depth, math.prod(batch), threads)
+    cut = widest(out[-2], out[-1], depth, 1 if epilogue.repeatable else BAND)
+    cut = for_threads(cut, math.prod(batch), threads)
     made = SplitKernel(a, b, batch, cut, epilogue, products)
     if made.packed is None:
         return Lowering((made.kernel(),))
@@ -162,12 +184,12 @@ class SplitKernel:
         broad = _power_of_two(cut.broad) if cut.chunks > 1 else 1
         self.row_panels = k.scratch(dtypes.uint32, (self.tall, self.panel_size))
         if self.packed is None:
-            self.column_panel = k.scratch(dtypes.uint32, (self.panel_size,))
-        self.sums = k.scratch(self.dtype, (broad, self.tall, SIDE, SIDE))
+            self.band = k.scratch(dtypes.uint32, (cut.together * self.panel_size,))
+        self.sums = k.scratch(self.dtype, (broad, self.tall, SIDE, cut.lanes))
         self.skipped = k.local(self.dtype, (self.tall,))
         self.m, self.n, self.depth = k.size(cut.m), k.size(cut.n), k.size(cut.depth)
         self.last_row = panel_bounds(k, cut.m, SIDE)[1]
-        self.last_column = panel_bounds(k, cut.n, SIDE)[1]
+        self.last_column = panel_bounds(k, cut.n, cut.lanes)[1]
 
     def kernel(self) -> BoundKernel:
         """The product's kernel."""
@@ -175,7 +197,7 @@ class SplitKernel:
         work = cut.tall * cut.broad * cut.depth * SIDE
         with k.parallel(*self.batch, *cut.blocks, work=work) as (*index, row_block, column_block):
             tile, tiles = self._part(row_block, cut.tall, cut.tiles)
-            panel, panels = self._part(column_block, cut.broad, cut.panels)
+            band, bands = self._part(column_block, cut.broad, cut.bands)
             with k.loop(k.size(cut.chunks)) as chunk:
                 depth = _depth(k, cut, chunk)
                 with k.loop(tiles) as i:
@@ -183,8 +205,8 @@ class SplitKernel:
                     at = self.row_panels.at((i, const(0)))
                     skip = self.pack_rows.pack(index, depth, first, self.row_panels, at)
                     k.store(self.skipped, (i,), skip)
-                with k.loop(panels) as j:
-                    self._panel(index, depth, (tile, tiles), panel + j, j)
+                with k.loop(bands) as j:
+                    self._band(index, depth, (tile, tiles), band + j, j)
         return k.bind()
 
     def _part(self, block: Value, size: int, total: int) -> tuple[Value, Value]:
@@ -197,38 +219,41 @@ class SplitKernel:
             return first, k.size(size)
         return first, values.binary("min", k.size(total) - first, k.size(size))
 
-    def _panel(
-        self, index: Sequence[Value], depth: Depth, tiles: tuple[Value, Value], panel: Value,
+    def _band(
+        self, index: Sequence[Value], depth: Depth, tiles: tuple[Value, Value], band: Value,
         j: Value,
     ) -> None:  # fmt: skip
-        """A chunk's products of one panel of columns with all panels of rows."""
-        k, (tile, count) = self.k, tiles
-        column = first_of(panel, SIDE, self.last_column)
+        """A chunk's products of one band of columns with all panels of rows."""
+        k, (tile, count), together = self.k, tiles, self.cut.together
+        column = first_of(band, self.cut.lanes, self.last_column)
         if self.packed is not None:
-            columns, found = self.packed.find(self.opened, index, panel, depth.chunk)
+            columns, found = self.packed.find(self.opened, index, band, depth.chunk)
         else:
-            columns = Matrix(self.column_panel.buffer, const(0), const(0))
-            found = self.pack_columns.pack(index, depth, column, self.column_panel, const(0))
+            columns = Matrix(self.band.buffer, const(0), const(self.panel_size))
+            found = _pack_band(
+                k, self.pack_columns, (index, depth, column), self.band, columns, together
+            )
         skip = k.register(found)
         place = j if self.cut.chunks > 1 else const(0)
-        start = self.sums.at((place, const(0), const(0), const(0)))
         with k.loop(count) as i:
             row = first_of(tile + i, SIDE, self.last_row)
-            at = start + i * BLOCK
+            at = self.sums.at((place, i, const(0), const(0)))
             bad = (read(skip) + self.skipped[i]) > 0
-            k.split_product(
-                values.select(bad, const(0), depth.steps),
-                Matrix(self.row_panels.buffer, self.row_panels.at((i, const(0))), const(0)),
-                columns,
-                Matrix(self.sums.buffer, at, const(SIDE)),
-                depth.begin > 0,
-                (values.compare("eq", i, const(0)), values.compare("eq", i, count - 1)),
-                self.products,
-            )
+            with k.loop(together) as p:
+                first, last = i + p, (count - 1 - i) + (together - 1 - p)
+                k.split_product(
+                    values.select(bad, const(0), depth.steps),
+                    Matrix(self.row_panels.buffer, self.row_panels.at((i, const(0))), const(0)),
+                    Matrix(columns.buffer, columns.offset + p * self.panel_size, const(0)),
+                    Matrix(self.sums.buffer, at + p * SIDE, const(self.cut.lanes)),
+                    depth.begin > 0,
+                    (values.compare("eq", first, const(0)), values.compare("eq", last, const(0))),
+                    self.products,
+                )
             with k.when(bad):
                 self._by_vectors(index, depth, (row, column), at)
             with self._last(depth):
-                self._finish(index, (tile + i, row), (panel, column), at)
+                self._finish(index, (tile + i, row), (band, column), at)
 
     def _last(self, depth: Depth) -> AbstractContextManager[None]:
         """What runs with the last chunk of the depth only."""
@@ -239,79 +264,96 @@ class SplitKernel:
     def _by_vectors(
         self, index: Sequence[Value], depth: Depth, first: tuple[Value, Value], at: Value
     ) -> None:
-        """A chunk's products of two panels by the vector units, from the factors themselves."""
+        """A chunk's products of a panel and a band by vectors, from the factors themselves."""
         k, (row, column) = self.k, first
         flat = flat_of(self.sums)
-        with k.loop(SIDE) as i, k.vector(SIDE, 2) as v:
+        with k.loop(SIDE) as i, k.vector(self.cut.lanes, 2) as v:
             total = k.register(const(0, self.dtype))
             with k.loop(depth.length) as step:
                 a = self.rows.element(index, depth.begin + step, row + i)
                 b = self.columns.element(index, depth.begin + step, column + v)
                 k.assign(total, fma(a, b, read(total)))
-            place = at + i * SIDE + v
+            place = at + i * self.cut.lanes + v
             if self.cut.chunks > 1:
                 with k.when(depth.begin > 0):
                     k.assign(total, read(total) + values.load(self.sums.buffer, place))
             k.store(flat, (place,), read(total))
 
     def _finish(
-        self, index: Sequence[Value], tile: tuple[Value, Value], panel: tuple[Value, Value],
+        self, index: Sequence[Value], tile: tuple[Value, Value], band: tuple[Value, Value],
         at: Value,
     ) -> None:  # fmt: skip
         """Hand a block of sums to the epilogue; not those that its neighbour has, too."""
-        k, (row, column) = self.k, (tile[1], panel[1])
+        k, lanes, (row, column) = self.k, self.cut.lanes, (tile[1], band[1])
         known_rows = const(0) if self.last_row is None else tile[0] * SIDE - row
-        known_columns = const(0) if self.last_column is None else panel[0] * SIDE - column
-        at = at + known_rows * SIDE + known_columns
+        known_columns = const(0) if self.last_column is None else band[0] * lanes - column
+        at = at + known_rows * lanes + known_columns
         row, column = row + known_rows, column + known_columns
-        height, width = const(SIDE) - known_rows, const(SIDE) - known_columns
+        height, width = const(SIDE) - known_rows, const(lanes) - known_columns
         with k.loop(height) as i, k.vector(width, 2) as v:
-            value = values.load(self.sums.buffer, at + i * SIDE + v)
+            value = values.load(self.sums.buffer, at + i * lanes + v)
             self.epilogue.store(k, (*index, row + i, column + v), value)
 
 
 class PackedColumns:
-    """All panels of the second factor in a temporary, where several iterations need them."""
+    """All bands of the second factor in a temporary, where several iterations need them."""
 
     def __init__(self, columns: Factor, cut: Cut, products: int) -> None:
         self.factor, self.cut, self.products = columns, cut, products
-        shape = (*columns.type.shape[:-2], cut.panels, cut.chunks)
-        self.panels = tensor_type(dtypes.uint32, (*shape, _panel_size(cut, products)))
+        shape = (*columns.type.shape[:-2], cut.bands, cut.chunks)
+        self.size = _panel_size(cut, products)
+        self.bands = tensor_type(dtypes.uint32, (*shape, cut.together * self.size))
         self.skipped = tensor_type(dtypes.float32, shape)
 
     @property
     def temporaries(self) -> list[int]:
         """Their bytes."""
-        return [t.span * t.dtype.itemsize for t in (self.panels, self.skipped)]
+        return [t.span * t.dtype.itemsize for t in (self.bands, self.skipped)]
 
     def declare(self, k: KernelBuilder) -> tuple[Operand, Operand]:
-        """The temporaries in ``k``: panels, whether each is to be skipped."""
-        return k.tensor("temporary", 0, self.panels), k.tensor("temporary", 1, self.skipped)
+        """The temporaries in ``k``: bands, whether each is to be skipped."""
+        return k.tensor("temporary", 0, self.bands), k.tensor("temporary", 1, self.skipped)
 
     def find(
-        self, opened: tuple[Operand, Operand], index: Sequence[Value], panel: Value, chunk: Value
+        self, opened: tuple[Operand, Operand], index: Sequence[Value], band: Value, chunk: Value
     ) -> tuple[Matrix, Value]:
-        """(a panel's chunk, whether it is to be skipped), for an index of the whole result."""
+        """(a band's chunk, whether it is to be skipped), for an index of the whole result."""
         sizes = self.factor.type.shape[:-2]
         given = index[len(index) - len(sizes) :]
         own = [i if s > 1 else const(0) for i, s in zip(given, sizes, strict=True)]
-        panels, skipped = opened
-        at = panels.at((*own, panel, chunk, const(0)))
-        return Matrix(panels.buffer, at, const(0)), skipped[(*own, panel, chunk)]
+        bands, skipped = opened
+        at = bands.at((*own, band, chunk, const(0)))
+        return Matrix(bands.buffer, at, const(self.size)), skipped[(*own, band, chunk)]
 
     def kernel(self) -> BoundKernel:
         """The kernel that packs."""
         k, cut = KernelBuilder("split_panels"), self.cut
         reader = Reader(k, self.factor, dtypes.float32)
-        panels, skipped = self.declare(k)
+        bands, skipped = self.declare(k)
         packer = Packer(k, reader, SPLIT_PARTS[self.products], rows=False, depth=cut.depth)
-        last = panel_bounds(k, cut.n, SIDE)[1]
-        extents = (*self.factor.type.shape[:-2], cut.panels, cut.chunks)
-        with k.parallel(*extents, work=SIDE * cut.chunk) as (*index, panel, chunk):
-            first, depth = first_of(panel, SIDE, last), _depth(k, cut, chunk)
-            at = panels.at((*index, panel, chunk, const(0)))
-            k.store(skipped, (*index, panel, chunk), packer.pack(index, depth, first, panels, at))
+        last = panel_bounds(k, cut.n, cut.lanes)[1]
+        extents = (*self.factor.type.shape[:-2], cut.bands, cut.chunks)
+        with k.parallel(*extents, work=cut.lanes * cut.chunk) as (*index, band, chunk):
+            first, depth = first_of(band, cut.lanes, last), _depth(k, cut, chunk)
+            at = bands.at((*index, band, chunk, const(0)))
+            place = Matrix(bands.buffer, at, const(self.size))
+            skip = _pack_band(k, packer, (index, depth, first), bands, place, cut.together)
+            k.store(skipped, (*index, band, chunk), skip)
         return k.bind()
+
+
+def _pack_band(
+    k: KernelBuilder, packer: Packer, what: tuple[Sequence[Value], Depth, Value], target: Operand,
+    place: Matrix, together: int,
+) -> Value:  # fmt: skip
+    """Pack the panels of a band from a column on, one after the other; above 0: to be skipped."""
+    index, depth, column = what
+    skip = k.register(const(0, dtypes.float32))
+    with k.loop(together) as p:
+        at = place.offset + p * place.row_stride
+        bad = packer.pack(index, depth, column + p * SIDE, target, at)
+        k.assign(skip, read(skip) + bad)
+    return read(skip)
 
 
 def _depth(k: KernelBuilder, cut: Cut, chunk: Value) -> Depth:
