@@ -35,6 +35,7 @@ from flame.runtime.cpu import amx
 
 CHUNK = 512  # depth that is summed by the matrix unit at once
 TALL, BROAD = 16, 32  # panels of rows and of columns that one iteration takes at most
+ROWS = 8  # that the vector units take at once
 BAND = 4  # panels that an epilogue that is not short takes side by side
 NEAR = 192  # steps of panels of rows that stay in the second-level cache, with what passes by
 SMALL = 1 << 18  # products that are worth a thread
@@ -267,17 +268,21 @@ class SplitKernel:
         """A chunk's products of a panel and a band by vectors, from the factors themselves."""
         k, (row, column) = self.k, first
         flat = flat_of(self.sums)
-        with k.loop(SIDE) as i, k.vector(self.cut.lanes, 2) as v:
-            total = k.register(const(0, self.dtype))
+        with k.loop(SIDE // ROWS) as group, k.vector(self.cut.lanes, 2) as v:
+            sums = [k.register(const(0, self.dtype)) for _ in range(ROWS)]
             with k.loop(depth.length) as step:
-                a = self.rows.element(index, depth.begin + step, row + i)
                 b = self.columns.element(index, depth.begin + step, column + v)
-                k.assign(total, fma(a, b, read(total)))
-            place = at + i * self.cut.lanes + v
+                for i, total in enumerate(sums):
+                    here = row + group * ROWS + i
+                    a = self.rows.element(index, depth.begin + step, here)
+                    k.assign(total, fma(a, b, read(total)))
+            places = [at + (group * ROWS + i) * self.cut.lanes + v for i in range(ROWS)]
             if self.cut.chunks > 1:
                 with k.when(depth.begin > 0):
-                    k.assign(total, read(total) + values.load(self.sums.buffer, place))
-            k.store(flat, (place,), read(total))
+                    for total, place in zip(sums, places, strict=True):
+                        k.assign(total, read(total) + values.load(self.sums.buffer, place))
+            for total, place in zip(sums, places, strict=True):
+                k.store(flat, (place,), read(total))
 
     def _finish(
         self, index: Sequence[Value], tile: tuple[Value, Value], band: tuple[Value, Value],
