@@ -41,7 +41,7 @@ NEAR = 192  # steps of panels of rows that stay in the second-level cache, with 
 SMALL = 1 << 18  # products that are worth a thread
 # Nanoseconds, as measured: of a product of parts in a step of a block of 32 x 32 sums, of a chunk
 # of the block, of its epilogue; of packing a number; of a product of numbers by the vector units.
-PART_TIME, CHUNK_TIME, LAST_TIME, PACK_TIME, VECTOR_TIME = 25.0, 450.0, 200.0, 0.4, 2 / 160
+PART_TIME, CHUNK_TIME, LAST_TIME, PACK_TIME, VECTOR_TIME = 25.0, 250.0, 120.0, 0.3, 2 / 150
 PRODUCTS = {"highest": 6, "high": 3, "medium": 1}
 
 

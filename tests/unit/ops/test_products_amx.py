@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -198,3 +201,24 @@ def test_epilogues_and_gradients() -> None:
             expected = theirs.detach().numpy()
             scale = np.abs(expected).max()
             np.testing.assert_allclose(ours.detach().numpy(), expected, atol=2e-6 * scale)
+
+
+def test_the_environment_turns_the_unit_off() -> None:
+    text = (
+        "import flame, numpy as np; from flame.runtime.cpu import amx; print(amx.status());"
+        "a = flame.from_numpy(np.full((256, 256), 1 / 3, np.float32)); print((a @ a).numpy()[0, 0])"
+    )
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", text],
+            env={**os.environ, "FLAME_CPU_AMX": value},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split("\n")
+        for value in ("1", "0")
+    ]
+    assert [lines[0] for lines in found] == ["", "turned off by FLAME_CPU_AMX=0"]
+    numbers = [float(lines[1]) for lines in found]
+    assert numbers[0] != numbers[1]  # sums in another order
+    assert numbers == pytest.approx([256 / 9] * 2, rel=1e-5)
