@@ -46,7 +46,8 @@ def make_step(lib: Any, benchmark: Benchmark, *, compiled: bool = False) -> Step
         return benchmark.loss(lib, model(*given[:-1]), given[-1])
 
     if compiled and lib.__name__ == "torch":
-        forward = lib.compile(forward)
+        lib._dynamo.reset()  # or shapes of the models before would make it compile for any shape
+        forward = lib.compile(forward, dynamic=False)
 
     def learn(*given: Any) -> Any:
         optimizer.zero_grad()

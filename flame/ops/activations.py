@@ -135,18 +135,19 @@ _gelu = _activation(
 )  # fmt: skip
 
 
-def _gelu_inner(x: Any) -> Any:
-    return tanh(_TANH_SCALE * x * (1 + _TANH_CUBE * x * x))
+# 0.5 (1 + tanh(u)) is sigmoid(2 u): one exponential, and no digits are lost where it is small.
+def _gelu_power(x: Any) -> Any:
+    return (2 * _TANH_SCALE) * x * (1 + _TANH_CUBE * x * x)
 
 
 def _gelu_tanh_slope(g: Any, x: Any) -> Any:
-    inner = _gelu_inner(x)
-    steepness = _TANH_SCALE * (1 + 3 * _TANH_CUBE * x * x)
-    return g * (0.5 * (1 + inner) + 0.5 * x * (1 - inner * inner) * steepness)
+    rate = sigmoid(_gelu_power(x))
+    steepness = (2 * _TANH_SCALE) * (1 + 3 * _TANH_CUBE * x * x)
+    return g * (rate * (1 + x * (1 - rate) * steepness))
 
 
 _gelu_tanh = _activation(
-    "gelu_tanh", lambda x: 0.5 * x * (1 + _gelu_inner(x)), _gelu_tanh_slope,
+    "gelu_tanh", lambda x: x / (1.0 + unary("exp", -_gelu_power(x))), _gelu_tanh_slope,
     lambda x: 0.5 * x * (1 + np.tanh(_TANH_SCALE * (x + _TANH_CUBE * x**3))),
 )  # fmt: skip
 
