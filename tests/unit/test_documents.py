@@ -24,10 +24,15 @@ def printed(code: str) -> str:
 
 
 def test_the_example_of_the_readme_learns() -> None:
-    (example,) = blocks("README.md", "python")
+    example, compiled = blocks("README.md", "python")
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     error = float(printed(example).split()[-1])
     assert error < 1e-3
+    head, loop = example.split("for step in range(500):")
+    last = loop.splitlines()[-1]
+    calls = "for _ in range(500):\n    loss = step(x, y)\n"
+    again = float(printed(f"{head}{compiled}\n{calls}{last}").split()[-1])
+    assert again == pytest.approx(error, rel=0.05)
 
 
 def test_the_texts_of_the_architecture_are_real() -> None:
@@ -44,3 +49,12 @@ def test_the_files_that_documents_name_exist(document: str) -> None:
     named = re.findall(r"[`(]((?:flame|docs|tests)/[\w./]+)[`)]", text)
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_page_on_compiled_steps_is_real() -> None:
+    (script,) = blocks("docs/compiler.md", "python")
+    out = printed(script)
+    (table,) = blocks("docs/compiler.md", "text")
+    for line in table.splitlines():
+        if "..." not in line:
+            assert line.split() in [shown.split() for shown in out.splitlines()], line
