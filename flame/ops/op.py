@@ -109,7 +109,6 @@ class Op:
 
     updates = False
     extras = 0
-    body: Callable[..., Any] | None = None  # its meaning in public ops, for the compiler to fuse
 
     def __init__(
         self,

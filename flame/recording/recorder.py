@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from flame.autograd.mode import mode, no_grad
+from flame.autograd.mode import mode
 from flame.compiler.pipeline import check_operands, describe
 from flame.compiler.plan import Plan
 from flame.core.errors import TraceError
@@ -72,7 +72,6 @@ class Recorder(Eager):
         self.seen = Seen()
         self.born: set[int] = set()  # ids of storages made from Python data while recording
         self.kept: list[Any] = []  # what must live as long as the recording
-        self.expands = True  # ops that have a body are recorded as their body
         self._count = 0
 
     # --- calls ------------------------------------------------------------------------------------
@@ -96,10 +95,7 @@ class Recorder(Eager):
             return self._in_place(plan, inputs, attributes, out)
         if plan.view_offset is not None:
             return self._view(plan, inputs[0], attributes)
-        if self.expands and op.body is not None:
-            outputs = self._expanded(op, inputs, attributes)
-        else:
-            outputs = self.execute(plan, inputs)
+        outputs = self.execute(plan, inputs)
         tracked = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
         if tracked and mode.enabled and op.differentiable:
             record(plan, inputs, attributes, outputs)
@@ -109,14 +105,6 @@ class Recorder(Eager):
         if x.__class__ in _NUMBERS or isinstance(x, (Tensor, RecordedFloat, RecordedInt)):
             return x
         return as_operand(op, x)
-
-    def _expanded(self, op: Op, inputs: tuple[Any, ...], attributes: dict[str, Any]) -> list[Any]:
-        """An op as what its body does; its derivative stays its own."""
-        assert op.body is not None
-        plain = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
-        with no_grad():
-            made = op.body(*plain, **attributes)
-        return list(made) if isinstance(made, tuple) else [made]
 
     def execute(
         self, plan: Plan, inputs: tuple[Any, ...], out: tuple[Any, ...] | None = None
