@@ -52,7 +52,7 @@ class Backward:
         return self.program
 
 
-def record_backward(session: Any, results: Sequence[Tensor], inputs: Sequence[Tensor]) -> Any:
+def record_backward(recorder: Any, results: Sequence[Tensor], inputs: Sequence[Tensor]) -> Any:
     """Record the gradients of the ``results`` that have any; None where no gradient can flow."""
     wanted = [
         (i, t)
@@ -61,20 +61,20 @@ def record_backward(session: Any, results: Sequence[Tensor], inputs: Sequence[Te
     ]
     if not wanted:
         return None
-    mark = len(session.nodes)
+    mark = len(recorder.nodes)
     tensors = [t for _, t in wanted]
     leaves = _leaves(tensors)
     given = []
     for tensor in tensors:
         type_ = tensor_type(tensor.dtype, tensor.shape, None, tensor.type.device)
-        given.append(session.wrap(session.fresh(type_, "g"), "a gradient"))
-    cotangents = [session.symbol_of(g) for g in given]
+        given.append(recorder.wrap(recorder.fresh(type_, "g"), "a gradient"))
+    cotangents = [recorder.symbol_of(g) for g in given]
     found = engine.grad(tensors, leaves, given, False, False, True)
     known = [(leaf, g) for leaf, g in zip(leaves, found, strict=True) if g is not None]
-    outputs = [session.symbol_of(g) for _, g in known]
+    outputs = [recorder.symbol_of(g) for _, g in known]
     place = {id(t): i for i, t in enumerate(inputs)}
-    nodes, session.nodes = session.nodes[mark:], session.nodes[:mark]
-    return _Partition(session, nodes).backward(
+    nodes, recorder.nodes = recorder.nodes[mark:], recorder.nodes[:mark]
+    return _Partition(recorder, nodes).backward(
         cotangents,
         outputs,
         tuple(i for i, _ in wanted),
@@ -109,9 +109,9 @@ def _leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
 class _Partition:
     """Divides what was recorded into the forward and the backward graph."""
 
-    def __init__(self, session: Any, nodes: list[GraphNode]) -> None:
-        self.session, self.nodes = session, nodes
-        forward: list[GraphNode] = session.nodes
+    def __init__(self, recorder: Any, nodes: list[GraphNode]) -> None:
+        self.recorder, self.nodes = recorder, nodes
+        forward: list[GraphNode] = recorder.nodes
         self.views = {n.outputs[0]: n for n in forward if isinstance(n.op, ViewOp)}
         self.made = {s for n in forward for s in n.outputs}
         graph = Graph((), tuple(forward), ())
@@ -124,27 +124,27 @@ class _Partition:
         results: tuple[int, ...],
         leaves: tuple[Tensor | int, ...],
     ) -> Backward:
-        session = self.session
+        recorder = self.recorder
         own = {*cotangents, *(s for n in self.nodes for s in n.outputs)}
         read = [s for n in self.nodes for s in n.symbols] + outputs
         outer = list(dict.fromkeys(s for s in read if s not in own))
         again: dict[Symbol, GraphNode] = {}
         roots = list(dict.fromkeys(self._root(s, again) for s in outer))
-        changed = {m.given for m in session.states if m.whole is not m.given}
-        states = tuple(m for m in session.states if m.given in roots and m.given not in changed)
-        arguments = tuple(i for i, m in enumerate(session.arguments) if m.given in roots)
-        numbers = tuple(s for r in session.repeated for s in r.numbers if s in roots)
-        constants = {s: session.constants[s] for s in roots if s in session.constants}
+        changed = {m.given for m in recorder.states if m.whole is not m.given}
+        states = tuple(m for m in recorder.states if m.given in roots and m.given not in changed)
+        arguments = tuple(i for i, m in enumerate(recorder.arguments) if m.given in roots)
+        numbers = tuple(s for r in recorder.repeated for s in r.numbers if s in roots)
+        constants = {s: recorder.constants[s] for s in roots if s in recorder.constants}
         apart = {
             *(m.given for m in states),
-            *(session.arguments[i].given for i in arguments),
+            *(recorder.arguments[i].given for i in arguments),
             *numbers,
             *constants,
         }
         saved = tuple(s for s in roots if s not in apart)
         inputs = (
             *saved,
-            *(session.arguments[i].given for i in arguments),
+            *(recorder.arguments[i].given for i in arguments),
             *cotangents,
             *numbers,
             *(m.given for m in states),

@@ -101,7 +101,7 @@ class Recording:
         }
 
 
-class _Session(Recorder):
+class _StepRecorder(Recorder):
     """A recorder with what the step does to gradients and modules."""
 
     def __init__(self, beneath: Any) -> None:
@@ -128,15 +128,15 @@ def record(
     Raises TraceError, with the line of the user's code, where something cannot be recorded.
     """
     beneath = interpreter()
-    session = _Session(beneath)
+    recorder = _StepRecorder(beneath)
     surroundings = Surroundings(function, objects_in((args, kwargs)))
-    inputs = [session.argument(t) for t in tensors]
+    inputs = [recorder.argument(t) for t in tensors]
     args, kwargs = given = _stand_ins((args, kwargs), inputs)
     outlines = outline(given)
-    set_interpreter(session)
-    before, mode.recorder = mode.recorder, session
+    set_interpreter(recorder)
+    before, mode.recorder = mode.recorder, recorder
     for module in surroundings.modules:
-        session.meets(module)
+        recorder.meets(module)
     failed = True
     try:
         held = [function(*args, **kwargs)]
@@ -147,22 +147,22 @@ def record(
             )
         del args, kwargs, given
         surroundings.check_unchanged()
-        session.seen.check(session)
-        session.modes.check_unchanged("the compiled function", session.modes_set)
-        session.modes.ignore(session.modes_set)
+        recorder.seen.check(recorder)
+        recorder.modes.check_unchanged("the compiled function", recorder.modes_set)
+        recorder.modes.ignore(recorder.modes_set)
         if mode.enabled:
-            session.backward = record_backward(session, tensors_in(held), inputs)
-        recording = _Finish(session, inputs, surroundings).recording(held)
+            recorder.backward = record_backward(recorder, tensors_in(held), inputs)
+        recording = _Finish(recorder, inputs, surroundings).recording(held)
         failed = False
         return recording
     finally:
         mode.recorder = before
         set_interpreter(beneath)
         if failed:
-            session.seen.restore()
-            undo(session.repeated)
-            close(list(session.recorded))
-        for tensor, gradient, _ in session.gradients.values():
+            recorder.seen.restore()
+            undo(recorder.repeated)
+            close(list(recorder.recorded))
+        for tensor, gradient, _ in recorder.gradients.values():
             tensor._grad = gradient
 
 
@@ -180,50 +180,52 @@ def _stand_ins(given: Any, inputs: list[Tensor]) -> Any:
 
 
 class _Finish:
-    """Turns what a session saw into a Recording."""
+    """Turns what a recorder saw into a Recording."""
 
-    def __init__(self, session: _Session, inputs: list[Tensor], surroundings: Surroundings) -> None:
-        self.session, self.surroundings = session, surroundings
+    def __init__(
+        self, recorder: _StepRecorder, inputs: list[Tensor], surroundings: Surroundings
+    ) -> None:
+        self.recorder, self.surroundings = recorder, surroundings
         self.outputs: dict[Symbol, int] = {}
         self.sources: list[Source] = []
         self.argument_of = {id(t): i for i, t in enumerate(inputs)}
         inputs.clear()
 
     def recording(self, held: list[Any]) -> Recording:
-        session = self.session
+        recorder = self.recorder
         result = replaced(held.pop(), self._returned)  # and with this the recorded tensors go
-        known = [self._gradient(*entry) for entry in session.gradients.values()]
+        known = [self._gradient(*entry) for entry in recorder.gradients.values()]
         gradients = [gradient for gradient in known if gradient is not None]
-        kept = () if session.backward is None else session.backward.saved
+        kept = () if recorder.backward is None else recorder.backward.saved
         saved = tuple(self.outputs.setdefault(s, len(self.outputs)) for s in kept)
-        arguments = tuple(_given(m) for m in session.arguments)
-        numbers = tuple(s for r in session.repeated for s in r.numbers)
-        states = tuple(_given(m) for m in session.states)
-        memories = (*session.arguments, *session.states)
+        arguments = tuple(_given(m) for m in recorder.arguments)
+        numbers = tuple(s for r in recorder.repeated for s in r.numbers)
+        states = tuple(_given(m) for m in recorder.states)
+        memories = (*recorder.arguments, *recorder.states)
         updates = tuple(
             (_given(m), m.whole) for m in memories if m.whole is not m.given and m.whole is not None
         )
         graph = Graph(
-            (*arguments, *numbers, *states), tuple(session.nodes), tuple(self.outputs), updates,
-            dict(session.constants),
+            (*arguments, *numbers, *states), tuple(recorder.nodes), tuple(self.outputs), updates,
+            dict(recorder.constants),
         )  # fmt: skip
         written = {old for old, _ in updates}
         recording = Recording(
             graph,
             arguments,
-            tuple(session.states),
-            tuple(session.repeated),
+            tuple(recorder.states),
+            tuple(recorder.repeated),
             result,
             self.sources,
             gradients,
-            tuple(m.storage for m in session.states if _given(m) in written),
+            tuple(m.storage for m in recorder.states if _given(m) in written),
             tuple(i for i, symbol in enumerate(arguments) if symbol in written),
-            session.backward,
+            recorder.backward,
             saved,
             self._holders(),
-            session.modes,
+            recorder.modes,
             self.surroundings,
-            Outside(session.seen, [s for s in session.kept if id(s) in session.memories]),
+            Outside(recorder.seen, [s for s in recorder.kept if id(s) in recorder.memories]),
         )
         self._check_nothing_is_kept()
         return recording
@@ -234,16 +236,16 @@ class _Finish:
 
     def _source(self, tensor: Tensor) -> Source:
         """Where a tensor's memory will be after a run."""
-        session = self.session
-        memory = session.memory_of(tensor)
+        recorder = self.recorder
+        memory = recorder.memory_of(tensor)
         offset = tensor.pointer - memory.begin
-        if memory in session.arguments:
-            return Source("argument", session.arguments.index(memory), offset, tensor.type)
+        if memory in recorder.arguments:
+            return Source("argument", recorder.arguments.index(memory), offset, tensor.type)
         if not is_recorded(tensor) and memory.given is not None:
             if tensor.base is None and tensor.node is None:
                 return Source("outside", 0, 0, None, tensor)
             return Source("part", 0, 0, None, tensor.detach())
-        symbol = session._whole(memory)
+        symbol = recorder._whole(memory)
         index = self.outputs.setdefault(symbol, len(self.outputs))
         return Source("result", index, offset, tensor.type)
 
@@ -255,27 +257,27 @@ class _Finish:
             return None  # of a tensor that the step made, and that goes with it
         place = None if after is None else self._source(after)
         kind: TensorType | None = None
-        if before is not None and id(before.storage) not in self.session.memories:
+        if before is not None and id(before.storage) not in self.recorder.memories:
             kind = before.type
             before = None
         return Gradient(None if argument >= 0 else tensor, argument, before, was_read, place, kind)
 
     def _holders(self) -> Holders:
-        session = self.session
-        captured = list(session.captured.values())
-        return Holders(captured, (id(session.captured), id(session.kept)))
+        recorder = self.recorder
+        captured = list(recorder.captured.values())
+        return Holders(captured, (id(recorder.captured), id(recorder.kept)))
 
     def _check_nothing_is_kept(self) -> None:
         """Raise TraceError where Python keeps a tensor that exists only in the recording."""
-        session = self.session
-        session.captured.clear()
-        session.gradients = {
-            key: entry for key, entry in session.gradients.items() if not is_recorded(entry[0])
+        recorder = self.recorder
+        recorder.captured.clear()
+        recorder.gradients = {
+            key: entry for key, entry in recorder.gradients.items() if not is_recorded(entry[0])
         }
-        if not session.recorded:
+        if not recorder.recorded:
             return
         gc.collect()  # what is left of autograd may be cycles
-        for storage in list(session.recorded):
+        for storage in list(recorder.recorded):
             raise TraceError(
                 f"{storage.line}: a tensor that the step made here is kept after it, "
                 f"{_holder_of(storage)}; it exists only in the recording. Return it, or write it "
