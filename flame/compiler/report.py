@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flame.compiler.flops import flops_of
 from flame.compiler.schedule.memory import nbytes_of
 from flame.compiler.schedule.task import Task
 from flame.core.types import TensorType
-from flame.graph import Symbol
+from flame.graph import Node, Symbol
 from flame.runtime.cpu.allocator import readable
 from flame.runtime.cpu.executor_text import HOST, PARALLEL, REGION
 
@@ -32,13 +31,19 @@ class TaskInfo:
     written: int
 
 
+def flops_of(node: Node) -> int:
+    """Multiplications and additions of a node, where its op says them; else 0."""
+    results = [s.type for s in node.outputs if isinstance(s.type, TensorType)]
+    return 0 if node.op.flops is None else node.op.flops(node.types, results)
+
+
 def task_info(task: Task) -> TaskInfo:
     read = {x for x in task.inputs if isinstance(x, Symbol)}
     return TaskInfo(
         task.name,
         tuple(node.op.name for node in task.nodes),
         tuple(dict.fromkeys(node.line for node in task.nodes if node.line is not None)),
-        flops_of(task.nodes),
+        sum(map(flops_of, task.nodes)),
         sum(nbytes_of(s.type) for s in read if isinstance(s.type, TensorType)),
         sum(nbytes_of(s.type) for s in task.outputs if isinstance(s.type, TensorType)),
     )

@@ -16,9 +16,6 @@ from flame.graph.graph import Graph, Node, Number, Operand, Symbol, infer, tenso
 from flame.ops.op import OPS, Op
 from flame.ops.views import ViewOp
 
-# Their meaning depends on how the first operand lies in memory, so it keeps its layout.
-OF_MEMORY = ("as_strided", "view_bits", "overwrite")
-
 
 class Rewriter:
     """Nodes are kept, emitted, or replaced, in the order of the old graph."""
@@ -52,7 +49,7 @@ class Rewriter:
         """Take a node over. Where its operands have other layouts now, its results follow."""
         changed = self.renewed(node)
         if changed.types != node.types:
-            if node.op.name in OF_MEMORY:
+            if node.op.of_memory:
                 changed = self._as_before(node, changed)
             elif isinstance(node.op, ViewOp):
                 self.replace(node.outputs[0], self._view(node, changed))

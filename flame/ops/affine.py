@@ -13,6 +13,7 @@ from flame.ops.contraction import BiasStore, Epilogue, Factor, PlainStore, Prolo
 from flame.ops.op import Arg, Op, Sample, Types
 from flame.ops.products import matmul
 from flame.ops.reductions import sum_to
+from flame.ops.rows import type_of
 from flame.ops.shapes import reshape, transpose
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ _linear = Op(
         lambda g, x: matmul(transpose(g, 0, 1), x),
         lambda g, bias_type: sum_to(g, bias_type.shape),
     ),
+    flops=lambda types, outputs: 2 * outputs[0].numel * type_of(types[0]).shape[-1],
     reference=lambda x, weight, bias: x @ weight.T + bias,
     samples=[
         Sample((Arg((5, 4), kind="double"), Arg((3, 4), kind="double"), Arg((3,), kind="double"))),

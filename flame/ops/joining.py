@@ -184,6 +184,7 @@ def _cat_vjp(g: Any, tensors_type: Any, dim: int, needs: Any) -> Any:
 
 _cat = Op(
     "cat", inputs=("*tensors",), infer=_infer_cat, lower=_lower_cat, vjp=Joint(_cat_vjp),
+    any_layout=True,
     reference=lambda *tensors, dim, dtype=None: np.concatenate(tensors, dim),
     samples=[Sample((Arg((2, 3)), Arg((4, 3))), {"dim": 0}),
              Sample((Arg((2, 3)), Arg((2, 0)), Arg((2, 2))), {"dim": 1}),

@@ -105,6 +105,10 @@ class Op:
     extras: how many of the last outputs serve the backward pass alone. No gradient flows through
     them,
         and ``out`` holds only them (None in place of the others), so a large result is not kept.
+    of_memory: what it means depends on how its first operand lies in memory, so that keeps its
+        layout. images: which operands are images (N, C, H, W) that are best channels-last.
+        any_layout: it writes channels-last results as well as
+        the row-major ones that it infers. flops(types, outputs): multiplications and additions.
     """
 
     updates = False
@@ -126,6 +130,10 @@ class Op:
         reads: Callable[[TensorType], bool] | None = None,
         extras: int = 0,
         lower_fused: Callable[..., Lowering] | None = None,
+        of_memory: bool = False,
+        images: Sequence[int] = (),
+        any_layout: bool = False,
+        flops: Callable[[Types, Sequence[TensorType]], int] | None = None,
         register: bool = True,
     ) -> None:
         self.name = name
@@ -135,6 +143,8 @@ class Op:
         self.infer = infer
         self.lower = lower
         self.lower_fused = lower_fused
+        self.of_memory, self.images, self.any_layout = of_memory, tuple(images), any_layout
+        self.flops = flops
         self.reference = reference
         self.samples = tuple(samples)
         self.failure = failure

@@ -78,7 +78,7 @@ def _reference(whole: Any, part: Any, *, strides: Shape, offset: int) -> Any:
 
 overwrite = Op(
     "overwrite", inputs=("whole", "part"), infer=_infer, lower=_lower, vjp=NOT_DIFFERENTIABLE,
-    reference=_reference, updates=True,
+    reference=_reference, updates=True, of_memory=True,
     samples=[
         Sample((Arg((4, 6), contiguous=True), Arg((2, 3))), {"strides": (6, 2), "offset": 1}),
         Sample((Arg((7,), contiguous=True), Arg(())), {"strides": (), "offset": 3}),

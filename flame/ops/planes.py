@@ -283,6 +283,6 @@ def _spread(g: Any, out: Any, x_type: TensorType) -> Any:
 
 
 max_pool = Op(
-    "max_pool", inputs=("x",), infer=_infer_max, lower=_lower_max, extras=1,
+    "max_pool", inputs=("x",), any_layout=True, infer=_infer_max, lower=_lower_max, extras=1,
     vjp=(_spread,), reference=_max_reference, samples=_max_samples(),
 )  # fmt: skip

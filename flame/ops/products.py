@@ -20,6 +20,7 @@ from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import broadcast_shapes, broadcast_strides
 from flame.ops.op import Arg, Op, Sample, Types, constant
 from flame.ops.reductions import sum, sum_to
+from flame.ops.rows import type_of
 from flame.ops.shapes import expand, reshape, transpose, unsqueeze
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ _matmul = Op(
     infer=_infer,
     lower=_lower,
     vjp=(lambda g, b: _grad_left(g, b), _right_sum),
+    flops=lambda types, outputs: 2 * outputs[0].numel * type_of(types[0]).shape[-1],
     reference=np.matmul,
     samples=[
         Sample((Arg((3, 4)), Arg((4, 5)))),

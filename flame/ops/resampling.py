@@ -155,7 +155,7 @@ def apply(x: Any, axes: tuple[Band, ...]) -> Any:
 
 
 resample: Op = Op(
-    "resample", inputs=("x",), infer=_infer, lower=_lower,
+    "resample", inputs=("x",), any_layout=True, infer=_infer, lower=_lower,
     vjp=(lambda g, axes: apply(g, tuple(b.transpose() for b in axes)),),
     reference=_reference, samples=_samples(), tolerance=2.0,
 )  # fmt: skip

@@ -107,6 +107,7 @@ as_strided = ViewOp(
             g, base=x_type, shape=shape, strides=strides, offset=offset
         ),
     ),
+    of_memory=True,
     reference=_as_strided_reference,
     samples=[
         Sample((Arg((4, 6), contiguous=True),), {"shape": (3, 2), "strides": (6, 2), "offset": 1}),

@@ -268,6 +268,7 @@ view_bits = ViewOp(
     "view_bits",
     _bits,
     vjp=NOT_DIFFERENTIABLE,
+    of_memory=True,
     reference=_bits_reference,
     samples=[
         Sample((Arg((3, 4), 0, 9, kind="index", contiguous=True),), {"dtype": dtypes.int32}),

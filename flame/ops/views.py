@@ -22,6 +22,7 @@ class ViewOp(Op):
         vjp: Vjp,
         reference: Callable[..., Any],
         samples: Sequence[Sample],
+        of_memory: bool = False,
     ) -> None:
         self.view = view
         super().__init__(
@@ -32,6 +33,7 @@ class ViewOp(Op):
             vjp=vjp,
             reference=reference,
             samples=samples,
+            of_memory=of_memory,
         )
 
     def _infer(self, types: Types, **attributes: Any) -> TensorType:

@@ -14,8 +14,6 @@ from flame.core.types import tensor_type
 from flame.graph import Graph, Node, Symbol, tensor_of
 from flame.ops.views import ViewOp
 
-MEMORY_VIEWS = ("as_strided", "view_bits")  # their meaning depends on how the source lies in memory
-
 
 class Flow:
     """Producers, consumers and owners of the symbols of a graph."""
@@ -96,7 +94,7 @@ def regrouping(node: Node) -> tuple[int, ...] | None:
 
     The view's other dimensions repeat.
     """
-    if node.op.name in MEMORY_VIEWS:
+    if node.op.of_memory:
         return None
     assert isinstance(node.op, ViewOp)
     source, made = tensor_of(node.symbols[0]), tensor_of(node.outputs[0])

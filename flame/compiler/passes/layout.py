@@ -8,24 +8,12 @@ order (results, updates, `as_strided`) is given the layout that it had.
 
 from __future__ import annotations
 
-from typing import Final
-
 from flame.core.errors import ShapeError
 from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
 from flame.graph import Graph, Node, Symbol, infer
-from flame.graph.rewriter import OF_MEMORY, Rewriter, Uses, tensor_symbol
+from flame.graph.rewriter import Rewriter, Uses, tensor_symbol
 from flame.ops.elementwise import Elementwise
 from flame.ops.views import ViewOp
-
-# Which operands of a convolution are activations. Depthwise kernels have an order of their own.
-ACTIVATIONS: Final = {
-    "convolution": (0,),
-    "convolution_input_gradient": (0,),
-    "convolution_weight_gradient": (0, 1),
-}
-
-# Ops that write row-major memory of themselves, and any other as well.
-FOLLOWING: Final = frozenset({"cat", "resample", "max_pool"})
 
 
 def layout(graph: Graph) -> Graph:
@@ -52,13 +40,12 @@ def _is_channels_last(type_: object) -> bool:
 
 def _turns(node: Node) -> bool:
     """Whether a node is a convolution of images that gains by channels-last memory."""
+    types = [node.types[i] for i in node.op.images]
+    # depthwise kernels have an order of their own
     return (
-        node.op.name in ACTIVATIONS
-        and node.attributes["groups"] == 1
-        and all(
-            isinstance(node.types[i], TensorType) and node.types[i].ndim == 4  # type: ignore[union-attr]
-            for i in ACTIVATIONS[node.op.name]
-        )
+        node.attributes.get("groups", 1) == 1
+        and any(types)
+        and all(isinstance(t, TensorType) and t.ndim == 4 for t in types)
     )
 
 
@@ -75,8 +62,8 @@ class _Layout:
     def _node(self, node: Node) -> None:
         rewriter = self.rewriter
         if _turns(node):
-            self._turn(node, ACTIVATIONS[node.op.name])
-        elif isinstance(node.op, ViewOp) or node.op.name in OF_MEMORY:
+            self._turn(node, node.op.images)
+        elif isinstance(node.op, ViewOp) or node.op.of_memory:
             rewriter.keep(node)
         elif self._needless(node):
             rewriter.replace(node.outputs[0], rewriter.now(node.inputs[0]))
@@ -102,7 +89,7 @@ class _Layout:
             rewriter.append(changed)
             return
         types = infer(node.op, changed.types, node.attributes)
-        if node.op.name in FOLLOWING and any(_is_channels_last(t) for t in changed.types):
+        if node.op.any_layout and any(_is_channels_last(t) for t in changed.types):
             types = tuple([channels_last(t) if t.ndim == 4 else t for t in types])
         rewriter.emit(
             node.op,

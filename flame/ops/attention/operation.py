@@ -129,8 +129,14 @@ def _vjp(
     return (*found, slopes)
 
 
+def _flops(query: Any, key: Any, products: int) -> int:
+    """Each product is (L, E) with (E, S), or as many multiplications."""
+    return 2 * products * int(query.numel) * int(key.shape[-2])
+
+
 attention = Op(
     "attention", inputs=("query", "key", "value", "mask"), infer=_infer, lower=_lower,
+    flops=lambda types, outputs: _flops(types[0], types[1], 2),
     vjp=Joint(_vjp), reference=references.attention, samples=references.SAMPLES, tolerance=2.0,
 )  # fmt: skip
 
@@ -235,6 +241,7 @@ attention_backward: Op = Op(
     "attention_backward",
     inputs=("grad", "shift", "query", "key", "value", "mask", "result", "log_sum"),
     infer=_infer_backward, lower=_lower_backward, vjp=Joint(_second),
+    flops=lambda types, outputs: _flops(types[2], types[3], 5),
     reference=references.attention_backward, tolerance=4.0,
     samples=[references.backward_sample(s) for s in references.SAMPLES],
 )  # fmt: skip

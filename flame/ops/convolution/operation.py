@@ -7,6 +7,7 @@ others, and derivatives of any order are convolutions again. Spatial sizes of th
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from flame.core.dtypes import DType
@@ -50,6 +51,7 @@ from flame.ops.convolution.weight_gradient import (
 from flame.ops.elementwise import compute_dtype
 from flame.ops.op import Op, Types
 from flame.ops.reductions import sum as sum_
+from flame.ops.rows import type_of
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -190,6 +192,11 @@ def _only_bias(out: TensorType, bias: TensorType | None) -> Lowering:
     return k.finish()
 
 
+def _flops(result: TensorType, weight: Any) -> int:
+    """For each element of the convolution's result, the taps and channels of its group."""
+    return 2 * result.numel * int(math.prod(weight.shape[1:]))
+
+
 # --- convolution ----------------------------------------------------------------------------------
 
 
@@ -239,6 +246,7 @@ def _w_gradient(g: Any, x: Any, weight_type: TensorType, stride: Shape, padding:
 convolution = Op(
     "convolution", inputs=("x", "weight", "bias"), infer=_infer, lower=_lower,
     vjp=(_x_gradient, _w_gradient, _bias_gradient),
+    images=(0,), flops=lambda types, outputs: _flops(outputs[0], types[1]),
     reference=references.convolution, samples=references.convolution_samples(), tolerance=4.0,
 )  # fmt: skip
 
@@ -291,6 +299,7 @@ convolution_input_gradient = Op(
     "convolution_input_gradient", inputs=("y", "weight", "bias"),
     infer=_infer_input_gradient, lower=_lower_input_gradient,
     vjp=(_from_input_gradient, _weight_from_input_gradient, _bias_gradient),
+    images=(0,), flops=lambda types, outputs: _flops(type_of(types[0]), types[1]),
     reference=references.input_gradient, samples=references.input_gradient_samples(), tolerance=4.0,
 )  # fmt: skip
 
@@ -372,6 +381,7 @@ convolution_weight_gradient = Op(
     "convolution_weight_gradient", inputs=("y", "x"),
     infer=_infer_weight_gradient, lower=_lower_weight_gradient,
     vjp=(_g_from_weight_gradient, _x_from_weight_gradient),
+    images=(0, 1), flops=lambda types, outputs: _flops(type_of(types[0]), outputs[0]),
     reference=references.weight_gradient, samples=references.weight_gradient_samples(),
     tolerance=4.0,
 )  # fmt: skip
