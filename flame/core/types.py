@@ -66,9 +66,6 @@ class TensorType:
     def __reduce__(self) -> Any:
         return tensor_type, (self.dtype, self.shape, self.strides, self.device)
 
-    def with_dtype(self, dtype: DType) -> TensorType:
-        return tensor_type(dtype, self.shape, self.strides, self.device)
-
     @property
     def dense(self) -> bool:
         """Whether the elements fill their span without gaps or overlap, in whatever order."""
