@@ -40,8 +40,11 @@ class CompiledFunction:
         self.recordings = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_recording():
+            return self.function(*args, **kwargs)
         # anomaly mode looks at every gradient, and checkpoints keep what they will of the tape
-        if is_recording() or mode.anomaly or mode.saver is not None:
+        if mode.anomaly or mode.saver is not None:
+            log("compile", f"{self!r} runs uncompiled, in anomaly mode or inside of a checkpoint")
             return self.function(*args, **kwargs)
         key, tensors = self._key(args, kwargs)
         for step in tuple(self.steps.get(key, ())):
