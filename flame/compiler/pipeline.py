@@ -85,7 +85,7 @@ def results(graph: Graph, out: tuple[TensorType, ...] | None) -> tuple[TensorTyp
 def lower(graph: Graph, outputs: tuple[TensorType, ...]) -> Lowering:
     """The kernels of a graph of one node."""
     (node,) = graph.nodes
-    return node.op.lower(node.types, outputs, **node.attributes)
+    return node.op.lowering(node.types, outputs, node.attributes)
 
 
 @functools.lru_cache(maxsize=256)

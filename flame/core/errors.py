@@ -51,6 +51,18 @@ class CompileError(FlameError, RuntimeError):
     """A kernel that could not be generated, verified, or turned into machine code."""
 
 
+class CudaError(FlameError, RuntimeError):
+    """A call of the CUDA driver that failed; names the call and the status."""
+
+
+class CublasError(CudaError):
+    """A call of cuBLASLt that failed."""
+
+
+class CudnnError(CudaError):
+    """A call of cuDNN that failed."""
+
+
 class CheckpointError(FlameError, OSError):
     """A checkpoint that cannot be written, found, or trusted."""
 

@@ -16,6 +16,7 @@ from flame.core.dtypes import DType
 from flame.core.errors import CompileError
 from flame.core.types import TensorType
 from flame.kernel import values
+from flame.kernel.library import Problem
 from flame.kernel.program import (
     Accumulate,
     Assign,
@@ -58,9 +59,58 @@ class BoundKernel:
 
 
 @dataclass(frozen=True, eq=False)
+class BoundSource:
+    """A hand-written CUDA kernel with the launch of one call.
+
+    text: CUDA C++ (from `flame.kernels`, with its constants defined in front), symbol: the
+    ``extern "C"`` kernel. operands: pointers, and numbers of the call, which arrive as pointers to
+    int64 or float64 on the device; then ``sizes`` as int64 values. A Ref of an operand left out is
+    a null pointer. shared: bytes of dynamic shared memory.
+    """
+
+    name: str
+    text: str
+    symbol: str
+    operands: tuple[Ref, ...]
+    sizes: tuple[int, ...]
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int = 0
+    extent: int = 1  # 0: nothing to do
+
+
+@dataclass(frozen=True, eq=False)
+class BoundCall:
+    """A call of a vendor's library; operands in the problem's order."""
+
+    problem: Problem
+    operands: tuple[Ref, ...]
+    extent: int = 1
+
+    @property
+    def name(self) -> str:
+        return type(self.problem).__name__.removesuffix("Problem").lower()
+
+
+@dataclass(frozen=True, eq=False)
+class BoundFill:
+    """Sets all bytes of one operand."""
+
+    operands: tuple[Ref, ...]
+    nbytes: int
+    byte: int = 0
+    extent: int = 1
+    name: str = "fill"
+
+
+Bound = BoundKernel | BoundSource | BoundCall | BoundFill
+
+
+@dataclass(frozen=True, eq=False)
 class Lowering:
     """What one operation does: kernels in order, over temporaries of the given bytes.
 
+    ``calls`` instead of kernels: what a GPU does, generated kernels among other things.
     ``host`` instead of kernels: a function of a CPU library that takes the operands as NumPy arrays
     (numbers as they are) and fills the outputs, for what loops do badly, as sorting.
     ``constants``: tables that kernels read, contiguous NumPy arrays.
@@ -70,6 +120,12 @@ class Lowering:
     temporaries: tuple[int, ...] = ()
     host: Callable[[Sequence[Any], Sequence[Any]], None] | None = None
     constants: tuple[Any, ...] = ()
+    calls: tuple[Bound, ...] = ()
+
+    @property
+    def steps(self) -> tuple[Bound, ...]:
+        """All that runs, in order."""
+        return self.calls or self.kernels
 
 
 class Operand:

@@ -92,6 +92,7 @@ class Op:
     inputs: names of the operands; one that starts with ``*`` takes the rest.
     infer(types, **attributes): TensorType, or a tuple of them. Raises ShapeError and DTypeError.
     lower(types, outputs, **attributes): Lowering.
+    lower_cuda(types, outputs, **attributes): as lower, on a GPU; default: the kernels of lower.
     lower_fused(types, outputs, epilogue, prologues, **attributes): as lower, where an Epilogue gets
         the results instead of memory, and Prologues (by operand) give elements of operands; None
         where the op has no such form. See `flame.ops.contraction`.
@@ -130,6 +131,7 @@ class Op:
         reads: Callable[[TensorType], bool] | None = None,
         extras: int = 0,
         lower_fused: Callable[..., Lowering] | None = None,
+        lower_cuda: Callable[..., Lowering] | None = None,
         of_memory: bool = False,
         images: Sequence[int] = (),
         any_layout: bool = False,
@@ -143,6 +145,7 @@ class Op:
         self.infer = infer
         self.lower = lower
         self.lower_fused = lower_fused
+        self.lower_cuda = lower_cuda or lower
         self.of_memory, self.images, self.any_layout = of_memory, tuple(images), any_layout
         self.flops = flops
         self.reference = reference
@@ -175,6 +178,13 @@ class Op:
     def into(self, out: tuple[Any, ...], *inputs: Any, **attributes: Any) -> Any:
         """Call with the results written into the tensors ``out``, in place."""
         return _interpreter.apply(self, inputs, attributes, out)
+
+    def lowering(
+        self, types: Types, outputs: tuple[TensorType, ...], attributes: Mapping[str, Any]
+    ) -> Lowering:
+        """What the op does on the device of its results."""
+        on_gpu = any(t.device != "cpu" for t in outputs)
+        return (self.lower_cuda if on_gpu else self.lower)(types, outputs, **attributes)
 
     def inline(self, inputs: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
         """The op on scalar values, inside another kernel; only elementwise ops can."""

@@ -27,7 +27,7 @@ def task_of(node: Node) -> Task:
         op.name,
         node.inputs,
         node.outputs,
-        op.lower(node.types, outputs, **node.attributes),
+        op.lowering(node.types, outputs, node.attributes),
         (node,),
         in_place_of(node),
         op.updates,

@@ -1,0 +1,43 @@
+"""How a kernel is launched on a GPU.
+
+A *team* of threads runs one iteration of the kernel's parallel loop at a time: its threads share the
+vector loops, and compute everything else alike. A team is a power of two: 1 thread, a part of a
+warp, or a whole block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What of a launch stands in the kernel's text.
+
+    team: threads of a team. block: threads of a block, a multiple of the team. wide: whether
+    offsets need 64 bits. shared: whether scratch memory stands in shared memory. by_pointer:
+    whether numbers of the call arrive as pointers to their 64-bit words on the device.
+    """
+
+    team: int
+    block: int
+    wide: bool
+    shared: bool
+    by_pointer: bool
+
+
+@dataclass(frozen=True)
+class KernelLaunch:
+    """A kernel's text with the launch of one call.
+
+    Arguments in order: one 64-bit word for each operand (pointers; numbers as int64 or double, or
+    pointers to them), a pointer to ``scratch`` bytes of device memory if that is not 0, the
+    sizes as int64, the extent of the parallel loop as int64.
+    """
+
+    text: str
+    symbol: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int  # bytes of dynamic shared memory
+    scratch: int  # bytes of device memory that all teams share out

@@ -1,0 +1,102 @@
+"""Problems that vendor libraries solve, as plain data.
+
+Invariants: a problem says all that decides how it is solved (shapes, strides, dtypes, precision,
+epilogue), so it is the key of every cache of plans, in memory and on disk; it holds no address.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flame.core.dtypes import DType
+from flame.core.types import Shape, TensorType
+
+Epilogue = Literal["none", "bias", "relu_bias", "gelu_bias", "gelu_aux_bias", "dgelu"]
+Direction = Literal["forward", "input_gradient", "weight_gradient"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch dimension: its size, and the elements between neighbours in each matrix."""
+
+    size: int
+    a: int
+    b: int
+    d: int
+
+
+@dataclass(frozen=True)
+class MatmulProblem:
+    """d (batch..., m, n) = epilogue(a (batch..., m, k) @ b (batch..., k, n)).
+
+    Strides are in elements, (row, column) of the last two dimensions: one of them is 1 (or the
+    dimension has size 1), the other at least the size of that dimension. ``batch``: outermost
+    first, a stride of 0 shares the matrix. ``precision``: of float32 factors, as in
+    `flame.set_float32_matmul_precision`; sums are at least float32. ``accumulate``: d += instead.
+
+    Epilogues ("gelu" is the tanh form): bias (n,) in d's dtype is added; gelu_aux_bias also keeps
+    what gelu is taken of in aux (m, n), of d's dtype and strides; dgelu multiplies by the
+    derivative of gelu at aux. Operands of a call, in order: a, b, d, then bias and aux as needed.
+    """
+
+    m: int
+    n: int
+    k: int
+    batch: tuple[Batch, ...]
+    dtype: DType  # of a and b
+    result: DType  # of d
+    a: tuple[int, int]
+    b: tuple[int, int]
+    d: tuple[int, int]
+    precision: str = "highest"
+    epilogue: Epilogue = "none"
+    accumulate: bool = False
+
+
+@dataclass(frozen=True)
+class ConvolutionProblem:
+    """x (N, C, ...), weight (K, C / groups, ...), y (N, K, ...); 1 to 3 dimensions of space.
+
+    forward: y of x and weight, plus ``bias`` (K,) if there is one; operands x, weight, y [, bias].
+    input_gradient: x of y and weight; operands y, weight, x [, bias of x's channels].
+    weight_gradient: weight of y and x; operands y, x, weight.
+    Types give dtypes and strides (row-major or channels-last in memory).
+    """
+
+    direction: Direction
+    x: TensorType
+    weight: TensorType
+    y: TensorType
+    stride: Shape
+    padding: Shape
+    dilation: Shape
+    groups: int
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """softmax(q kᵀ scale + mask) v with q (B, H, L, E), k (B, G, S, E), v (B, G, S, Ev).
+
+    H is a multiple of G. mask: a type that broadcasts to (B, H, L, S), bool (true takes part) or
+    floating (added), or None. causal: query i sees keys up to i. dropout: probability; its random
+    bits come from two numbers (seed, offset), int64.
+    forward operands: q, k, v, mask or None, result, log_sum (B, H, L) float32 [, seed, offset].
+    backward operands: grad (of the result), shift (gradient of log_sum) or None, q, k, v, mask or
+    None, result, log_sum, dq, dk, dv [, seed, offset].
+    """
+
+    backward: bool
+    query: TensorType
+    key: TensorType
+    value: TensorType
+    result: TensorType
+    mask: TensorType | None
+    causal: bool
+    scale: float
+    dropout: float = 0.0
+    shift: bool = False
+
+
+Problem = MatmulProblem | ConvolutionProblem | AttentionProblem
