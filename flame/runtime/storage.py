@@ -31,7 +31,7 @@ class Storage:
         self.device = "cpu"
 
     @classmethod
-    def allocate(cls, nbytes: int) -> Storage:
+    def allocate(cls, nbytes: int, device: str = "cpu") -> Storage:
         """Uninitialised memory. Raises OutOfMemoryError."""
         return cls(allocate(nbytes), nbytes)
 
