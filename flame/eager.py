@@ -274,9 +274,7 @@ def run(plan: Plan, inputs: tuple[Any, ...], out: tuple[Any, ...] | None = None)
     return outputs
 
 
-def _run_on_gpu(
-    plan: Plan, inputs: tuple[Any, ...], out: tuple[Any, ...] | None
-) -> list[Any]:
+def _run_on_gpu(plan: Plan, inputs: tuple[Any, ...], out: tuple[Any, ...] | None) -> list[Any]:
     if out is None:
         outputs = []
         for type_ in plan.outputs:
@@ -287,7 +285,9 @@ def _run_on_gpu(
     if plan.gpu is None:
         transfer.move(outputs[0], inputs[0])
         return outputs
-    in_place = plan.op.updates and inputs[0] is outputs[0]  # its copy of the first input is left out
+    in_place = (
+        plan.op.updates and inputs[0] is outputs[0]
+    )  # its copy of the first input is left out
     plan.gpu.run(inputs, outputs, skip=1 if in_place else 0)
     return outputs
 
@@ -419,7 +419,9 @@ class SliceNode(Node):
         from flame.ops.shapes import as_strided
 
         view, base = self.view_type, self.outputs[0]
-        memory = zeros((base.span,), dtype=base.dtype, device=base.device)  # the base's, gaps included
+        memory = zeros(
+            (base.span,), dtype=base.dtype, device=base.device
+        )  # the base's, gaps included
         whole = as_strided(memory, shape=base.shape, strides=base.strides, offset=0)
         whole.copy_(grads[0])
         part = as_strided(memory, shape=view.shape, strides=view.strides, offset=self.where)

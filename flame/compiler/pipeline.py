@@ -58,9 +58,7 @@ def make_plan(
     )
 
 
-def gpu_plan(
-    op: Op, types: Types, outputs: tuple[TensorType, ...], lowering: Lowering
-) -> Plan:
+def gpu_plan(op: Op, types: Types, outputs: tuple[TensorType, ...], lowering: Lowering) -> Plan:
     """The plan of a call whose kernels run on a GPU."""
     from flame.compiler.gpu.call import GpuCall
 

@@ -44,7 +44,9 @@ def block_diag(*tensors: Any) -> Tensor:
     for x in given:
         left = zeros(x.shape[0], before, dtype=dtype, device=x.device)
         before += x.shape[1]
-        rows.append(cat([left, x, zeros(x.shape[0], width - before, dtype=dtype, device=x.device)], 1))
+        rows.append(
+            cat([left, x, zeros(x.shape[0], width - before, dtype=dtype, device=x.device)], 1)
+        )
     return cat(rows, 0)
 
 

@@ -308,7 +308,9 @@ def _quantile(
         raise DTypeError(f"{name} takes float32 or float64 elements, got {input.type!r}")
     if interpolation not in ("linear", "lower", "higher", "midpoint", "nearest"):
         raise ArgumentError(f"{name}: {interpolation!r} is no interpolation")
-    points: Tensor = q if hasattr(q, "storage") else constant(q, dtype=input.dtype, device=input.device)
+    points: Tensor = (
+        q if hasattr(q, "storage") else constant(q, dtype=input.dtype, device=input.device)
+    )
     if points.ndim > 1 or bool(((points < 0) | (points > 1)).any()):
         raise ArgumentError(f"{name}: q must be one or several numbers from 0 to 1")
     rank = input.ndim

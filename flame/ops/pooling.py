@@ -229,7 +229,9 @@ def _whole_means(x: Tensor, sums: list[Band], means: list[Band], divisor: int | 
         weights = table(band)[1].max(1)  # 1 / elements counted; 0 for a window of padding alone
         here = np.rint(1.0 / np.where(weights > 0, weights, 1.0)).astype(np.int64)
         counts = counts * here.reshape([-1 if i == axis else 1 for i in range(len(means))])
-    return div(total, convert(constant(counts, device=x.device), dtype=x.dtype), rounding_mode="trunc")
+    return div(
+        total, convert(constant(counts, device=x.device), dtype=x.dtype), rounding_mode="trunc"
+    )
 
 
 def avg_pool1d(

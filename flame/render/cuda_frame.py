@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-
 from flame.kernel.geometry import WARP, Geometry
 from flame.kernel.program import Kernel
 from flame.kernel.values import Buffer

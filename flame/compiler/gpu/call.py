@@ -13,10 +13,10 @@ from typing import Any
 from flame.compiler.gpu.steps import GpuStep, steps_of
 from flame.core.device import device_index
 from flame.core.errors import FlameError, UnsupportedError
-from flame.core.types import TensorType
 from flame.kernel.builder import BoundKernel, Lowering
 from flame.runtime.cuda import errors, streams
 from flame.runtime.cuda.driver import driver
+from flame.runtime.cuda.transfer import copy
 from flame.runtime.storage import Storage
 
 
@@ -42,7 +42,10 @@ class GpuCall:
         self.temporaries = lowering.temporaries
         self.constants = [on_device(array, device) for array in lowering.constants]
         checked = any(r.role == "error" for step in self.steps for r in step.operands)
-        self.slot = errors.slot(self.index, failure) if checked and failure is not None else None
+        self.slot = None
+        if checked:
+            assert failure is not None, name
+            self.slot = errors.error_slot(self.index, failure)
 
     def run(self, inputs: Sequence[Any], outputs: Sequence[Any], *, skip: int = 0) -> None:
         """Queue the steps from number ``skip`` on, over tensors and numbers."""
@@ -63,11 +66,11 @@ class GpuCall:
             if role == "output":
                 return int(outputs[position].pointer)
             if role == "temporary":
-                return temporaries[position].pointer
+                return int(temporaries[position].pointer)
             if role == "constant":
-                return self.constants[position].pointer
+                return int(self.constants[position].pointer)
             assert self.slot is not None
-            return self.slot.pointer
+            return int(self.slot.pointer)
 
         for number, step in enumerate(self.steps):
             if number < skip:
@@ -95,10 +98,8 @@ def bits_of(number: Any) -> int:
 
 def on_device(array: Any, device: str) -> Storage:
     """A copy of a contiguous array in a device's memory."""
-    from flame.runtime.cuda.transfer import to_device
-
     made = Storage.allocate(array.nbytes, device)
-    to_device(made, array)
+    if array.nbytes:
+        source = Storage.borrow(array.ctypes.data, array.nbytes, array)
+        copy(made, made.pointer, source, source.pointer, array.nbytes)
     return made
-
-

@@ -16,7 +16,7 @@ from flame.kernel.builder import Bound, BoundCall, BoundFill, BoundKernel, Bound
 from flame.kernel.geometry import KernelLaunch
 from flame.render.cuda import render
 from flame.runtime.cuda import modules
-from flame.runtime.cuda.driver import Dim, Driver, driver
+from flame.runtime.cuda.driver import Dim, driver
 
 
 class GpuStep(Protocol):
@@ -39,10 +39,10 @@ class KernelStep:
         self, name: str, text: str, function: int, operands: tuple[Ref, ...], launch: _Launch
     ) -> None:
         self.name, self.text, self.operands = name, text, operands
-        self.scratch = launch.scratch
+        self.scratch: int = launch.scratch
         self._count = len(operands)
         tail = ([0] if launch.scratch else []) + list(launch.sizes)
-        self._words = (ctypes.c_int64 * max(self._count + len(tail), 1))()
+        self._words: Any = (ctypes.c_int64 * max(self._count + len(tail), 1))()
         self._words[self._count : self._count + len(tail)] = tail
         base = ctypes.addressof(self._words)
         self._addresses = (ctypes.c_void_p * max(len(self._words), 1))(
@@ -56,7 +56,7 @@ class KernelStep:
     def enqueue(self, words: Sequence[int], scratch: int, stream: int) -> None:
         with self._lock:
             count = self._count
-            self._words[:count] = words  # type: ignore[assignment]
+            self._words[:count] = words
             if scratch:
                 self._words[count] = scratch
             self._launch(*self._fixed, stream, self._arguments)
@@ -107,9 +107,7 @@ class FillStep:
         self._fill(words[0], self._byte, self._nbytes, stream)
 
 
-def steps_of(
-    lowered: Iterable[Bound], device: int, *, by_pointer: bool
-) -> list[GpuStep]:
+def steps_of(lowered: Iterable[Bound], device: int, *, by_pointer: bool) -> list[GpuStep]:
     """The steps of kernels and calls in order, compiled together where neither cache has them.
 
     by_pointer: whether generated kernels get numbers of the call as pointers to their words.
@@ -118,17 +116,14 @@ def steps_of(
     rendered = [
         render(b, by_pointer=by_pointer) if isinstance(b, BoundKernel) else None for b in bounds
     ]
-    wanted = [
-        (launch.text, launch.symbol, launch.shared)
-        if launch is not None
-        else (b.text, b.symbol, b.shared)
-        for b, launch in zip(bounds, rendered, strict=True)
-        if launch is not None or isinstance(b, BoundSource)
-    ]
+    wanted: list[tuple[str, str, int]] = []
+    for bound, launch in zip(bounds, rendered, strict=True):
+        if launch is not None:
+            wanted.append((launch.text, launch.symbol, launch.shared))
+        elif isinstance(bound, BoundSource):
+            wanted.append((bound.text, bound.symbol, bound.shared))
     functions = iter(modules.load_many(device, wanted))
-    return [
-        _step(b, launch, functions, device) for b, launch in zip(bounds, rendered, strict=True)
-    ]
+    return [_step(b, launch, functions, device) for b, launch in zip(bounds, rendered, strict=True)]
 
 
 def _step(bound: Bound, launch: KernelLaunch | None, functions: Any, device: int) -> GpuStep:
@@ -137,9 +132,7 @@ def _step(bound: Bound, launch: KernelLaunch | None, functions: Any, device: int
         shape = _Launch(
             launch.grid, launch.block, launch.shared, launch.scratch, (*bound.sizes, bound.extent)
         )
-        return KernelStep(
-            bound.kernel.name, launch.text, next(functions), bound.operands, shape
-        )
+        return KernelStep(bound.kernel.name, launch.text, next(functions), bound.operands, shape)
     if isinstance(bound, BoundSource):
         shape = _Launch(bound.grid, bound.block, bound.shared, 0, bound.sizes)
         return KernelStep(bound.name, bound.text, next(functions), bound.operands, shape)
@@ -148,5 +141,3 @@ def _step(bound: Bound, launch: KernelLaunch | None, functions: Any, device: int
     if isinstance(bound, BoundFill):
         return FillStep(bound)
     raise CompileError(f"a GPU cannot run {bound!r}")
-
-
