@@ -69,6 +69,9 @@ class Storage:
         if self.owner is None:
             _free(self.pointer, self.nbytes)
 
+    def record_stream(self, stream: int) -> None:
+        """Work of a stream, by handle, uses this memory; of no matter for memory of the host."""
+
     @property
     def __array_interface__(self) -> dict[str, Any]:
         """The bytes, for NumPy: an array made from it keeps this storage alive."""

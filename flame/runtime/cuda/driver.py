@@ -172,6 +172,11 @@ def driver() -> Driver:
     return _driver
 
 
+def has_driver() -> bool:
+    """Whether `driver` was called, and gave one, or another was installed."""
+    return _driver is not None
+
+
 def install_driver(made: Driver | None) -> Driver | None:
     """Let `driver` be another one, for tests; None: look again. Returns the one before."""
     global _driver

@@ -78,10 +78,9 @@ def compile_text(text: str, name: str, capability: tuple[int, int]) -> bytes:
 def identity() -> str:
     """Changes whenever `compile_text` might give something else for the same text and target."""
     major, minor = version()
-    parts = [f"NVRTC {major}.{minor}"]
-    for package in ("nvidia-cuda-nvrtc", "nvidia-cuda-runtime"):  # patches; the headers
-        parts.append(f"{package} {package_version(package) or 'of the system'}")
-    return ", ".join((*parts, *_OPTIONS))
+    packages = ("nvidia-cuda-nvrtc", "nvidia-cuda-runtime")  # patches; the headers
+    installed = [f"{name} {package_version(name) or 'of the system'}" for name in packages]
+    return ", ".join((f"NVRTC {major}.{minor}", *installed, *_OPTIONS))
 
 
 def version() -> tuple[int, int]:
