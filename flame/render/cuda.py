@@ -235,7 +235,9 @@ class Renderer(ValueWriter):
             self.packed[target] = f"{name}.item[j]"
 
         def around(lines: list[str]) -> list[str]:
-            inner = [f"  const {index} {loop.var} = {pack} + j;", *(f"  {line}" for line in lines)]
+            inner = [f"  {line}" for line in lines]
+            if any(re.search(rf"\b{loop.var}\b", line) for line in lines):
+                inner.insert(0, f"  const {index} {loop.var} = {pack} + j;")
             each = ["#pragma unroll", f"for (int j = 0; j < {width}; ++j) {{", *inner, "}"]
             return [*loads, *opened, *each, *stores]
 

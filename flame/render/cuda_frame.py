@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -28,7 +29,9 @@ def frame(
     if geometry.teams == 1:
         head = f"// {kernel.name}: a block of {lanes} for each iteration"
     arguments = ",\n".join(f"    {a}" for a in _arguments(kernel, geometry, written))
-    opening = [*_constants(kernel, geometry), *_slots(made), *_scratch(kernel, geometry)]
+    said = set(re.findall(r"\w+", " ".join(loop)))
+    constants = [line for name, line in _constants(kernel, geometry) if name in said]
+    opening = [*constants, *_slots(made), *_scratch(kernel, geometry)]
     body = "\n".join(f"  {line}" for line in [*opening, *loop])
     signature = (
         f'extern "C" __global__ void __launch_bounds__({block}) @SYMBOL(\n{arguments}) {{\n'
@@ -57,22 +60,25 @@ def _arguments(kernel: Kernel, geometry: Geometry, written: set[Buffer]) -> Iter
     yield from (f"const long long {s.attr}{suffix}" for s in (*kernel.sizes, kernel.body.extent))
 
 
-def _constants(kernel: Kernel, geometry: Geometry) -> Iterator[str]:
+def _constants(kernel: Kernel, geometry: Geometry) -> Iterator[tuple[str, str]]:
+    """Names that the loop may use, and the lines that declare them."""
     if geometry.by_pointer:
         for operand in kernel.operands:
             if not isinstance(operand, Buffer):
-                yield f"const {C_TYPE[operand.dtype]} {operand.attr} = *{operand.attr}_word;"
+                type_, name = C_TYPE[operand.dtype], operand.attr
+                yield name, f"const {type_} {name} = *{name}_word;"
     if not geometry.wide:
         for size in (*kernel.sizes, kernel.body.extent):
-            yield f"const int {size.attr} = (int){size.attr}_word;"
+            yield size.attr, f"const int {size.attr} = (int){size.attr}_word;"
     team = geometry.team
     if team > 1:
         place = "threadIdx.x" if geometry.teams == 1 else f"threadIdx.x % {team}"
-        yield f"const int lane = {place};"
+        yield "lane", f"const int lane = {place};"
     if team == WARP:
-        yield "const unsigned mates = 0xffffffffu;"
+        yield "mates", "const unsigned mates = 0xffffffffu;"
     elif 1 < team < WARP:
-        yield f"const unsigned mates = {(1 << team) - 1}u << (threadIdx.x % {WARP} / {team} * {team});"
+        first = f"(threadIdx.x % {WARP} / {team} * {team})"
+        yield "mates", f"const unsigned mates = {(1 << team) - 1}u << {first};"
 
 
 def _slots(made: Renderer) -> Iterator[str]:
