@@ -33,6 +33,7 @@ from flame.recording.lines import user_line
 from flame.recording.memory import Memory, RecordedStorage, is_recorded, whole_type
 from flame.recording.numbers import RecordedFloat, RecordedInt, stand_in
 from flame.recording.outside import Seen
+from flame.runtime.transfer import on_host
 from flame.tensor import Tensor
 
 _NUMBERS = frozenset({float, int, bool, type(None)})
@@ -237,8 +238,10 @@ class Recorder(Eager):
         memory = Memory(tensor.storage, type_, symbol)
         if constant:
             memory.given = None
-            storage, kind = tensor.storage, type_.dtype.numpy
-            self.constants[symbol] = np.array(storage.as_numpy(kind, type_.shape, type_.strides))
+            storage = on_host(tensor.storage)
+            self.constants[symbol] = np.array(
+                storage.as_numpy(type_.dtype.numpy, type_.shape, type_.strides)
+            )
         else:
             self.states.append(memory)
         return memory

@@ -41,7 +41,7 @@ class KernelStep:
         self.name, self.text, self.operands = name, text, operands
         self.scratch: int = launch.scratch
         self._count = len(operands)
-        tail = ([0] if launch.scratch else []) + list(launch.sizes)
+        tail: list[int] = ([0] if launch.scratch else []) + list(launch.sizes)
         self._words: Any = (ctypes.c_int64 * max(self._count + len(tail), 1))()
         self._words[self._count : self._count + len(tail)] = tail
         base = ctypes.addressof(self._words)

@@ -113,5 +113,3 @@ def _batch_strides(type_: TensorType, shape: Shape) -> Shape:
 
 def _precision(dtype: DType) -> str:
     return get_float32_matmul_precision() if dtype.name == "float32" else "highest"
-
-

@@ -31,9 +31,7 @@ def channels_last_type(type_: TensorType) -> TensorType:
     """The type with the second dimension innermost in memory."""
     n, c, *space = type_.shape
     steps = contiguous_strides((n, *space, c))
-    return tensor_type(
-        type_.dtype, type_.shape, (steps[0], steps[-1], *steps[1:-1]), type_.device
-    )
+    return tensor_type(type_.dtype, type_.shape, (steps[0], steps[-1], *steps[1:-1]), type_.device)
 
 
 def lower_convolution(
