@@ -181,6 +181,7 @@ OFFERED: dict[str, dict[str, Any]] = {
     "shared mask": {"mask": (128, 128), "causal": False},
     "mask of keys": {"mask": (2, 1, 1, 128), "causal": False},
     "mask, causal": {"mask": (1, 4, 128, 128)},
+    "odd mask": {"mask": (77, 77), "queries": 77, "keys": 77, "causal": False},
 }
 
 
