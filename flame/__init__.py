@@ -107,7 +107,7 @@ if _TYPE_CHECKING:
     from flame.recording import compile
 
 _LATE = {"compile": "flame.recording"}
-_PACKAGES = ("autograd", "checkpoint", "data", "nn", "optim", "testing")
+_PACKAGES = ("autograd", "checkpoint", "cuda", "data", "nn", "optim", "testing")
 
 
 def __getattr__(name: str) -> object:

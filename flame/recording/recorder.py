@@ -21,7 +21,7 @@ from flame.compiler.pipeline import check_operands, describe
 from flame.compiler.plan import Plan
 from flame.core.errors import TraceError
 from flame.core.types import TensorType
-from flame.eager import Eager, as_operand, record
+from flame.eager import Eager, as_operand, beside, record
 from flame.graph import Node, Number, Symbol
 from flame.kernel.values import Value
 from flame.ops.conversion import copy
@@ -88,6 +88,7 @@ class Recorder(Eager):
         if any(x.__class__ is Value for x in inputs):
             return op.inline(inputs, attributes)
         inputs = tuple([self._operand(op, x) for x in inputs])
+        inputs = beside(inputs) or inputs
         types = tuple([_type_of(x) for x in inputs])
         check_operands(op, types)
         plan = describe(op, types, attributes, None if out is None else tuple(t.type for t in out))
@@ -303,7 +304,7 @@ class Recorder(Eager):
         if memory.whole is None:  # nothing was written: any numbers will do
             from flame.ops.creation import zeros
 
-            made = zeros(memory.type.shape, dtype=memory.type.dtype)
+            made = zeros(memory.type.shape, dtype=memory.type.dtype, device=memory.type.device)
             symbol = self.symbol_of(made)
             if symbol.type is not memory.type:
                 symbol = self._relaid(symbol, memory.type)
