@@ -12,16 +12,18 @@ from flame.core.determinism import (
     are_deterministic_algorithms_enabled,
     use_deterministic_algorithms,
 )
+from flame.core.errors import CudaError, DeviceError
 from flame.core.precision import choose_float32_matmul_precision, get_float32_matmul_precision
 from flame.runtime.cuda.libraries import device as gpu
 from flame.runtime.cuda.libraries import prepare
+from flame.runtime.cuda.packages import bindings
 
 
 class Gpu:
     """Device 0, a stream, and memory that is freed by `release`."""
 
     def __init__(self) -> None:
-        self.driver = gpu.bindings()
+        self.driver = bindings("driver")
         gpu.checked("cuInit", 0)
         self.context = gpu.checked("cuDevicePrimaryCtxRetain", gpu.checked("cuDeviceGet", 0))
         gpu.checked("cuCtxSetCurrent", self.context)
@@ -89,8 +91,9 @@ _device: Gpu | str | None = None
 
 def _find() -> Gpu | str:
     try:
-        count = gpu.checked("cuInit", 0) or gpu.checked("cuDeviceGetCount")
-    except Exception as error:  # noqa: BLE001  # without a driver, whatever the bindings raise
+        gpu.checked("cuInit", 0)
+        count = gpu.checked("cuDeviceGetCount")
+    except (DeviceError, CudaError) as error:
         return f"no NVIDIA GPU: {error}"
     return Gpu() if count else "no NVIDIA GPU"
 

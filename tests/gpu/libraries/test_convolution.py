@@ -16,7 +16,9 @@ from flame.core.errors import CudnnError
 from flame.core.precision import choose_float32_matmul_precision
 from flame.core.types import tensor_type
 from flame.kernel.library import ConvolutionProblem
-from flame.runtime.cuda.libraries import cudnn, prepare
+from flame.runtime.cpu.cache import Entry
+from flame.runtime.cuda import libraries
+from flame.runtime.cuda.libraries import cudnn, prepare, tuning
 from flame.runtime.cuda.libraries.cudnn_graphs import channels_last, row_major
 
 DIRECTIONS = ("forward", "input_gradient", "weight_gradient")
@@ -249,13 +251,8 @@ def test_plans_come_back_from_the_disk(
     monkeypatch.setenv("FLAME_CACHE_DIR", str(tmp_path))
     case = Case(CORE["3x3"], problem_of(CORE["3x3"], "forward", bfloat16))
     pointers = [nvidia.upload(memory) for memory in case.memories]
-    built, made = [], cudnn.Plan.built
-
-    def counted(library: Any, description: Any) -> Any:
-        built.append(description)
-        return made(library, description)
-
-    monkeypatch.setattr(cudnn.Plan, "built", staticmethod(counted))
+    built: list[Any] = []
+    monkeypatch.setattr(cudnn.Plan, "built", staticmethod(counted(cudnn.Plan.built, built)))
     results = []
     for _ in range(2):
         call = cudnn.prepare(case.problem, 0)
@@ -267,16 +264,38 @@ def test_plans_come_back_from_the_disk(
     # What the library does not take back is made anew, and written over.
     for path in (tmp_path / "cuda" / "plans").iterdir():
         key = path.stem
-        cudnn._store._disk().write(key, cudnn_entry(b"nothing that cuDNN would write"))
+        cudnn._store._disk().write(key, Entry(b"nothing that cuDNN would write", ()))
     for count in (2, 2):
         assert cudnn.prepare(case.problem, 0) is not None
         assert len(built) == count
 
 
-def cudnn_entry(content: bytes) -> Any:
-    from flame.runtime.cpu.cache import Entry
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_plans_are_tried_out(
+    nvidia: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, direction: str
+) -> None:
+    """The fastest of several plans, and what comes back of it from the disk."""
+    monkeypatch.setenv("FLAME_CUDA_TUNE", "1")
+    monkeypatch.setenv("FLAME_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "SMALL_SECONDS", 0.0)
+    tried: list[Any] = []
+    monkeypatch.setattr(cudnn, "try_plans", counted(cudnn.try_plans, tried))
+    window = Window((2, 64, 64, 64), 64, (3, 3), (1, 1), (1, 1), (1, 1))
+    case = Case(window, problem_of(window, direction, bfloat16))
+    for _ in range(2):
+        libraries._prepared.clear()
+        found = case.run(nvidia)
+        assert found is not None, case.why_not()
+        assert case.error(found) < TOLERANCES[bfloat16]
+    assert len(tried) == 1
 
-    return Entry(content, ())
+
+def counted(function: Any, calls: list[Any]) -> Any:
+    def counting(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return function(*arguments)
+
+    return counting
 
 
 def test_captured_calls_replay(nvidia: Any) -> None:

@@ -4,14 +4,12 @@ Invariant: a plan holds no address of an operand but those that its descriptor h
 aux), which every call sets under the plan's lock; so plans are shared by streams and threads.
 
 Several algorithms can solve a problem, and the heuristic's first is often not the fastest: by up
-to a fifth on an H200. A problem with enough work times them once, on operands of its own, and the
-choice is kept on disk. FLAME_CUDA_TUNE=0 takes the first, and so does a wish for deterministic
-algorithms, as a choice by time may differ between two machines.
+to a fifth on an H200. A problem with enough work times them once (see `tuning`), on operands of its
+own, and the choice is kept on disk.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from flame.core.determinism import are_deterministic_algorithms_enabled
 from flame.core.dtypes import DType, bfloat16, float16, float32, float64
 from flame.core.errors import CublasError, DeviceError, OutOfMemoryError
 from flame.kernel.library import MatmulProblem
 from flame.runtime.cuda.libraries import device as gpu
+from flame.runtime.cuda.libraries import tuning
 from flame.runtime.cuda.libraries.matmul_layout import (
     NEEDS_AUX,
     NEEDS_BIAS,
@@ -32,10 +30,10 @@ from flame.runtime.cuda.libraries.matmul_layout import (
     describe,
 )
 from flame.runtime.cuda.libraries.store import Store
+from flame.runtime.cuda.packages import INSTALL, load_library
 
 WORKSPACE_LIMIT = 64 << 20
 CANDIDATES = 8
-SMALL_SECONDS = 20e-6  # below it, what timing could win is less than a launch costs
 
 # cudaDataType of library_types.h.
 DATA_TYPES = {float32: 0, float64: 1, float16: 2, bfloat16: 14}
@@ -52,22 +50,19 @@ EPILOGUES = {
     "gelu_aux_bias": "GELU_AUX_BIAS",
     "dgelu": "DGELU",
 }
-# Rough rates of an H100, for a guess at how long a product takes: FLOP/s, and bytes/s.
-_RATES = {float64: 50e12, float32: 45e12, float16: 600e12, bfloat16: 600e12}
-_BANDWIDTH = 3e12
 
 
 class Library:
     """cuBLASLt on one device: its handle, and the calls that take numbers by address."""
 
     def __init__(self, device: int) -> None:
-        gpu.load_library("cudart")
-        gpu.load_library("cublasLt")
+        load_library("cudart")
+        load_library("cublasLt")
         try:
             from nvmath.bindings import cublas, cublasLt
         except ImportError as error:
             raise DeviceError(
-                f"matrix products need the package nvmath-python ({error}): {gpu.INSTALL}"
+                f"matrix products need the package nvmath-python ({error}): {INSTALL}"
             ) from error
         self.lt: Any = cublasLt
         self.compute_types: Any = cublas.ComputeType
@@ -405,11 +400,8 @@ def prepare(problem: MatmulProblem, device: int) -> Matmul | Nothing | None:
 
 def _choose(plan: Plan) -> Any:
     """The algorithm: the stored choice, else the fastest, else the heuristic's first."""
-    tune = os.environ.get("FLAME_CUDA_TUNE", "1") != "0"
     first = plan.candidates[0]
-    if not tune or are_deterministic_algorithms_enabled() or len(plan.candidates) == 1:
-        return first
-    if seconds(plan.description) < SMALL_SECONDS:
+    if len(plan.candidates) == 1 or not tuning.worth(seconds(plan.description)):
         return first
     on = plan.library
     key = f"cublasLt {on.version} {on.device_name} {plan.description}"
@@ -428,7 +420,6 @@ def _choose(plan: Plan) -> Any:
 
 def seconds(description: Description) -> float:
     """A guess at the time of a product, from its arithmetic and its memory."""
-    rate = _RATES[description.dtype] * (8 if description.precision != "highest" else 1)
     factor, result = description.dtype.itemsize, description.result_dtype.itemsize
     nbytes = sum(
         layout.rows * layout.columns * size
@@ -439,7 +430,8 @@ def seconds(description: Description) -> float:
         )
     )
     calls = description.count * len(description.offsets)
-    return max(description.flops / rate, calls * nbytes / _BANDWIDTH)
+    exact = description.precision == "highest"
+    return tuning.seconds(description.flops, calls * nbytes, description.dtype, exact=exact)
 
 
 def _time(plan: Plan) -> int:
@@ -459,21 +451,8 @@ def _time(plan: Plan) -> int:
         def runner(call: Call) -> Callable[[], None]:
             return lambda: call.run_all(pointers, workspace, scratch.stream)
 
-        return _fastest(scratch, calls, runner)
-
-
-def _fastest(scratch: gpu.Scratch, calls: list[Call], runner: Any) -> int:
-    """Of those that run: now and then the heuristic offers what the launch refuses."""
-    working = []
-    for index, call in enumerate(calls):
-        try:
-            runner(call)()
-        except call.plan.library.lt.cuBLASLtError:
-            continue
-        working.append(index)
-    if not working:
-        return 0
-    return working[gpu.fastest(scratch, [runner(calls[index]) for index in working])]
+        failures = (plan.library.lt.cuBLASLtError,)
+        return gpu.fastest(scratch, [runner(call) for call in calls], failures)
 
 
 def operand_spans(description: Description) -> tuple[int, int, int]:

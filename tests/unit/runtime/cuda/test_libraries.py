@@ -22,9 +22,9 @@ from flame.core.precision import choose_float32_matmul_precision
 from flame.core.types import tensor_type
 from flame.kernel.library import Batch, ConvolutionProblem, MatmulProblem
 from flame.runtime.cuda import libraries
-from flame.runtime.cuda.libraries import cublaslt, cudnn
+from flame.runtime.cuda.libraries import cublaslt, cudnn, tuning
 from flame.runtime.cuda.libraries import device as gpu
-from flame.runtime.cuda.libraries.cudnn_graphs import Graph
+from flame.runtime.cuda.libraries.cudnn_graphs import ConvolutionGraph, Graph
 from flame.runtime.cuda.libraries.matmul_layout import Description, describe
 from flame.runtime.cuda.libraries.store import Store
 
@@ -221,7 +221,7 @@ def test_guess_of_the_time() -> None:
     large, small = describe(LARGE), describe(SMALL)
     assert large is not None
     assert small is not None
-    assert cublaslt.seconds(small) < cublaslt.SMALL_SECONDS < cublaslt.seconds(large) < 1e-3
+    assert cublaslt.seconds(small) < tuning.SMALL_SECONDS < cublaslt.seconds(large) < 1e-3
     spans = cublaslt.operand_spans(large)
     assert spans == (1 << 24, 1 << 24, 1 << 24)
 
@@ -315,7 +315,7 @@ def test_plans_of_graphs_are_kept_on_disk(dnn: SimpleNamespace) -> None:
 def test_what_the_library_refuses_is_made_anew(dnn: SimpleNamespace, content: bytes) -> None:
     cudnn.prepare(convolution(), 0)
     (path,) = (path for path in cudnn._store._disk().directory.iterdir())
-    key = f"{dnn.version} {dnn.device_name} {dnn.built[0]}"
+    key = f"{dnn.version} {dnn.device_name} tried False {dnn.built[0]}"
     assert cudnn._store.read(key) == bytes([1, 2, 3])
     cudnn._store.write(key, content)
     for _ in range(2):
@@ -324,6 +324,94 @@ def test_what_the_library_refuses_is_made_anew(dnn: SimpleNamespace, content: by
     path.write_bytes(b"no entry at all")
     assert cudnn.prepare(convolution(), 0) is not None
     assert len(dnn.built) == 3
+
+
+class FakeLowered:
+    """Five plans, of which the first cannot be built and the fourth is the fastest."""
+
+    def __init__(self) -> None:
+        self.built: list[int] = []
+        self.ran: list[int] = []
+
+    def get_execution_plan_count(self) -> int:
+        return 7
+
+    def build_plan_at_index(self, index: int) -> None:
+        if index == 0:
+            raise RuntimeError("Deselected")
+        self.built.append(index)
+
+    def get_workspace_size_plan_at_index(self, index: int) -> int:
+        return 100 * index
+
+    def _execute_plan_at_index(
+        self, pointers: dict[int, int], workspace: int, index: int, handle: int
+    ) -> None:
+        assert sorted(pointers) == [1, 2, 3]
+        assert (workspace, handle) == (400, 77)
+        self.ran.append(index)
+
+
+class FakeScratch:
+    """Memory whose addresses are sizes."""
+
+    stream = 9
+
+    def __enter__(self) -> FakeScratch:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def random(self, dtype: Any, count: int) -> int:
+        return int(dtype.itemsize * count)
+
+    def allocate(self, nbytes: int) -> int:
+        return nbytes
+
+
+def test_the_fastest_convolution_is_built_last(
+    dnn: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fastest(scratch: FakeScratch, runs: Any, failures: Any) -> int:
+        assert dnn.streams == [scratch.stream]
+        for run in runs:
+            run()
+        return 2
+
+    monkeypatch.setattr(gpu, "Scratch", FakeScratch)
+    monkeypatch.setattr(gpu, "fastest", fastest)
+    graph, lowered = cudnn.describe(convolution()), FakeLowered()
+    assert isinstance(graph, ConvolutionGraph)
+    assert cudnn.try_plans(dnn, lowered, graph) == 3  # type: ignore[arg-type]
+    assert lowered.built == [1, 2, 3, 4, 3]
+    assert lowered.ran == [1, 2, 3, 4]
+    assert dnn.streams == [9, 0]
+
+
+def test_the_fastest_run_is_found() -> None:
+    times = {"slow": 3.0, "fast": 1.0, "middle": 2.0}
+
+    def run(name: str) -> Any:
+        def body() -> None:
+            if name == "broken":
+                raise Failure
+            clock.append(times[name])
+
+        return body
+
+    clock: list[float] = []
+
+    class Clock:
+        def milliseconds(self, body: Any, repeats: int) -> float:
+            clock.clear()
+            for _ in range(repeats):
+                body()
+            return sum(clock) / repeats
+
+    scratch: Any = Clock()
+    runs = [run(name) for name in ("broken", "slow", "fast", "middle")]
+    assert gpu.fastest(scratch, runs, (Failure,)) == 2
+    assert gpu.fastest(scratch, runs[:1], (Failure,)) == 0
 
 
 def test_pointers_go_where_their_uids_are(dnn: SimpleNamespace) -> None:
@@ -388,23 +476,11 @@ def test_entries_are_found_by_their_key(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_missing_packages_are_named(
     monkeypatch: pytest.MonkeyPatch, module: str, package: str
 ) -> None:
-    monkeypatch.setattr(gpu, "load_library", lambda name: None)
     monkeypatch.setitem(sys.modules, module, None)
-    made = cublaslt.Library if "nvmath" in module else cudnn.Library
+    library = cublaslt if "nvmath" in module else cudnn
+    monkeypatch.setattr(library, "load_library", lambda name: None)
     with pytest.raises(DeviceError, match=rf"{package}.*pip install 'flame-engine\[cuda13\]'"):
-        made(0)
-
-
-def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.pathfinder", None)
-    with pytest.raises(DeviceError, match=r"cublasLt.*pip install"):
-        gpu.load_library("cublasLt")
-
-
-def test_versions() -> None:
-    found = libraries.versions()
-    assert set(found) == set(libraries.PACKAGES)
-    assert all(version is None or version[0].isdigit() for version in found.values())
+        library.Library(0)
 
 
 def test_nothing_is_loaded_before_it_is_needed() -> None:
