@@ -14,6 +14,7 @@ from flame.core.errors import CublasError
 from flame.kernel.library import Batch, MatmulProblem
 from flame.runtime.cuda import libraries
 from flame.runtime.cuda.libraries import cublaslt, prepare
+from flame.runtime.cuda.libraries.cublaslt_plan import WORKSPACE_LIMIT
 
 ROWS, COLUMNS = "rows", "columns"
 PAIRS = [
@@ -263,7 +264,7 @@ def test_planning_during_a_capture(
     monkeypatch.setenv("FLAME_CACHE_DIR", str(tmp_path))
     case = Case(plain((1536, 1536, 1536), (bfloat16, bfloat16)))
     pointers = [nvidia.upload(memory) for memory in case.memories]
-    workspace = nvidia.allocate(cublaslt.WORKSPACE_LIMIT)
+    workspace = nvidia.allocate(WORKSPACE_LIMIT)
     libraries._prepared.clear()
 
     class Late:

@@ -14,8 +14,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import struct
 import threading
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from flame.core.determinism import are_deterministic_algorithms_enabled
@@ -306,37 +308,35 @@ class GraphCall:
     def __init__(self, description: Graph, plan: Plan, workspace: int, name: str) -> None:
         self.description, self.workspace, self.name = description, workspace, name
         self._plan, self._library = plan, plan.library
-        self._array = (ctypes.c_void_p * len(plan.uids))()
-        self._slots = tuple((slot, uid - 1) for slot, uid in enumerate(plan.uids))
+        self._array = (ctypes.c_uint64 * len(plan.uids))()
         numbers = {tensor.uid for tensor in description.tensors if tensor.dtype is int64}
-        self._aligned = tuple(uid - 1 for uid in plan.uids if uid not in numbers)
+        aligned = [uid - 1 for uid in plan.uids if uid not in numbers]
+        # Operands by their places, in one call each: there are always more than one.
+        self._pick = itemgetter(*(uid - 1 for uid in plan.uids))
+        self._pick_aligned = itemgetter(*aligned)
+        self._pack = struct.Struct(f"{len(plan.uids)}Q").pack_into
         self._execute = plan.lowered._execute_with_raw_ptrs
-        self._address = ctypes.addressof(self._array)
+        self._head = (ctypes.addressof(self._array), len(plan.uids))
+        self._tail = (plan.library.raw_handle, *plan.index)
 
     def enqueue(self, pointers: Sequence[int], workspace: int, stream: int) -> None:
         """See `Prepared`. ``workspace`` is aligned to 256 bytes. Raises CudnnError."""
         bits = 0
-        for at in self._aligned:
-            bits |= pointers[at]
+        for pointer in self._pick_aligned(pointers):
+            bits |= pointer
         if bits & (WIDEST - 1):
+            addresses = ", ".join(map(hex, self._pick_aligned(pointers)))
             raise CudnnError(
                 f"{self.name}: cuDNN needs operands that are aligned to {WIDEST} bytes, got "
-                f"{[hex(pointers[at]) for at in self._aligned]}; copy what is a view with an offset"
+                f"{addresses}; copy what is a view with an offset"
             )
-        library, array = self._library, self._array
+        library = self._library
         with library.lock:
             try:
                 if library.stream != stream:
                     library.set_stream(stream)
-                for slot, at in self._slots:
-                    array[slot] = pointers[at]
-                self._execute(
-                    self._address,
-                    len(self._slots),
-                    workspace,
-                    library.raw_handle,
-                    *self._plan.index,
-                )
+                self._pack(self._array, 0, *self._pick(pointers))
+                self._execute(*self._head, workspace, *self._tail)
             except library.failures as error:
                 raise CudnnError(f"{self.name}: {error}, of {self.description}") from error
 

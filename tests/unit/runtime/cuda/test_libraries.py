@@ -22,7 +22,7 @@ from flame.core.precision import choose_float32_matmul_precision
 from flame.core.types import tensor_type
 from flame.kernel.library import Batch, ConvolutionProblem, MatmulProblem
 from flame.runtime.cuda import libraries
-from flame.runtime.cuda.libraries import cublaslt, cudnn, tuning
+from flame.runtime.cuda.libraries import cublaslt, cublaslt_plan, cudnn, tuning
 from flame.runtime.cuda.libraries import device as gpu
 from flame.runtime.cuda.libraries.cudnn_graphs import ConvolutionGraph, Graph
 from flame.runtime.cuda.libraries.matmul_layout import Description, describe
@@ -477,7 +477,7 @@ def test_missing_packages_are_named(
     monkeypatch: pytest.MonkeyPatch, module: str, package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    library = cublaslt if "nvmath" in module else cudnn
+    library: Any = cublaslt_plan if "nvmath" in module else cudnn
     monkeypatch.setattr(library, "load_library", lambda name: None)
     with pytest.raises(DeviceError, match=rf"{package}.*pip install 'flame-engine\[cuda13\]'"):
         library.Library(0)
