@@ -7,6 +7,7 @@ runs anywhere in a second, so that both libraries can be shown to compute the sa
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable
@@ -65,7 +66,7 @@ def perceptron(lib: Any, widths: tuple[int, ...], activation: str) -> Any:
     """Linear layers of these widths with ``activation`` between them."""
     nn = lib.nn
     layers: list[Any] = []
-    for inside, outside in zip(widths, widths[1:], strict=False):
+    for inside, outside in itertools.pairwise(widths):
         layers += [nn.Linear(inside, outside), getattr(nn, activation)()]
     return nn.Sequential(*layers[:-1])
 

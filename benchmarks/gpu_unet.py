@@ -1,4 +1,4 @@
-"""The UNet of the GPU benchmarks, written once over a library: ``lib`` is ``flame`` or ``torch``."""
+"""The UNet of the GPU benchmarks, written once over a library: ``flame`` or ``torch``."""
 
 from __future__ import annotations
 

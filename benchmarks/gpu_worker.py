@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -116,16 +115,9 @@ class Worker:
         self.step: Step = lambda: None
 
     def start(self) -> dict[str, Any]:
-        """Import the library; says what it is and what it runs on."""
+        """Import the library; says which it is."""
         self.lib = library(self.kind)
-        name = "the CPU"
-        if self.device != "cpu":
-            name = self.lib.cuda.get_device_name(0)
-        return {
-            "version": self.lib.__version__,
-            "device": name,
-            "python": platform.python_version(),
-        }
+        return {"library": self.lib.__name__, "version": str(self.lib.__version__)}
 
     def build(self) -> dict[str, Any]:
         """Make the model and its step, without running it."""
