@@ -11,6 +11,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,9 @@ def weights(model: Any) -> dict[str, np.ndarray]:
     begins with zeros (adaLN-zero), products of zeros would draw less power and so run faster than
     in training.
     """
-    return {name: _values(name, tuple(v.shape)) for name, v in model.state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    with ThreadPoolExecutor() as pool:  # NumPy draws without the interpreter's lock
+        return dict(zip(shapes, pool.map(_values, shapes, shapes.values()), strict=True))
 
 
 def _values(name: str, shape: tuple[int, ...]) -> np.ndarray:
