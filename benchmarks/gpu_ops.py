@@ -1,6 +1,6 @@
 """Single operations on a GPU: FLAME beside PyTorch eager and beside what the device can do.
 
-    python benchmarks/gpu_ops.py [--only NAME...] [--compiled] [--turns 7] [--save]
+    python benchmarks/gpu_ops.py [--only NAME...] [--compiled] [--turns 7] [--save [FOLDER]]
     python benchmarks/gpu_ops.py --device cpu --size tiny
 
 Both run in one process on the same values, over several copies of the inputs in rotation, so that
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 from gpu_cases import Case, Input, memory_cases, product_cases
-from gpu_report import heading
+from gpu_report import add_save, heading
 from gpu_worker import library, synchronize, told
 
 Call = Callable[[], Any]
@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--save", action="store_true", help="keep it in benchmarks/results")
+    add_save(parser)
     args = parser.parse_args()
     cases = [*memory_cases(args.size), *product_cases(args.size)]
     lines = [line for case in cases for line in lines_of(case, compiled=args.compiled)]
@@ -320,9 +320,9 @@ def main() -> None:
     title = heading(versions, args.device)
     print(title, flush=True)
     made = [title, "", *run(lines, clocks, args.size, args.turns)]
-    if args.save:
+    if args.save is not None:
         mode = "_compiled" if args.compiled else ""
-        target = Path(__file__).parent / "results" / f"gpu_ops{mode}.md"
+        target = args.save / f"gpu_ops{mode}.md"
         target.write_text("\n".join(["# Single operations on a GPU", "", *made, ""]))
 
 

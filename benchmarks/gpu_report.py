@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
+from argparse import ArgumentParser
+from pathlib import Path
 
 NAMES = {"torch": "PyTorch", "flame": "FLAME"}
 
@@ -21,6 +23,18 @@ def heading(versions: dict[str, str], device: str) -> str:
     commit = output("git", "rev-parse", "--short", "HEAD")
     parts += [datetime.date.today().isoformat(), f"commit {commit or 'unknown'}"]
     return "; ".join(parts)
+
+
+def add_save(parser: ArgumentParser) -> None:
+    """The option ``--save [FOLDER]``."""
+    parser.add_argument(
+        "--save",
+        nargs="?",
+        type=Path,
+        const=Path(__file__).parent / "results",
+        metavar="FOLDER",
+        help="keep the table, in benchmarks/results if no folder is given",
+    )
 
 
 def output(*command: str) -> str:

@@ -1,6 +1,6 @@
 """Whole training steps on a GPU: FLAME compiled beside PyTorch, eager and compiled, in one run.
 
-    python benchmarks/gpu_vs_torch.py [--models gpt2 dit] [--turns 5] [--save]
+    python benchmarks/gpu_vs_torch.py [--models gpt2 dit] [--turns 5] [--save [FOLDER]]
     python benchmarks/gpu_vs_torch.py --rivals eager            without torch.compile
     python benchmarks/gpu_vs_torch.py --device cpu --size tiny --precision float32
 
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gpu_losses import agreement
 from gpu_models import BENCHMARKS, SIZES, Benchmark
 from gpu_remote import Failed, Remote
-from gpu_report import heading
+from gpu_report import add_save, heading
 
 RIVALS = {"eager": "torch eager", "compile": "torch compiled"}
 FLAME = {"compiled": "flame compiled", "eager": "flame eager"}
@@ -265,7 +265,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-warm", action="store_true", help="leave out the second first step")
     parser.add_argument("--patience", type=float, default=180, help="seconds for one answer")
     parser.add_argument("--budget", type=float, default=420, help="seconds; no model begins later")
-    parser.add_argument("--save", action="store_true", help="keep the table in benchmarks/results")
+    add_save(parser)
     return parser.parse_args()
 
 
@@ -284,8 +284,11 @@ def main() -> None:
     )
     if not options.kinds:
         sys.exit("nothing to measure: give a rival, or FLAME")
-    target = Path(__file__).parent / "results" / "gpu_vs_torch.md"
-    run(args.models, options, args.budget, target if args.save else None)
+    target = None
+    if args.save is not None:  # a part of the models does not replace the whole table
+        part = "" if args.models == list(BENCHMARKS) else "_" + "_".join(args.models)
+        target = args.save / f"gpu_vs_torch{part}.md"
+    run(args.models, options, args.budget, target)
 
 
 if __name__ == "__main__":
