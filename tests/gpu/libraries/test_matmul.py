@@ -202,7 +202,7 @@ def test_precision(nvidia: Any, precision: str) -> None:
     found = nvidia.download(pointers[2], case.views[2])
     error = np.linalg.norm(found - case.expected) / np.linalg.norm(case.expected)
     # What is allowed to be faster is: it rounds the factors.
-    assert (error > 3e-5) is (precision != "highest")
+    assert bool(error > 3e-5) is (precision != "highest")
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
