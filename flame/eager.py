@@ -22,7 +22,8 @@ from flame.core.precision import choose_float32_matmul_precision
 from flame.core.types import TensorType
 from flame.kernel.values import Value
 from flame.ops.op import Interpreter, Op, Types, interpreter
-from flame.runtime import cpu
+from flame.ops.transfer import move
+from flame.runtime import cpu, transfer
 from flame.runtime.storage import Storage
 from flame.tensor import Tensor, from_array
 
@@ -62,6 +63,9 @@ class Eager(Interpreter):
         key = tuple(signature)
         plan = self.plans.get(key)
         if plan is None:
+            moved = beside(inputs)
+            if moved is not None:
+                return self.apply(op, moved, attributes, out)
             plan = self._prepare(key, op, inputs, attributes, out)
         if plan.copies:
             inputs = tuple(
@@ -84,7 +88,7 @@ class Eager(Interpreter):
         return from_array(data) if plain else tensor(data, **options)
 
     def empty(self, type_: TensorType) -> Tensor:
-        storage = Storage.allocate(type_.span * type_.dtype.itemsize)
+        storage = Storage.allocate(type_.span * type_.dtype.itemsize, type_.device)
         return Tensor.wrap(storage, storage.pointer, type_)
 
     def execute(
@@ -171,6 +175,23 @@ class Eager(Interpreter):
 _PLAIN = frozenset({float, int, bool, type(None)})
 
 
+def beside(inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The operands with numbers on the CPU (0-d tensors) moved beside the others, if there are any
+    and the others are on a GPU."""
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    device = next((t.type.device for t in tensors if t.type.device != "cpu"), None)
+    if device is None or not any(t.type.device == "cpu" and not t.type.ndim for t in tensors):
+        return None
+    return tuple(
+        [
+            move(x, device)
+            if isinstance(x, Tensor) and x.type.device == "cpu" and not x.type.ndim
+            else x
+            for x in inputs
+        ]
+    )
+
+
 def as_operand(op: Op, x: Any) -> Any:
     """What is no tensor as a plain number: those of NumPy and of other subclasses too."""
     if isinstance(x, Tensor) or x.__class__ in _PLAIN:
@@ -220,6 +241,8 @@ def _apart(op: Op, x: Any, out: tuple[Any, ...]) -> Any:
 
 def run(plan: Plan, inputs: tuple[Any, ...], out: tuple[Any, ...] | None = None) -> list[Any]:
     """Allocate the outputs (unless given) and launch."""
+    if plan.gpu is not None or plan.moves:
+        return _run_on_gpu(plan, inputs, out)
     if out is None:
         outputs = []
         for type_ in plan.outputs:
@@ -248,6 +271,24 @@ def run(plan: Plan, inputs: tuple[Any, ...], out: tuple[Any, ...] | None = None)
         if all(-(1 << 63) <= x < 1 << 63 for x in numbers):
             raise
         raise DTypeError(f"{plan.op.name}: a number of {numbers} does not fit int64") from error
+    return outputs
+
+
+def _run_on_gpu(plan: Plan, inputs: tuple[Any, ...], out: tuple[Any, ...] | None) -> list[Any]:
+    if out is None:
+        outputs = []
+        for type_ in plan.outputs:
+            storage = Storage.allocate(type_.span * type_.dtype.itemsize, type_.device)
+            outputs.append(Tensor.wrap(storage, storage.pointer, type_))
+    else:
+        outputs = list(out)
+    if plan.gpu is None:
+        transfer.move(outputs[0], inputs[0])
+        return outputs
+    in_place = (
+        plan.op.updates and inputs[0] is outputs[0]
+    )  # its copy of the first input is left out
+    plan.gpu.run(inputs, outputs, skip=1 if in_place else 0)
     return outputs
 
 
@@ -378,7 +419,9 @@ class SliceNode(Node):
         from flame.ops.shapes import as_strided
 
         view, base = self.view_type, self.outputs[0]
-        memory = zeros((base.span,), dtype=base.dtype)  # the base's, gaps included
+        memory = zeros(
+            (base.span,), dtype=base.dtype, device=base.device
+        )  # the base's, gaps included
         whole = as_strided(memory, shape=base.shape, strides=base.strides, offset=0)
         whole.copy_(grads[0])
         part = as_strided(memory, shape=view.shape, strides=view.strides, offset=self.where)

@@ -90,7 +90,7 @@ def matrix_power(A: Tensor, n: int) -> Tensor:
         raise UnsupportedError("matrix_power: negative powers need an inverse, which FLAME has not")
     if n == 0:
         nothing: Tensor = A.masked_fill(A == A, 0.0).nan_to_num(0.0)
-        return add(nothing, eye(A.shape[-1], dtype=A.dtype))
+        return add(nothing, eye(A.shape[-1], dtype=A.dtype, device=A.device))
     result, square = None, A
     while n:
         if n % 2:

@@ -222,7 +222,9 @@ class RNNBase(Module):
         if reverse:
             outputs.reverse()
         if not outputs:
-            return flame.empty((0, input.shape[1], self._output), dtype=input.dtype), state
+            return flame.empty(
+                (0, input.shape[1], self._output), dtype=input.dtype, device=input.device
+            ), state
         return flame.stack(outputs), state
 
     def extra_repr(self) -> str:

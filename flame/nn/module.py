@@ -348,6 +348,10 @@ class Module(Hookable):
         """Convert floating-point parameters and buffers to bfloat16."""
         return self.to(flame.bfloat16)
 
+    def cuda(self, device: Any = None) -> Self:
+        """Move parameters and buffers to a GPU, the current one by default."""
+        return self.to(device="cuda" if device is None else device)
+
     def cpu(self) -> Self:
         """Move parameters and buffers to the CPU."""
         return self.to(device="cpu")

@@ -52,7 +52,7 @@ def imag(input: Tensor) -> Tensor:
 
 def isreal(input: Tensor) -> Tensor:
     """True everywhere."""
-    return full(input.shape, True, dtype=dtypes.bool_)
+    return full(input.shape, True, dtype=dtypes.bool_, device=input.device)
 
 
 def angle(input: Tensor) -> Tensor:
@@ -308,7 +308,9 @@ def _quantile(
         raise DTypeError(f"{name} takes float32 or float64 elements, got {input.type!r}")
     if interpolation not in ("linear", "lower", "higher", "midpoint", "nearest"):
         raise ArgumentError(f"{name}: {interpolation!r} is no interpolation")
-    points: Tensor = q if hasattr(q, "storage") else constant(q, dtype=input.dtype)
+    points: Tensor = (
+        q if hasattr(q, "storage") else constant(q, dtype=input.dtype, device=input.device)
+    )
     if points.ndim > 1 or bool(((points < 0) | (points > 1)).any()):
         raise ArgumentError(f"{name}: q must be one or several numbers from 0 to 1")
     rank = input.ndim
@@ -362,7 +364,7 @@ def histc(input: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Ten
     inside = (wide >= low) & (wide <= high)
     place = ((wide - low) * bins / (high - low)).floor().clamp(0, bins - 1)
     place = where(inside, place, 0.0).to(dtypes.int64)
-    counts = full((bins,), 0.0, dtype=dtypes.float64)
+    counts = full((bins,), 0.0, dtype=dtypes.float64, device=input.device)
     counts.index_add_(0, place, inside.to(dtypes.float64))
     made: Tensor = counts.to(input.dtype)
     return made
@@ -397,7 +399,7 @@ def _slope(x: Tensor, dim: int, spacing: Any, edge_order: int) -> Tensor:
         steps = spacing[1:] - spacing[:-1]
     else:
         step = spacing.item() if hasattr(spacing, "storage") else spacing
-        steps = full((size - 1,), step, dtype=floating(x.dtype))
+        steps = full((size - 1,), step, dtype=floating(x.dtype), device=x.device)
     h = reshape(steps, [-1 if d == dim else 1 for d in range(x.ndim)])
     first = x.narrow(dim, 1, size - 1) - x.narrow(dim, 0, size - 1)
     slopes = first / h

@@ -34,7 +34,10 @@ def pdist(input: Tensor, p: float = 2.0) -> Tensor:
     if input.ndim != 2:
         raise ShapeError(f"pdist takes two dimensions, got shape {input.shape}")
     pairs = list(itertools.combinations(range(input.shape[0]), 2))
-    first, second = (constant([pair[k] for pair in pairs], dtype=dtypes.int64) for k in (0, 1))
+    first, second = (
+        constant([pair[k] for pair in pairs], dtype=dtypes.int64, device=input.device)
+        for k in (0, 1)
+    )
     return rows_norm(input.index_select(0, first) - input.index_select(0, second), float(p))
 
 
@@ -112,7 +115,7 @@ def _alpha(
         raise ArgumentError(f"{name}: p must be from 0 to 1, got {p}")
     if not training or p == 0:
         return input
-    kept = bernoulli(ones(shape, dtype=input.dtype) * (1 - p))
+    kept = bernoulli(ones(shape, dtype=input.dtype, device=input.device) * (1 - p))
     return _alpha_noise(input, kept, p, inplace=inplace)
 
 

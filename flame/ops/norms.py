@@ -71,7 +71,7 @@ _sum_of_sizes = Reduction(
 def _zeros(x: TensorType) -> Any:
     from flame.ops.creation import zeros
 
-    return zeros(x.shape, dtype=x.dtype)
+    return zeros(x.shape, dtype=x.dtype, device=x.device)
 
 
 _count = Reduction(

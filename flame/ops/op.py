@@ -110,6 +110,7 @@ class Op:
         layout. images: which operands are images (N, C, H, W) that are best channels-last.
         any_layout: it writes channels-last results as well as
         the row-major ones that it infers. flops(types, outputs): multiplications and additions.
+    moves: its result is on the device that `infer` says, not on that of its operands.
     """
 
     updates = False
@@ -136,6 +137,7 @@ class Op:
         images: Sequence[int] = (),
         any_layout: bool = False,
         flops: Callable[[Types, Sequence[TensorType]], int] | None = None,
+        moves: bool = False,
         register: bool = True,
     ) -> None:
         self.name = name
@@ -148,6 +150,7 @@ class Op:
         self.lower_cuda = lower_cuda or lower
         self.of_memory, self.images, self.any_layout = of_memory, tuple(images), any_layout
         self.flops = flops
+        self.moves = moves
         self.reference = reference
         self.samples = tuple(samples)
         self.failure = failure

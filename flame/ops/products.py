@@ -16,6 +16,7 @@ from flame.kernel.builder import KernelBuilder, Lowering, Ref
 from flame.kernel.values import cast
 from flame.ops.arithmetic import add, mul
 from flame.ops.contraction import Epilogue, Factor, PlainStore, Prologue, contract
+from flame.ops.contraction.library import matrix_readable, product_call
 from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import broadcast_shapes, broadcast_strides
 from flame.ops.op import Arg, Op, Sample, Types, constant
@@ -89,6 +90,13 @@ def _lower(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
     if a.dtype.kind == "f":
         return _lower_fused(types, outputs, PlainStore(out))
     return _lower_loops(a, b, out)
+
+
+def _lower_cuda(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
+    a, b = type_of(types[0]), type_of(types[1])
+    if a.dtype.kind != "f":
+        return _lower_loops(a, b, outputs[0])
+    return product_call(a, b, outputs[0], (Ref("input", 0), Ref("input", 1), Ref("output", 0)))
 
 
 def _lower_fused(
@@ -180,6 +188,8 @@ _matmul = Op(
     ],
     tolerance=4.0,
     lower_fused=_lower_fused,
+    lower_cuda=_lower_cuda,
+    reads=matrix_readable,
 )
 
 

@@ -152,7 +152,9 @@ def _neighbours(x: Any, dim: int, *, later: bool, fill: float) -> Any:
     size = x.shape[dim]
     if not size:
         return x
-    edge = full((), fill, dtype=x.dtype).expand((*x.shape[:dim], 1, *x.shape[dim + 1 :]))
+    edge = full((), fill, dtype=x.dtype, device=x.device).expand(
+        (*x.shape[:dim], 1, *x.shape[dim + 1 :])
+    )
     kept = slice_dim(x, dim, 1, size) if later else slice_dim(x, dim, 0, size - 1)
     return cat([kept, edge] if later else [edge, kept], dim)
 

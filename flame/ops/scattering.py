@@ -170,10 +170,15 @@ def _reduced(
     made = _scattered(name, base, dim, index, src, combine)
     if reduce != "mean":
         return made
-    ones = expand(full((), 1, dtype=input.dtype), input.shape)
+    ones = expand(full((), 1, dtype=input.dtype, device=input.device), input.shape)
     counts = ones if include_self else _scattered(name, ones, dim, index, 0, "set")
     counts = _scattered(
-        name, counts, dim, index, expand(full((), 1, dtype=input.dtype), index.shape), "add"
+        name,
+        counts,
+        dim,
+        index,
+        expand(full((), 1, dtype=input.dtype, device=input.device), index.shape),
+        "add",
     )
     counts = counts.clamp(min=1)
     if input.dtype.kind == "f":

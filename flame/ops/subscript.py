@@ -292,8 +292,9 @@ def _as_value(x: Tensor, value: Any) -> Tensor:
     if is_tensor(value):
         return value
     if isinstance(value, (bool, int, float, np.generic)):
-        return full((), value.item() if isinstance(value, np.generic) else value, dtype=x.dtype)
-    made: Tensor = constant(value)
+        number = value.item() if isinstance(value, np.generic) else value
+        return full((), number, dtype=x.dtype, device=x.device)
+    made: Tensor = constant(value, device=x.device)
     return made
 
 

@@ -21,7 +21,7 @@ from flame.compiler.pipeline import check_operands, describe
 from flame.compiler.plan import Plan
 from flame.core.errors import TraceError
 from flame.core.types import TensorType
-from flame.eager import Eager, as_operand, record
+from flame.eager import Eager, as_operand, beside, record
 from flame.graph import Node, Number, Symbol
 from flame.kernel.values import Value
 from flame.ops.conversion import copy
@@ -33,6 +33,7 @@ from flame.recording.lines import user_line
 from flame.recording.memory import Memory, RecordedStorage, is_recorded, whole_type
 from flame.recording.numbers import RecordedFloat, RecordedInt, stand_in
 from flame.recording.outside import Seen
+from flame.runtime.transfer import on_host
 from flame.tensor import Tensor
 
 _NUMBERS = frozenset({float, int, bool, type(None)})
@@ -88,6 +89,7 @@ class Recorder(Eager):
         if any(x.__class__ is Value for x in inputs):
             return op.inline(inputs, attributes)
         inputs = tuple([self._operand(op, x) for x in inputs])
+        inputs = beside(inputs) or inputs
         types = tuple([_type_of(x) for x in inputs])
         check_operands(op, types)
         plan = describe(op, types, attributes, None if out is None else tuple(t.type for t in out))
@@ -236,8 +238,10 @@ class Recorder(Eager):
         memory = Memory(tensor.storage, type_, symbol)
         if constant:
             memory.given = None
-            storage, kind = tensor.storage, type_.dtype.numpy
-            self.constants[symbol] = np.array(storage.as_numpy(kind, type_.shape, type_.strides))
+            storage = on_host(tensor.storage)
+            self.constants[symbol] = np.array(
+                storage.as_numpy(type_.dtype.numpy, type_.shape, type_.strides)
+            )
         else:
             self.states.append(memory)
         return memory
@@ -303,7 +307,7 @@ class Recorder(Eager):
         if memory.whole is None:  # nothing was written: any numbers will do
             from flame.ops.creation import zeros
 
-            made = zeros(memory.type.shape, dtype=memory.type.dtype)
+            made = zeros(memory.type.shape, dtype=memory.type.dtype, device=memory.type.device)
             symbol = self.symbol_of(made)
             if symbol.type is not memory.type:
                 symbol = self._relaid(symbol, memory.type)

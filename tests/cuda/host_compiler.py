@@ -1,0 +1,158 @@
+"""CUDA C++ texts compiled for the host by g++, many at a time, with `cuda_host.h` in front.
+
+Invariant: a library is named by a digest of all that goes into it (texts, headers, compiler), so
+one that is there need not be made again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flame.core.errors import CompileError
+
+HERE = Path(__file__).parent
+HEADERS = ("cuda_host.h", "cuda_host_numbers.h")
+OPTIONS = (
+    "-std=c++17", "-O1", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-msse4.1",
+    "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-w",
+)  # fmt: skip
+
+_KERNEL = re.compile(
+    r"__global__\s+(?:void\s+)?(?:__launch_bounds__\s*\([^;{]*?\)\s*)?(?:void\s+)?(\w+)\s*\("
+)
+_WAITS = re.compile(r"\b__(?:sync\w+|shfl\w*|ballot\w*|any\w*|all\w*|match\w*)\b")
+_DYNAMIC = re.compile(
+    r"^(?!\s*#)(.*)\bextern\s+__shared__\s+(?:__align__\(\d+\)\s*)?([\w\s]+?)\s*(\w+)\[\];",
+    re.MULTILINE,
+)
+_DEFINE = re.compile(r"^\s*#\s*define\s+(\w+)", re.MULTILINE)
+
+
+def kernels_of(text: str) -> list[str]:
+    """Names of the kernels in a text."""
+    return list(dict.fromkeys(_KERNEL.findall(text)))
+
+
+def cache_folder() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"flame-cuda-on-host-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@functools.cache
+def compiler_identity() -> str:
+    """Changes whenever a text might give something else."""
+    try:
+        said = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CompileError("the emulation of CUDA needs g++; install it") from error
+    headers = "".join((HERE / name).read_text() for name in HEADERS)
+    return hashlib.sha256((said.stdout + headers + str(OPTIONS)).encode()).hexdigest()[:16]
+
+
+def unit_of(texts: Sequence[str]) -> str:
+    """One C++ file of many texts: each in a namespace of its own, with a launcher for each kernel."""
+    parts = ['#include "cuda_host.h"\n']
+    for number, text in enumerate(texts):
+        space = f"text_{number}"
+        body = re.sub(r"^\s*#\s*include\s*[<\"].*$", "", text, flags=re.MULTILINE)
+        body = re.sub(r'\bextern\s+"C"', "", body)
+        body = _DYNAMIC.sub(r"\1\2* \3 = (\2*)flame_host_dynamic_shared();", body)
+        parts.append(
+            "#undef __shared__\n"
+            f'#define __shared__ static __attribute__((section("shared_{space}")))\n'
+            f'extern "C" char __start_shared_{space}[] __attribute__((weak, visibility("hidden")));\n'
+            f'extern "C" char __stop_shared_{space}[] __attribute__((weak, visibility("hidden")));\n'
+            f"namespace {{ namespace {space} {{\n#line 1 \"{space}\"\n{body}\n}} }}\n"
+        )
+        parts += [_launcher(space, name) for name in kernels_of(text)]
+        parts += [f"#undef {name}\n" for name in dict.fromkeys(_DEFINE.findall(text))]
+    return "".join(parts)
+
+
+def _launcher(space: str, name: str) -> str:
+    return (
+        f'extern "C" int launch_{name}(const flame::Launch* l, void** words, char* error) {{\n'
+        f"  return flame::run(l, [](void* w) {{ flame::call({space}::{name}, (void**)w); }},\n"
+        f"                    words, __start_shared_{space}, __stop_shared_{space}, error);\n"
+        "}\n"
+    )
+
+
+def build(texts: Sequence[str]) -> Path:
+    """A shared library of all texts. Raises CompileError with g++'s words."""
+    digest = hashlib.sha256("\0".join([compiler_identity(), *texts]).encode()).hexdigest()[:24]
+    made = cache_folder() / f"{digest}.so"
+    if not made.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            source, library = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
+            source.write_text(unit_of(texts))
+            command = ["g++", *OPTIONS, f"-I{HERE}", str(source), "-o", str(library)]
+            said = subprocess.run(command, capture_output=True, text=True, check=False)
+            if said.returncode:
+                raise CompileError(f"g++ refused a kernel:\n{said.stderr[:4000]}")
+            beside = made.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+            beside.write_bytes(library.read_bytes())
+            beside.replace(made)
+    return made
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("waits", ctypes.c_int),
+        ("descending", ctypes.c_int),
+    )
+
+
+class KernelFault(RuntimeError):
+    """What a kernel did that it must not: a barrier that some threads miss, a write out of bounds."""
+
+
+class HostLibrary:
+    """The kernels of some texts, ready to run. One launch runs at a time in a process."""
+
+    _lock = threading.Lock()
+
+    def __init__(self, path: Path, waits: Mapping[str, bool]) -> None:
+        self._library: Any = ctypes.CDLL(str(path))
+        self._waits = waits
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> HostLibrary:
+        return cls(build(texts), waits_of(texts))
+
+    def launch(
+        self, symbol: str, grid: tuple[int, int, int], block: tuple[int, int, int], shared: int,
+        words: int, *, descending: bool = False,
+    ) -> None:  # fmt: skip
+        """Run a kernel to its end. ``words``: address of an array of addresses of arguments.
+
+        Raises KernelFault. descending: threads and blocks run in the opposite order, which gives
+        the same results unless a barrier is missing.
+        """
+        dims = ctypes.c_uint * 3
+        given = _Launch(dims(*grid), dims(*block), shared, self._waits[symbol], descending)
+        message = ctypes.create_string_buffer(512)
+        function = getattr(self._library, f"launch_{symbol}")
+        with self._lock:
+            failed = function(ctypes.byref(given), ctypes.c_void_p(words), message)
+        if failed:
+            raise KernelFault(f"{symbol}: {message.value.decode()}")
+
+
+def waits_of(texts: Sequence[str]) -> dict[str, bool]:
+    """For each kernel, whether its threads wait for each other."""
+    return {name: bool(_WAITS.search(t)) for t in texts for name in kernels_of(t)}
