@@ -72,10 +72,11 @@ class Stream:
     def __init__(self, device: Any = None, priority: int = 0) -> None:
         index = device_index(device)
         check_exists(index)
-        self._owner: _Store | None = _store()
+        store = _store()
         self._device = index
         self.priority = priority
-        self.cuda_stream = self._owner.take(index, priority)
+        self.cuda_stream = store.take(index, priority)
+        self._owner: _Store | None = store  # last: what failed before gives nothing back
 
     def __del__(self) -> None:
         owner = getattr(self, "_owner", None)
