@@ -104,10 +104,16 @@ set_interpreter(Eager())
 del attach, set_interpreter, Eager
 
 if _TYPE_CHECKING:
+    from flame.amp import autocast, get_autocast_dtype, is_autocast_enabled
     from flame.recording import compile
 
-_LATE = {"compile": "flame.recording"}
-_PACKAGES = ("autograd", "checkpoint", "data", "nn", "optim", "testing")
+_LATE = {
+    "autocast": "flame.amp",
+    "compile": "flame.recording",
+    "get_autocast_dtype": "flame.amp",
+    "is_autocast_enabled": "flame.amp",
+}
+_PACKAGES = ("amp", "autograd", "checkpoint", "data", "nn", "optim", "testing")
 
 
 def __getattr__(name: str) -> object:

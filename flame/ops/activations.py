@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from flame.core.autocast import Policy
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.kernel import values
@@ -53,12 +54,13 @@ def _activation(
     names: tuple[str, ...] = (),
     rule: Any = _floating_input,
     avoid: tuple[float, ...] = (),
+    autocast: Policy | None = None,
 ) -> Elementwise:
     """An activation with numbers as further operands; ``numbers``: their values in the tests."""
     args = [Arg(s, -4.0, 4.0, avoid=avoid) for s in ((5, 7), (), (0, 3), (2, 3, 19))]
     return elementwise(
         name, scalar, inputs=("x", *names), rule=rule, vjp=(vjp, *(None for _ in names)),
-        reference=reference, samples=[Sample((a, *numbers)) for a in args],
+        reference=reference, samples=[Sample((a, *numbers)) for a in args], autocast=autocast,
     )  # fmt: skip
 
 
@@ -97,7 +99,7 @@ _prelu = elementwise(
     "prelu", lambda x, weight: select(x > 0, x, x * weight), inputs=("x", "weight"),
     rule=_floating_input,
     vjp=(lambda g, x, weight: where(x > 0, g, g * weight), lambda g, x: where(x > 0, 0, g * x)),
-    reference=lambda x, weight: np.where(x > 0, x, x * weight), avoid=(0.0,),
+    reference=lambda x, weight: np.where(x > 0, x, x * weight), avoid=(0.0,), autocast="lower",
 )  # fmt: skip
 
 
@@ -168,7 +170,7 @@ _softplus = _activation(
     ),
     lambda g, x, beta, limit: where(x * beta > limit, g, g * sigmoid(x * beta)),
     lambda x, beta, limit: np.where(x * beta > limit, x, np.log1p(np.exp(x * beta)) / beta),
-    1.5, 20.0, names=("beta", "limit"),
+    1.5, 20.0, names=("beta", "limit"), autocast="float32",
 )  # fmt: skip
 
 _logsigmoid = _activation(

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from flame.core.autocast import Policy
+from flame.core.dtypes import DType
 from flame.core.errors import FlameError, StateError
 from flame.core.types import TensorType
 from flame.kernel.builder import Lowering
@@ -109,6 +111,7 @@ class Op:
         layout. images: which operands are images (N, C, H, W) that are best channels-last.
         any_layout: it writes channels-last results as well as
         the row-major ones that it infers. flops(types, outputs): multiplications and additions.
+    autocast: what an autocast region does with floating operands, nothing if None; see `Policy`.
     """
 
     updates = False
@@ -134,6 +137,7 @@ class Op:
         images: Sequence[int] = (),
         any_layout: bool = False,
         flops: Callable[[Types, Sequence[TensorType]], int] | None = None,
+        autocast: Policy | None = None,
         register: bool = True,
     ) -> None:
         self.name = name
@@ -145,6 +149,7 @@ class Op:
         self.lower_fused = lower_fused
         self.of_memory, self.images, self.any_layout = of_memory, tuple(images), any_layout
         self.flops = flops
+        self.autocast = autocast
         self.reference = reference
         self.samples = tuple(samples)
         self.failure = failure
@@ -203,6 +208,10 @@ class Interpreter:
     def constant(self, data: Any, **options: Any) -> Any:
         """A tensor of numbers that an op's wrapper brings along."""
         raise StateError("a constant was made before `import flame` was complete")
+
+    def cast(self, tensor: Any, dtype: DType) -> Any:
+        """``tensor`` in the dtype that autocast wants; casts of parameters may be kept."""
+        raise StateError("a tensor was cast before `import flame` was complete")
 
     def empty(self, type_: TensorType) -> Any:
         """A tensor whose values are not set."""

@@ -1,0 +1,19 @@
+"""Mixed precision: fast operations in bfloat16 or float16, delicate ones in float32."""
+
+from flame.amp._autocast import (
+    autocast,
+    custom_bwd,
+    custom_fwd,
+    get_autocast_dtype,
+    is_autocast_available,
+    is_autocast_enabled,
+)
+
+__all__ = [
+    "autocast",
+    "custom_bwd",
+    "custom_fwd",
+    "get_autocast_dtype",
+    "is_autocast_available",
+    "is_autocast_enabled",
+]
