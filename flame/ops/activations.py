@@ -16,6 +16,7 @@ from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.kernel import values
 from flame.kernel.values import Value, compare, const, select, unary
+from flame.ops.autocast import autocasts
 from flame.ops.comparison import minimum, where
 from flame.ops.elementwise import Elementwise, common_dtype, elementwise, to_float
 from flame.ops.mathematics import erf, exp, sigmoid, tanh
@@ -99,7 +100,7 @@ _prelu = elementwise(
     "prelu", lambda x, weight: select(x > 0, x, x * weight), inputs=("x", "weight"),
     rule=_floating_input,
     vjp=(lambda g, x, weight: where(x > 0, g, g * weight), lambda g, x: where(x > 0, 0, g * x)),
-    reference=lambda x, weight: np.where(x > 0, x, x * weight), avoid=(0.0,), autocast="lower",
+    reference=lambda x, weight: np.where(x > 0, x, x * weight), avoid=(0.0,),
 )  # fmt: skip
 
 
@@ -289,6 +290,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     return _call(_leaky_relu, input, inplace, negative_slope)
 
 
+@autocasts("lower")
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """input where it is positive, else weight * input.
 
