@@ -8,8 +8,10 @@ from flame.amp._autocast import (
     is_autocast_available,
     is_autocast_enabled,
 )
+from flame.amp._grad_scaler import GradScaler
 
 __all__ = [
+    "GradScaler",
     "autocast",
     "custom_bwd",
     "custom_fwd",

@@ -27,7 +27,7 @@ from flame.ops.elementwise import compute_dtype, floating
 from flame.ops.folds import Fold, floating_result
 from flame.ops.mathematics import abs as magnitude
 from flame.ops.mathematics import exp, isnan, sqrt
-from flame.ops.op import Arg, Op, Sample, Types
+from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types
 from flame.ops.reductions import Reduction, dims_of, kept_shape, restore
 from flame.ops.reductions import mean as mean_of
 from flame.ops.reductions import sum as sum_of
@@ -291,6 +291,23 @@ def logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
     input = convert(input, dtype=floating(input.dtype))
     dims = dims_of("logsumexp", input, dim)
     result: Tensor = _logsumexp(input, dims=dims, keepdim=bool(keepdim))
+    return result
+
+
+# --- numbers that are none ------------------------------------------------------------------------
+
+_has_nonfinite = Reduction(
+    "has_nonfinite", "or", result=lambda d: dtypes.bool_,
+    prepare=lambda v: values.compare("ge", values.unary("abs", v), const(math.inf, v.dtype))
+    | values.unary("is_nan", v),
+    vjp=NOT_DIFFERENTIABLE,
+    reference=lambda x, axis, keepdims: np.any(~np.isfinite(x), axis=axis, keepdims=keepdims),
+)  # fmt: skip
+
+
+def has_nonfinite(input: Tensor) -> Tensor:
+    """Whether any element is infinite or NaN: a bool without dimensions. Floating tensors only."""
+    result: Tensor = _has_nonfinite(input, dims=tuple(range(input.ndim)), keepdim=False)
     return result
 
 
