@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from flame import linalg, special
 from flame.api import attach
+from flame.autograd.autocasting import autocast, get_autocast_dtype, is_autocast_enabled
 from flame.autograd.mode import (
     enable_grad,
     inference_mode,
@@ -104,15 +105,9 @@ set_interpreter(Eager())
 del attach, set_interpreter, Eager
 
 if _TYPE_CHECKING:
-    from flame.amp import autocast, get_autocast_dtype, is_autocast_enabled
     from flame.recording import compile
 
-_LATE = {
-    "autocast": "flame.amp",
-    "compile": "flame.recording",
-    "get_autocast_dtype": "flame.amp",
-    "is_autocast_enabled": "flame.amp",
-}
+_LATE = {"compile": "flame.recording"}
 _PACKAGES = ("amp", "autograd", "checkpoint", "data", "nn", "optim", "testing")
 
 

@@ -1,6 +1,7 @@
 """Mixed precision: fast operations in bfloat16 or float16, delicate ones in float32."""
 
-from flame.amp._autocast import (
+from flame.amp._grad_scaler import GradScaler
+from flame.autograd.autocasting import (
     autocast,
     custom_bwd,
     custom_fwd,
@@ -8,7 +9,6 @@ from flame.amp._autocast import (
     is_autocast_available,
     is_autocast_enabled,
 )
-from flame.amp._grad_scaler import GradScaler
 
 __all__ = [
     "GradScaler",

@@ -16,7 +16,8 @@ from flame.core.autocast import DEVICE_TYPES, Settings, enter, leave
 from flame.core.autocast import autocast as current
 from flame.core.dtypes import DType
 from flame.core.errors import DeviceError, DTypeError
-from flame.tensor import Tensor
+from flame.core.handle import is_tensor
+from flame.ops.conversion import convert
 
 __all__ = [
     "autocast",
@@ -165,9 +166,9 @@ def custom_bwd(bwd: Callable[..., Any] | None = None, *, device_type: str) -> An
 
 def _cast(x: Any, *, device: str, dtype: DType) -> Any:
     """An argument of a custom function, with the tensors in containers cast."""
-    if isinstance(x, Tensor):
+    if is_tensor(x):
         wanted = x.dtype.kind == "f" and x.dtype is not dtypes.float64
-        return x.to(dtype) if wanted and x.device.type == device else x
+        return convert(x, dtype=dtype) if wanted and x.device.type == device else x
     if isinstance(x, dict):
         return {key: _cast(value, device=device, dtype=dtype) for key, value in x.items()}
     if isinstance(x, (list, tuple)) and not hasattr(x, "_fields"):
