@@ -73,7 +73,7 @@ def unit_of(texts: Sequence[str]) -> str:
             f'#define __shared__ static __attribute__((section("shared_{space}")))\n'
             f'extern "C" char __start_shared_{space}[] __attribute__((weak, visibility("hidden")));\n'
             f'extern "C" char __stop_shared_{space}[] __attribute__((weak, visibility("hidden")));\n'
-            f"namespace {{ namespace {space} {{\n#line 1 \"{space}\"\n{body}\n}} }}\n"
+            f'namespace {{ namespace {space} {{\n#line 1 "{space}"\n{body}\n}} }}\n'
         )
         waits = bool(_WAITS.search(text))
         parts += [_launcher(space, name, waits=waits) for name in kernels_of(text)]
@@ -164,4 +164,3 @@ class HostLibrary:
             failed = function(ctypes.byref(given), ctypes.c_void_p(words), message)
         if failed:
             raise KernelFault(f"{symbol}: {message.value.decode()}")
-

@@ -178,8 +178,7 @@ def _kept(p: AttentionProblem, shape: tuple[int, ...], numbers: Sequence[int]) -
 def _heads(p: AttentionProblem, pointers: Sequence[int]) -> tuple[Array, Array, Array]:
     """q, k and v, with the heads of k and v repeated for those of q."""
     q, k, v = (
-        wide(tensor_at(at, t))
-        for at, t in zip(pointers, (p.query, p.key, p.value), strict=True)
+        wide(tensor_at(at, t)) for at, t in zip(pointers, (p.query, p.key, p.value), strict=True)
     )
     times = q.shape[1] // k.shape[1]
     return q, np.repeat(k, times, 1), np.repeat(v, times, 1)
