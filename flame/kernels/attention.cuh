@@ -4,8 +4,7 @@
 //   score(i, j)  = scale q_i . k_j + mask(i, j), -inf where masked, behind the end, or j > i (causal)
 //   P(i, j)      = exp(score(i, j) - log_sum(i)),  log_sum(i) = log sum_j exp score(i, j)
 //   result(i)    = sum_j P(i, j) Z(i, j) v_j,      Z = 0 where dropped, else 1 / (1 - p)
-// Exponentials are powers of 2, so scores are kept in units of log 2: scale and mask are multiplied
-// by log2(e) once. A row that is masked throughout gives 0, and its log_sum is 0.
+// A row that is masked throughout gives 0, and its log_sum is 0.
 //
 // Defined in front of the text: ELEMENT (numbers.cuh); HEAD and HEAD_V, the widths E and Ev; CAUSAL
 // and DROPOUT, 0 or 1; MASK, one of the codes below; HOLDS, the sizes of the launch's tiles.
@@ -34,7 +33,7 @@ struct Scores {
   const MaskElement* mask;  // of its (0, 0)
   i64 row_step, column_step;
   int rows, columns;  // L, S
-  Wide scale;         // times log2(e)
+  Wide scale;
 
   __device__ __forceinline__ Wide masked_value(int row, int column) const {
     const MaskElement* place = mask + row * row_step + column * column_step;

@@ -215,8 +215,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
         queries.delta[m][half] = place < own_end ? delta[place] : 0.0f;
       }
   }
-  float first_sums[FIRST ? M_TILES : 1][FIRST ? E_TILES : 1][4];
-  float second_sums[SECOND ? M_TILES : 1][SECOND ? V_TILES : 1][4];
+  float first_sums[M_TILES][E_TILES][4];
+  float second_sums[M_TILES][V_TILES][4];
   clear(first_sums);
   clear(second_sums);
 
@@ -249,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
       bits.draw_by_rows(dropout, first + own_row, column);
     }
 #endif
-    if constexpr (SECOND) {
+    if (SECOND) {
 #if DROPOUT
       float kept[M_TILES][N_TILES][4];
       for (int m = 0; m < M_TILES; ++m)
@@ -261,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
       multiply_columns<HEAD_V>(second_sums, tile, stream_v);
 #endif
     }
-    if constexpr (FIRST) {
+    if (FIRST) {
       float slopes[M_TILES][N_TILES][4];
       clear(slopes);
       multiply_rows<HEAD_V>(slopes, shared_address(own_v), own_row, stream_v);
@@ -289,9 +289,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
 #pragma unroll
   for (int m = 0; m < M_TILES; ++m) {
     const int row = first + own_row + 16 * m;
-    if constexpr (FIRST)
+    if (FIRST)
       store_rows<HEAD>(first_target, first_step, row, own_end, first_sums[m], scale, scale);
-    if constexpr (SECOND)
+    if (SECOND)
       store_rows<HEAD_V>(second_target, second_step, row, own_end, second_sums[m], gain, gain);
   }
 }

@@ -24,9 +24,16 @@ typedef u16 Element;
 typedef float Wide;
 #endif
 
+// Names the block's dynamic shared memory.
+#ifdef FLAME_HOST
+#define DYNAMIC_SHARED(name) unsigned char* name = flame_host_dynamic_shared()
+#else
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#endif
+
 #define MINUS_INFINITY (-__int_as_float(0x7f800000))
-constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float LOG_2 = 0.6931471805599453f;
+#define LOG2_E 1.4426950408889634f
+#define LOG_2 0.6931471805599453f
 
 // A number that arrives as the bits of a float64.
 __device__ __forceinline__ double number_of(i64 bits) { return __longlong_as_double(bits); }

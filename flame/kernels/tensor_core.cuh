@@ -28,13 +28,6 @@ inline HostTable* host_table(HostTable& own) {
 
 // --- shared memory -------------------------------------------------------------------------------
 
-// Names the block's dynamic shared memory.
-#ifdef FLAME_HOST
-#define DYNAMIC_SHARED(name) unsigned char* name = flame_host_dynamic_shared()
-#else
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
-#endif
-
 #ifdef FLAME_HOST
 typedef unsigned char* SharedAddress;
 __device__ inline SharedAddress shared_address(void* place) { return (unsigned char*)place; }
