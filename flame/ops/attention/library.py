@@ -9,7 +9,6 @@ What has no such view, and what no kernel takes, goes through the kernels of `fo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 from flame.core.device import device_index
 from flame.core.types import Shape, TensorType, tensor_type
@@ -21,7 +20,6 @@ from flame.ops.loops import broadcast_strides, coalesce
 from flame.runtime.cuda.driver import driver
 
 Refs = tuple[Ref | None, ...]
-WHOLE: Final = 8  # elements of 16 bits: the library's rows start at multiples of 16 bytes
 
 
 def forward(
@@ -65,41 +63,27 @@ def backward(
         return None
     (q, k, v, made, g, dq, dk, dv), masked = seen
     problem = AttentionProblem(
-        True, q, k, v, made, masked, causal, scale, shift=shift is not None
-    )
+        True, q, k, v, made, masked, causal, scale, shift=shift is not None, grad=g,
+        gradients=(dq, dk, dv),
+    )  # fmt: skip
     operands = (*_inputs(types), *(Ref("output", i) for i in range(3)))
-    # the library lays gradients as what they are gradients of, summed over heads that share
-    pairs = ((dq, q), (dk, k), (dv, v), (g, made))
-    alike = all(a is b for a, b in pairs)
-    return _solved(problem, operands, g, (dq, dk, dv), by_library=alike)
+    return _solved(problem, operands)
 
 
 def _inputs(types: Sequence[TensorType | None]) -> Refs:
     return tuple(None if t is None else Ref("input", i) for i, t in enumerate(types))
 
 
-def _solved(
-    problem: AttentionProblem,
-    operands: Refs,
-    grad: TensorType | None = None,
-    gradients: tuple[TensorType, TensorType, TensorType] | None = None,
-    *,
-    by_library: bool = True,
-) -> Lowering | None:
+def _solved(problem: AttentionProblem, operands: Refs) -> Lowering | None:
     index = device_index(problem.query.device)
-    if by_library and _whole_rows(problem) and driver().prepare(problem, index) is not None:
+    if driver().prepare(problem, index) is not None:
         return Lowering((), calls=(BoundCall(problem, operands),))
     limit = driver().properties(index).shared_memory_per_block
     if takes(problem, limit) is not None:
         return None
     return flash_attention(
-        problem, operands, grad=grad, gradients=gradients, shared_limit=limit
+        problem, operands, grad=problem.grad, gradients=problem.gradients, shared_limit=limit
     )
-
-
-def _whole_rows(problem: AttentionProblem) -> bool:
-    types = (problem.query, problem.key, problem.value, problem.result)
-    return all(step % WHOLE == 0 for t in types for step in t.strides[:-1])
 
 
 def _seen(
