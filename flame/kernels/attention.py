@@ -112,7 +112,9 @@ def _plain_tiles(
 ) -> Iterator[Tiles]:
     """Candidates, best first; accumulators of 256 columns leave registers for half the rows."""
     size = _wide(dtype).itemsize
-    shapes = [(4, 2), (2, 2), (1, 1)] if max(head, head_v) <= 128 and size == 4 else [(2, 2), (1, 1)]
+    shapes = (
+        [(4, 2), (2, 2), (1, 1)] if max(head, head_v) <= 128 and size == 4 else [(2, 2), (1, 1)]
+    )
     for m_tiles, n_tiles in shapes:
         rows, columns = 16 * m_tiles, 16 * n_tiles
         if backward:
@@ -355,13 +357,9 @@ def _backward(
         operands = (*_inputs_and_outputs(8, 3), Ref("input", 8), Ref("input", 9))
     grad_ref, shift, q, k, v, mask, result, log_sum, dq, dk, dv = operands[:11]
     delta = Ref("temporary", 0)
-    before = _present(
-        grad_ref, q, k, v, mask if problem.mask is not None else None, log_sum, delta
-    )
+    before = _present(grad_ref, q, k, v, mask if problem.mask is not None else None, log_sum, delta)
     after = tuple(operands[11:13]) if problem.dropout else ()
-    sums = launcher.delta(
-        grad, _present(grad_ref, result, shift if problem.shift else None, delta)
-    )
+    sums = launcher.delta(grad, _present(grad_ref, result, shift if problem.shift else None, delta))
     of_keys = (*before, dk, dv, *after)
     # Two wide sums do not fit the registers of a thread: one kernel each, which repeats a product.
     split = launcher.tensor_cores and max(_widths(problem)) > 128
