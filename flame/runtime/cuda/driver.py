@@ -147,7 +147,7 @@ class Driver(Protocol):
 
 class Lifetime:
     """Whether handles of drivers are still good: not while the interpreter exits, whose end gives
-    everything back, and not in a process that was forked."""
+    everything back, not in a process that was forked, and not after a kernel broke the context."""
 
     over = False
 

@@ -55,6 +55,8 @@ def compile_text(text: str, name: str, capability: tuple[int, int]) -> bytes:
     arch = architecture(capability)
     options = [f"--gpu-architecture={arch}", *_OPTIONS, *text_options(text)]
     options += [f"--include-path={path}" for path in include_directories()]
+    if text.startswith(_MARK):
+        text = text.partition("\n")[2]  # so that lines are counted as their author does
     file = f"{name}.cu"
     program = _value(
         calling(nvrtc.nvrtcCreateProgram, text.encode(), file.encode(), 0, [], []), name

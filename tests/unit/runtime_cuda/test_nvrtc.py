@@ -47,6 +47,12 @@ def test_a_fault_is_shown_in_its_lines() -> None:
     assert "     2 |     int a = 1;" in words
 
 
+def test_the_line_with_options_is_not_counted() -> None:
+    text = with_options("__device__ int a;\n__device__ int b = c;\n", ["-DN=4"])
+    with pytest.raises(CompileError, match=r">    2 \| __device__ int b = c;"):
+        compile_text(text, "k", (9, 0))
+
+
 def test_an_architecture_that_the_compiler_does_not_know() -> None:
     with pytest.raises(CompileError, match=r"sm_750.*arch"):
         compile_text(KERNEL.replace("NAME", "k"), "k", (75, 0))
