@@ -17,10 +17,15 @@ from flame.autograd.mode import mode, no_grad
 from flame.autograd.node import Edge, Node, OpNode
 from flame.compiler.pipeline import make_plan
 from flame.compiler.plan import Plan, Step
+from flame.core import dtypes
+from flame.core.autocast import autocast
+from flame.core.dtypes import DType
 from flame.core.errors import DTypeError, GradientError, ShapeError, StateError
 from flame.core.precision import choose_float32_matmul_precision
 from flame.core.types import TensorType
 from flame.kernel.values import Value
+from flame.ops.autocast import cast_operands
+from flame.ops.conversion import convert
 from flame.ops.op import Interpreter, Op, Types, interpreter
 from flame.ops.transfer import move
 from flame.runtime import cpu, transfer
@@ -43,6 +48,8 @@ class Eager(Interpreter):
         attributes: dict[str, Any],
         out: tuple[Any, ...] | None = None,
     ) -> Any:
+        if op.autocast is not None and autocast.on and out is None:
+            inputs = cast_operands(op.autocast, inputs)
         signature: list[Any] = [op]
         tracked = False
         for x in inputs:
@@ -86,6 +93,21 @@ class Eager(Interpreter):
 
         plain = isinstance(data, np.ndarray) and not options
         return from_array(data) if plain else tensor(data, **options)
+
+    def cast(self, tensor: Tensor, dtype: DType) -> Tensor:
+        """The casts of leaves are kept until the outermost autocast region ends."""
+        leaf = tensor.tracked and tensor.node is None and tensor.base is None
+        casts = autocast.casts
+        if not leaf or casts is None or not autocast.settings.caches or dtype is dtypes.float32:
+            return convert(tensor, dtype=dtype)
+        # a cast made without the tape lets no gradient through, so it is no other's
+        key = (id(tensor), dtype, mode.enabled)
+        held, version, made = casts.get(key, (None, 0, None))
+        if held is not tensor or version != tensor.storage.version:
+            made = convert(tensor, dtype=dtype)
+            casts[key] = (tensor, tensor.storage.version, made)
+        found: Tensor = made
+        return found
 
     def empty(self, type_: TensorType) -> Tensor:
         storage = Storage.allocate(type_.span * type_.dtype.itemsize, type_.device)

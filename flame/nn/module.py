@@ -324,7 +324,7 @@ class Module(Hookable):
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move to a device and convert floating-point members to a dtype: to(device),
-        to(dtype), to(tensor), ...
+        to(dtype), to(tensor), ..., to(memory_format=flame.channels_last).
         """
         return self._apply(converter(*args, **kwargs))
 

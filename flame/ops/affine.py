@@ -9,6 +9,7 @@ from flame.core.errors import DTypeError, ShapeError
 from flame.core.types import TensorType, tensor_type
 from flame.kernel.builder import Lowering, Ref
 from flame.ops.arithmetic import add
+from flame.ops.autocast import autocasts
 from flame.ops.contraction import BiasStore, Epilogue, Factor, PlainStore, Prologue, contract
 from flame.ops.contraction.library import matrix_readable, product_call, turned
 from flame.ops.op import Arg, Op, Sample, Types
@@ -100,6 +101,7 @@ _linear = Op(
 )
 
 
+@autocasts("lower")
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input @ weight.T + bias; input (..., in), weight (out, in) or (in,), bias (out,) or scalar.
 

@@ -14,6 +14,7 @@ from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.core.handle import is_tensor
 from flame.core.types import TensorType, tensor_type
 from flame.kernel.builder import Lowering
+from flame.ops.autocast import autocasts
 from flame.ops.creation import shape_of, zeros
 from flame.ops.dimensions import atleast_2d
 from flame.ops.elementwise import common_dtype
@@ -64,6 +65,7 @@ def combinations(input: Tensor, r: int = 2, with_replacement: bool = False) -> T
     return reshape(picked, places.shape)
 
 
+@autocasts("plain")
 def trace(input: Tensor) -> Tensor:
     """The sum of a matrix's diagonal."""
     from flame.ops.reductions import sum as total

@@ -9,6 +9,7 @@ from flame.core import dtypes
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.ops.arithmetic import mul
+from flame.ops.autocast import autocasts
 from flame.ops.comparison import where
 from flame.ops.creation import full, linspace
 from flame.ops.elementwise import common_dtype, floating
@@ -88,6 +89,7 @@ class Parts(NamedTuple):
     exponent: Tensor
 
 
+@autocasts("plain")
 def frexp(input: Tensor) -> Parts:
     """(mantissa, exponent) with input = mantissa * 2**exponent, 0.5 <= |mantissa| < 1."""
     if input.dtype.kind != "f":
@@ -148,6 +150,7 @@ def logspace(
 # --- distances ------------------------------------------------------------------------------------
 
 
+@autocasts("float32")
 def dist(input: Tensor, other: Tensor, p: float = 2) -> Tensor:
     """The p-norm of the difference."""
     from flame.ops.norms import norm
@@ -156,6 +159,7 @@ def dist(input: Tensor, other: Tensor, p: float = 2) -> Tensor:
     return norm(difference, p)
 
 
+@autocasts("float32")
 def cdist(
     x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None
 ) -> Tensor:  # fmt: skip
@@ -184,6 +188,7 @@ def rows_norm(difference: Tensor, p: float) -> Tensor:
     return result
 
 
+@autocasts("float32")
 def renorm(input: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
     """Slices along ``dim`` scaled down to a p-norm of at most ``maxnorm``."""
     from flame.ops.norms import vector_norm

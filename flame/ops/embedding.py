@@ -10,6 +10,7 @@ from flame.core import dtypes
 from flame.core.errors import ArgumentError, DTypeError, IndexRangeError, ShapeError
 from flame.core.types import TensorType
 from flame.kernel.builder import Lowering
+from flame.ops.autocast import autocasts
 from flame.ops.conversion import convert
 from flame.ops.creation import full
 from flame.ops.elementwise import compute_dtype
@@ -72,6 +73,7 @@ _embedding = Op(
 )  # fmt: skip
 
 
+@autocasts("plain")
 def embedding(
     input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
     norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,

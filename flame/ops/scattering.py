@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from flame.core.errors import ArgumentError, ShapeError
 from flame.core.handle import is_tensor
 from flame.kernel.program import identity
+from flame.ops.autocast import autocasts
 from flame.ops.creation import full
 from flame.ops.indexing import (
     along,
@@ -103,6 +104,7 @@ def scatter_(
     return _scattered("scatter_", input, dim, index, given, way, in_place=True)
 
 
+@autocasts("widest")
 def scatter_add(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
     """``src`` added at the places that ``index`` names; the order of additions is fixed."""
     same_dtype("scatter_add", input, src)

@@ -19,12 +19,15 @@ import numpy as np
 from flame.autograd.mode import mode
 from flame.compiler.pipeline import check_operands, describe
 from flame.compiler.plan import Plan
+from flame.core.autocast import autocast
+from flame.core.dtypes import DType
 from flame.core.errors import TraceError
 from flame.core.types import TensorType
 from flame.eager import Eager, as_operand, beside, record
 from flame.graph import Node, Number, Symbol
 from flame.kernel.values import Value
-from flame.ops.conversion import copy
+from flame.ops.autocast import cast_operands
+from flame.ops.conversion import convert, copy
 from flame.ops.op import Interpreter, Op, T, set_interpreter
 from flame.ops.overwriting import overwrite
 from flame.ops.shapes import as_strided
@@ -88,6 +91,8 @@ class Recorder(Eager):
             return self.beneath.apply(op, inputs, attributes, out)
         if any(x.__class__ is Value for x in inputs):
             return op.inline(inputs, attributes)
+        if op.autocast is not None and autocast.on and out is None:
+            inputs = cast_operands(op.autocast, inputs)
         inputs = tuple([self._operand(op, x) for x in inputs])
         inputs = beside(inputs) or inputs
         types = tuple([_type_of(x) for x in inputs])
@@ -131,6 +136,12 @@ class Recorder(Eager):
             self.nodes.append(Node(plan.op, (source,), (symbol,), dict(attributes), user_line()))
             memory.views[place] = symbol
         return made
+
+    def cast(self, tensor: Any, dtype: DType) -> Any:
+        """Recorded each time: equal casts are merged by the compiler."""
+        if threading.get_ident() != self.thread:
+            return self.beneath.cast(tensor, dtype)
+        return convert(tensor, dtype=dtype)
 
     # --- tensors made otherwise -------------------------------------------------------------------
 

@@ -205,44 +205,50 @@ static bool release_block() {
   return line >= 0;
 }
 
-// One block with waits; descending: the order in which threads run.
-static void run_block(bool descending) {
-  for (unsigned i = 0; i < count; ++i) threads[i].wait = RUNS;
-  while (!failed) {
-    bool ran = false, left = false;
-    for (unsigned i = 0; i < count && !failed; ++i) {
-      Thread* t = threads + (descending ? count - 1 - i : i);
+// Runs the threads of a warp until all of them have ended or wait for the block.
+static void run_warp(Thread* warp, unsigned lanes, bool descending) {
+  bool ran = true;
+  while (ran && !failed) {
+    ran = false;
+    for (unsigned i = 0; i < lanes && !failed; ++i) {
+      Thread* t = warp + (descending ? lanes - 1 - i : i);
       if (t->wait == RUNS) {
         resume(t);
         ran = true;
       }
     }
-    for (unsigned w = 0; w < count; w += 32)
-      ran |= release_warp(threads + w, count - w < 32 ? count - w : 32);
-    if (failed) return;
-    ran |= release_block();
-    for (unsigned i = 0; i < count; ++i) left |= threads[i].wait != ENDED;
-    if (!left) return;
-    if (!ran && !failed)
-      for (unsigned i = 0; i < count; ++i)
-        if (threads[i].wait != ENDED) {
-          current = threads + i;
-          fail(threads[i].wait == AT_BLOCK ? "a barrier that not all threads of the block reach"
-                                           : "an exchange that not all lanes of its mask reach",
-               threads[i].line);
-          break;
-        }
+    if (!failed) ran |= release_warp(warp, lanes);
   }
+}
+
+// One block with waits. One warp after the other goes as far as it can, so that a barrier that is
+// missing between two of them shows, in ascending or in descending order.
+static void run_block(bool descending) {
+  for (unsigned i = 0; i < count; ++i) threads[i].wait = RUNS;
+  const unsigned warps = (count + 31) / 32;
+  do {
+    for (unsigned i = 0; i < warps && !failed; ++i) {
+      const unsigned first = 32 * (descending ? warps - 1 - i : i);
+      run_warp(threads + first, count - first < 32 ? count - first : 32, descending);
+    }
+  } while (!failed && release_block());
+  for (unsigned i = 0; i < count && !failed; ++i)
+    if (threads[i].wait != ENDED) {
+      current = threads + i;
+      fail(threads[i].wait == AT_BLOCK ? "a barrier that not all threads of the block reach"
+                                       : "an exchange that not all lanes of its mask reach",
+           threads[i].line);
+    }
 }
 
 struct Launch {
   unsigned grid[3], block[3], shared;
-  int waits;       // whether the text has barriers or exchanges
   int descending;  // order of threads, and of blocks
 };
 
-// Runs all blocks; 0, or 1 with a message.
-static int run(const Launch* l, void (*kernel)(void*), void* argument, char* first, char* last,
+// Runs all blocks; 0, or 1 with a message. waits: whether the text has barriers or exchanges;
+// first, last: its static shared memory.
+static int run(const Launch* l, bool waits, void (*kernel)(void*), void* argument, char* first, char* last,
                char* error) {
   failed = false;
   body = kernel;
@@ -254,7 +260,7 @@ static int run(const Launch* l, void (*kernel)(void*), void* argument, char* fir
     snprintf(error, 512, "%u threads in a block with %u bytes of shared memory", count, l->shared);
     return 1;
   }
-  if (l->waits && !stacks)
+  if (waits && !stacks)
     stacks = (char*)mmap(nullptr, MOST_THREADS * STACK, PROT_READ | PROT_WRITE,
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   for (unsigned i = 0; i < count; ++i) {
@@ -269,7 +275,7 @@ static int run(const Launch* l, void (*kernel)(void*), void* argument, char* fir
                    (unsigned)(b / grid_size.x / grid_size.y)};
     if (last > first) memset(first, 0xff, last - first);
     memset(dynamic_shared, 0xff, l->shared + CANARY);
-    if (l->waits) {
+    if (waits) {
       run_block(l->descending);
     } else {
       for (unsigned i = 0; i < count && !failed; ++i) {
@@ -297,6 +303,13 @@ static void call_with(void (*kernel)(A...), void** words, std::index_sequence<I.
 template <typename... A>
 static void call(void (*kernel)(A...), void** words) {
   call_with(kernel, words, std::index_sequence_for<A...>());
+}
+
+template <typename... A>
+static int argument_sizes(void (*)(A...), int* sizes) {
+  const int found[] = {(int)sizeof(A)..., 0};
+  memcpy(sizes, found, sizeof...(A) * sizeof(int));
+  return sizeof...(A);
 }
 
 template <typename T>

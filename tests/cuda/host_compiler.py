@@ -14,16 +14,16 @@ import re
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flame.core.errors import CompileError
 
 HERE = Path(__file__).parent
-HEADERS = ("cuda_host.h", "cuda_host_numbers.h")
+PARTS = ("cuda_host.h", "cuda_host_numbers.h", "host_compiler.py")
 OPTIONS = (
-    "-std=c++17", "-O1", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-msse4.1",
+    "-std=gnu++17", "-O1", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-msse4.1",
     "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-w",
 )  # fmt: skip
 
@@ -56,8 +56,8 @@ def compiler_identity() -> str:
         said = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise CompileError("the emulation of CUDA needs g++; install it") from error
-    headers = "".join((HERE / name).read_text() for name in HEADERS)
-    return hashlib.sha256((said.stdout + headers + str(OPTIONS)).encode()).hexdigest()[:16]
+    parts = "".join((HERE / name).read_text() for name in PARTS)
+    return hashlib.sha256((said.stdout + parts + str(OPTIONS)).encode()).hexdigest()[:16]
 
 
 def unit_of(texts: Sequence[str]) -> str:
@@ -73,18 +73,23 @@ def unit_of(texts: Sequence[str]) -> str:
             f'#define __shared__ static __attribute__((section("shared_{space}")))\n'
             f'extern "C" char __start_shared_{space}[] __attribute__((weak, visibility("hidden")));\n'
             f'extern "C" char __stop_shared_{space}[] __attribute__((weak, visibility("hidden")));\n'
-            f"namespace {{ namespace {space} {{\n#line 1 \"{space}\"\n{body}\n}} }}\n"
+            f'namespace {{ namespace {space} {{\n#line 1 "{space}"\n{body}\n}} }}\n'
         )
-        parts += [_launcher(space, name) for name in kernels_of(text)]
+        waits = bool(_WAITS.search(text))
+        parts += [_launcher(space, name, waits=waits) for name in kernels_of(text)]
         parts += [f"#undef {name}\n" for name in dict.fromkeys(_DEFINE.findall(text))]
     return "".join(parts)
 
 
-def _launcher(space: str, name: str) -> str:
+def _launcher(space: str, name: str, *, waits: bool) -> str:
     return (
         f'extern "C" int launch_{name}(const flame::Launch* l, void** words, char* error) {{\n'
-        f"  return flame::run(l, [](void* w) {{ flame::call({space}::{name}, (void**)w); }},\n"
-        f"                    words, __start_shared_{space}, __stop_shared_{space}, error);\n"
+        f"  return flame::run(l, {int(waits)}, [](void* w) {{\n"
+        f"    flame::call({space}::{name}, (void**)w);\n"
+        f"  }}, words, __start_shared_{space}, __stop_shared_{space}, error);\n"
+        "}\n"
+        f'extern "C" int arguments_{name}(int* sizes) {{\n'
+        f"  return flame::argument_sizes({space}::{name}, sizes);\n"
         "}\n"
     )
 
@@ -112,7 +117,6 @@ class _Launch(ctypes.Structure):
         ("grid", ctypes.c_uint * 3),
         ("block", ctypes.c_uint * 3),
         ("shared", ctypes.c_uint),
-        ("waits", ctypes.c_int),
         ("descending", ctypes.c_int),
     )
 
@@ -126,13 +130,22 @@ class HostLibrary:
 
     _lock = threading.Lock()
 
-    def __init__(self, path: Path, waits: Mapping[str, bool]) -> None:
+    def __init__(self, path: Path) -> None:
         self._library: Any = ctypes.CDLL(str(path))
-        self._waits = waits
 
     @classmethod
     def of(cls, texts: Sequence[str]) -> HostLibrary:
-        return cls(build(texts), waits_of(texts))
+        """The kernels of texts, compiled together."""
+        return cls(build(texts))
+
+    def argument_sizes(self, symbol: str) -> tuple[int, ...] | None:
+        """Bytes of each argument of a kernel; None if there is no such kernel."""
+        try:
+            function = getattr(self._library, f"arguments_{symbol}")
+        except AttributeError:
+            return None
+        sizes = (ctypes.c_int * 4096)()
+        return tuple(sizes[: function(sizes)])
 
     def launch(
         self, symbol: str, grid: tuple[int, int, int], block: tuple[int, int, int], shared: int,
@@ -144,15 +157,10 @@ class HostLibrary:
         the same results unless a barrier is missing.
         """
         dims = ctypes.c_uint * 3
-        given = _Launch(dims(*grid), dims(*block), shared, self._waits[symbol], descending)
+        given = _Launch(dims(*grid), dims(*block), shared, descending)
         message = ctypes.create_string_buffer(512)
         function = getattr(self._library, f"launch_{symbol}")
         with self._lock:
             failed = function(ctypes.byref(given), ctypes.c_void_p(words), message)
         if failed:
             raise KernelFault(f"{symbol}: {message.value.decode()}")
-
-
-def waits_of(texts: Sequence[str]) -> dict[str, bool]:
-    """For each kernel, whether its threads wait for each other."""
-    return {name: bool(_WAITS.search(t)) for t in texts for name in kernels_of(t)}

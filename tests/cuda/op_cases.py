@@ -19,11 +19,11 @@ from flame.core.types import TensorType
 from flame.graph import one_op
 from flame.kernel.builder import BoundKernel, Lowering
 from flame.kernel.geometry import KernelLaunch
+from flame.kernel.program import Gemm, SplitProduct
 from flame.ops.op import OPS, Op, Sample
 from flame.ops.views import ViewOp
 from flame.render.cuda import render
 from flame.render.cuda_index import walk
-from flame.kernel.program import Gemm, SplitProduct
 from flame.tensor import Tensor
 from flame.testing import LAYOUTS, dtypes_of, make_inputs
 from flame.testing.references import TOLERANCE, _precision, _widened
@@ -153,9 +153,7 @@ def execute(case: Case, library: HostLibrary, *, descending: bool = False) -> li
     for memory in (*outputs, *temporaries):
         memory.check(case.label)
     assert not errors.any(), f"{case.label}: an error was reported"
-    return [
-        np.array(array_at(m.pointer, t)) for m, t in zip(outputs, case.outputs, strict=True)
-    ]
+    return [np.array(array_at(m.pointer, t)) for m, t in zip(outputs, case.outputs, strict=True)]
 
 
 def run_words(

@@ -57,7 +57,7 @@ class KernelStep:
         with self._lock:
             count = self._count
             self._words[:count] = words
-            if scratch:
+            if self.scratch:
                 self._words[count] = scratch
             self._launch(*self._fixed, stream, self._arguments)
 

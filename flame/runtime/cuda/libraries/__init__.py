@@ -8,19 +8,11 @@ None, and what fails is an error with the library's status.
 from __future__ import annotations
 
 import threading
-from importlib import metadata
 
 from flame.core.determinism import are_deterministic_algorithms_enabled
 from flame.core.precision import get_float32_matmul_precision
 from flame.kernel.library import MatmulProblem, Problem
 from flame.runtime.cuda.driver import Prepared
-
-PACKAGES = (
-    "nvidia-cublas",
-    "nvidia-cudnn-cu13",
-    "nvidia-cudnn-frontend",
-    "nvmath-python",
-)
 
 _prepared: dict[tuple[Problem, int, bool, str], Prepared | None] = {}
 _lock = threading.RLock()
@@ -49,14 +41,3 @@ def _prepare(problem: Problem, device: int) -> Prepared | None:
     from flame.runtime.cuda.libraries import cudnn
 
     return cudnn.prepare(problem, device)
-
-
-def versions() -> dict[str, str | None]:
-    """The version of each package that is needed; None where it is not installed."""
-    found: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found

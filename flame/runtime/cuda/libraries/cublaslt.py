@@ -4,14 +4,13 @@ Invariant: a plan holds no address of an operand but those that its descriptor h
 aux), which every call sets under the plan's lock; so plans are shared by streams and threads.
 
 Several algorithms can solve a problem, and the heuristic's first is often not the fastest: by up
-to a fifth on an H200. A problem with enough work times them once, on operands of its own, and the
-choice is kept on disk. FLAME_CUDA_TUNE=0 takes the first, and so does a wish for deterministic
-algorithms, as a choice by time may differ between two machines.
+to a fifth on an H200. A problem with enough work times them once (see `tuning`), on operands of its
+own, and the choice is kept on disk.
 """
 
 from __future__ import annotations
 
-import os
+import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,275 +18,97 @@ from typing import Any
 
 import numpy as np
 
-from flame.core.determinism import are_deterministic_algorithms_enabled
-from flame.core.dtypes import DType, bfloat16, float16, float32, float64
-from flame.core.errors import CublasError, DeviceError, OutOfMemoryError
+from flame.core.errors import CublasError, OutOfMemoryError
 from flame.kernel.library import MatmulProblem
 from flame.runtime.cuda.libraries import device as gpu
+from flame.runtime.cuda.libraries import tuning
+from flame.runtime.cuda.libraries.cublaslt_plan import WORKSPACE_LIMIT, Library, Plan
 from flame.runtime.cuda.libraries.matmul_layout import (
     NEEDS_AUX,
     NEEDS_BIAS,
     Description,
-    Layout,
     describe,
 )
 from flame.runtime.cuda.libraries.store import Store
 
-WORKSPACE_LIMIT = 64 << 20
-CANDIDATES = 8
-SMALL_SECONDS = 20e-6  # below it, what timing could win is less than a launch costs
-
-# cudaDataType of library_types.h.
-DATA_TYPES = {float32: 0, float64: 1, float16: 2, bfloat16: 14}
-COMPUTE = {
-    "highest": "COMPUTE_32F",
-    "high": "COMPUTE_32F_FAST_TF32",
-    "medium": "COMPUTE_32F_FAST_16BF",
-}
-EPILOGUES = {
-    "none": "DEFAULT",
-    "bias": "BIAS",
-    "relu_bias": "RELU_BIAS",
-    "gelu_bias": "GELU_BIAS",
-    "gelu_aux_bias": "GELU_AUX_BIAS",
-    "dgelu": "DGELU",
-}
-# Rough rates of an H100, for a guess at how long a product takes: FLOP/s, and bytes/s.
-_RATES = {float64: 50e12, float32: 45e12, float16: 600e12, bfloat16: 600e12}
-_BANDWIDTH = 3e12
-
-
-class Library:
-    """cuBLASLt on one device: its handle, and the calls that take numbers by address."""
-
-    def __init__(self, device: int) -> None:
-        gpu.load_library("cudart")
-        gpu.load_library("cublasLt")
-        try:
-            from nvmath.bindings import cublas, cublasLt
-        except ImportError as error:
-            raise DeviceError(
-                f"matrix products need the package nvmath-python ({error}): {gpu.INSTALL}"
-            ) from error
-        self.lt: Any = cublasLt
-        self.compute_types: Any = cublas.ComputeType
-        self.device = device
-        with gpu.on_device(device):
-            self.device_name = gpu.device_name(device)
-            self.handle = self.call("create")
-        self.version = int(self.call("get_version"))
-
-    def call(self, name: str, *arguments: Any) -> Any:
-        """A call of the library. Raises CublasError with the status."""
-        try:
-            return getattr(self.lt, name)(*arguments)
-        except self.lt.cuBLASLtError as error:
-            raise self.failure(name, error) from error
-
-    def failure(self, name: str, error: Any) -> CublasError:
-        status = self.lt.get_status_name(error.status)
-        return CublasError(f"cublasLt {name}: {status}")
-
-    def set(self, kind: str, target: int, attribute: str, value: int) -> None:
-        """Set an attribute of a "matmul_desc", "matrix_layout" or "matmul_preference"."""
-        enums = {
-            "matmul_desc": self.lt.MatmulDescAttribute,
-            "matrix_layout": self.lt.MatrixLayoutAttribute,
-            "matmul_preference": self.lt.MatmulPreferenceAttribute,
-        }
-        number = getattr(enums[kind], attribute)
-        dtype = getattr(self.lt, f"get_{kind}_attribute_dtype")(number)
-        held = np.array([value], dtype)
-        self.call(f"{kind}_set_attribute", target, number, held.ctypes.data, held.nbytes)
-
-
-class Plan:
-    """Descriptor and layouts of a description, and the algorithms that solve it."""
-
-    def __init__(self, library: Library, description: Description, limit: int) -> None:
-        self.library, self.description = library, description
-        double = description.dtype is float64
-        compute = "COMPUTE_64F" if double else COMPUTE[description.precision]
-        scale = DATA_TYPES[float64 if double else float32]
-        compute_type = getattr(library.compute_types, compute)
-        self.descriptor: int = library.call("matmul_desc_create", int(compute_type), scale)
-        self.alpha = np.ones(1, np.float64 if double else np.float32)
-        self.beta = np.full(1, int(description.accumulate), self.alpha.dtype)
-        self._describe_operation()
-        self.first = self._layout(description.first, description.dtype)
-        self.second = self._layout(description.second, description.dtype)
-        self.result = self._layout(description.result, description.result_dtype)
-        self.candidates = self._search(limit)
-
-    def _describe_operation(self) -> None:
-        library, description = self.library, self.description
-
-        def put(attribute: str, value: int) -> None:
-            library.set("matmul_desc", self.descriptor, attribute, value)
-
-        put("TRANSA", int(description.transpose_first))
-        put("TRANSB", int(description.transpose_second))
-        epilogue = description.epilogue
-        put("EPILOGUE", int(getattr(library.lt.Epilogue, EPILOGUES[epilogue])))
-        if epilogue in NEEDS_BIAS:
-            put("BIAS_DATA_TYPE", DATA_TYPES[description.result_dtype])
-            # The heuristic asks for some address; calls set their own.
-            put("BIAS_POINTER", placeholder(self.alpha))
-        if epilogue in NEEDS_AUX:
-            put("EPILOGUE_AUX_POINTER", placeholder(self.alpha))
-            put("EPILOGUE_AUX_LD", description.result.leading)
-            if description.count > 1:
-                put("EPILOGUE_AUX_BATCH_STRIDE", description.result.step)
-
-    def _layout(self, layout: Layout, dtype: DType) -> int:
-        library = self.library
-        made: int = library.call(
-            "matrix_layout_create", DATA_TYPES[dtype], layout.rows, layout.columns, layout.leading
-        )
-        if self.description.count > 1:
-            library.set("matrix_layout", made, "BATCH_COUNT", self.description.count)
-            library.set("matrix_layout", made, "STRIDED_BATCH_OFFSET", layout.step)
-        return made
-
-    def _search(self, limit: int) -> Any:
-        """The heuristic's results, best first; none where the library has no algorithm."""
-        library, description = self.library, self.description
-        preference = library.call("matmul_preference_create")
-        try:
-            library.set("matmul_preference", preference, "MAX_WORKSPACE_BYTES", limit)
-            factor = max(description.alignment, description.dtype.itemsize)
-            result = max(description.alignment, description.result_dtype.itemsize)
-            for operand, bytes_ in (("A", factor), ("B", factor), ("C", result), ("D", result)):
-                attribute = f"MIN_ALIGNMENT_{operand}_BYTES"
-                library.set("matmul_preference", preference, attribute, bytes_)
-            found: Any = np.zeros(CANDIDATES, library.lt.matmul_heuristic_result_dtype)
-            count = np.zeros(1, np.int32)
-            try:
-                library.lt.matmul_algo_get_heuristic(
-                    library.handle,
-                    self.descriptor,
-                    self.first,
-                    self.second,
-                    self.result,
-                    self.result,
-                    preference,
-                    CANDIDATES,
-                    found.ctypes.data,
-                    count.ctypes.data,
-                )
-            except library.lt.cuBLASLtError as error:
-                # An epilogue that does not go with the dtypes is called an invalid value.
-                refusals = ["CUBLAS_STATUS_NOT_SUPPORTED"]
-                if description.epilogue != "none":
-                    refusals.append("CUBLAS_STATUS_INVALID_VALUE")
-                if library.lt.get_status_name(error.status) in refusals:
-                    return found[:0]
-                raise library.failure("matmul_algo_get_heuristic", error) from error
-        finally:
-            library.call("matmul_preference_destroy", preference)
-        usable = found[: int(count[0])]
-        return usable[usable["state"] == 0]
-
-    def check(self, packed: bytes) -> Any:
-        """An algorithm from the disk as this library's result; None where it is refused."""
-        library = self.library
-        known: Any = np.zeros(1, library.lt.matmul_heuristic_result_dtype)
-        if len(packed) != known.nbytes:
-            return None
-        known[:] = np.frombuffer(packed, known.dtype)
-        checked: Any = np.zeros(1, known.dtype)
-        try:
-            library.lt.matmul_algo_check(
-                library.handle,
-                self.descriptor,
-                self.first,
-                self.second,
-                self.result,
-                self.result,
-                known.ctypes.data,
-                checked.ctypes.data,
-            )
-        except library.lt.cuBLASLtError:
-            return None
-        if int(checked["state"][0]) or int(checked["workspace_size"][0]) > WORKSPACE_LIMIT:
-            return None
-        known["workspace_size"] = checked["workspace_size"]
-        return known
-
-
-def placeholder(held: Any) -> int:
-    """Some address aligned to 16 bytes that is not 0."""
-    return (int(held.ctypes.data) + 15) & ~15
+Queue = Callable[[Sequence[int], int, int], None]
 
 
 class Call:
-    """A plan with one algorithm, ready to be queued."""
+    """A plan with one algorithm. ``queue(pointers, workspace, stream)`` queues all calls of the
+    problem, and raises the library's own error."""
 
     def __init__(self, plan: Plan, algorithm: Any) -> None:
-        library, description = plan.library, plan.description
         self.plan = plan
         self.algorithm = np.array(algorithm).reshape(1)  # its own memory, one element
         self.workspace = int(self.algorithm["workspace_size"][0])
-        factor, result = description.dtype.itemsize, description.result_dtype.itemsize
-        self._offsets = tuple(
-            (a * factor, b * factor, d * result) for a, b, d in description.offsets
-        )
-        self.run = self._runner()
-        self._set = library.lt.matmul_desc_set_attribute
-        self._lock = threading.Lock()
-        self._number = np.zeros(1, np.int64)
-        self._address = self._number.ctypes.data
-        attributes = library.lt.MatmulDescAttribute
-        self._bias_attribute = int(attributes.BIAS_POINTER)
-        self._aux_attribute = int(attributes.EPILOGUE_AUX_POINTER)
-        self._bias_set = self._aux_set = -1
+        self.queue = self._queue()
 
-    def _runner(self) -> Callable[[int, int, int, int, int], None]:
-        """One call of the library with pointers a, b, d, of the workspace, and the stream; raises
-        the library's own error. A closure: attributes looked up would cost as much again."""
-        plan, library = self.plan, self.plan.library
+    def _queue(self) -> Queue:
+        """A closure, as attributes looked up at every call would cost more than all else here."""
+        plan, library, room = self.plan, self.plan.library, self.workspace
         matmul, handle, descriptor = library.lt.matmul, library.handle, plan.descriptor
         alpha, beta = plan.alpha.ctypes.data, plan.beta.ctypes.data
         of_first, of_second, result = plan.first, plan.second, plan.result
-        algorithm, room = self.algorithm.ctypes.data, self.workspace
+        algorithm = self.algorithm.ctypes.data
+        at_first, at_second = (1, 0) if plan.description.swapped else (0, 1)
 
-        def rows(a: int, b: int, d: int, workspace: int, stream: int) -> None:
+        def one(
+            pointers: Sequence[int],
+            workspace: int,
+            stream: int,
+            by: tuple[int, int, int] = (0, 0, 0),
+        ) -> None:
+            d = pointers[2] + by[2]
             matmul(
-                handle, descriptor, alpha, b, of_first, a, of_second, beta, d, result, d, result,
+                handle, descriptor, alpha, pointers[at_first] + by[at_first], of_first,
+                pointers[at_second] + by[at_second], of_second, beta, d, result, d, result,
                 algorithm, workspace, room, stream,
             )  # fmt: skip
 
-        def columns(a: int, b: int, d: int, workspace: int, stream: int) -> None:
-            matmul(
-                handle, descriptor, alpha, a, of_first, b, of_second, beta, d, result, d, result,
-                algorithm, workspace, room, stream,
-            )  # fmt: skip
+        offsets = byte_offsets(plan.description)
 
-        return rows if plan.description.swapped else columns
+        def each(pointers: Sequence[int], workspace: int, stream: int) -> None:
+            for by in offsets:
+                one(pointers, workspace, stream, by)
 
-    def run_all(self, pointers: Sequence[int], workspace: int, stream: int) -> None:
-        """All calls of the problem, with bias and aux. Raises the library's own error."""
-        a, b, d = pointers[0], pointers[1], pointers[2]
-        epilogue = self.plan.description.epilogue
-        if epilogue == "none":
-            for of_a, of_b, of_d in self._offsets:
-                self.run(a + of_a, b + of_b, d + of_d, workspace, stream)
-            return
-        bias = pointers[3] if epilogue in NEEDS_BIAS else 0
-        aux = pointers[-1] if epilogue in NEEDS_AUX else 0
-        with self._lock:
-            if bias and bias != self._bias_set:
-                self._put(self._bias_attribute, bias)
-                self._bias_set = bias
-            for of_a, of_b, of_d in self._offsets:
-                if aux and aux + of_d != self._aux_set:
-                    self._put(self._aux_attribute, aux + of_d)
-                    self._aux_set = aux + of_d
-                self.run(a + of_a, b + of_b, d + of_d, workspace, stream)
+        if plan.description.epilogue in NEEDS_BIAS | NEEDS_AUX:
+            return self._with_pointers(one, offsets)
+        return one if len(offsets) == 1 else each
 
-    def _put(self, attribute: int, pointer: int) -> None:
-        self._number[0] = pointer
-        self._set(self.plan.descriptor, attribute, self._address, 8)
+    def _with_pointers(
+        self, one: Callable[..., None], offsets: tuple[tuple[int, int, int], ...]
+    ) -> Queue:
+        """Calls whose descriptor has to carry the bias and aux at hand."""
+        plan = self.plan
+        put, descriptor = plan.library.lt.matmul_desc_set_attribute, plan.descriptor
+        attributes = plan.library.lt.MatmulDescAttribute
+        at_bias, at_aux = int(attributes.BIAS_POINTER), int(attributes.EPILOGUE_AUX_POINTER)
+        biased = plan.description.epilogue in NEEDS_BIAS
+        kept = plan.description.epilogue in NEEDS_AUX
+        bias_set = aux_set = -1
+        number = ctypes.c_int64()
+        address, lock = ctypes.addressof(number), threading.Lock()
+
+        def queue(pointers: Sequence[int], workspace: int, stream: int) -> None:
+            nonlocal bias_set, aux_set
+            with lock:
+                if biased and pointers[3] != bias_set:
+                    number.value = bias_set = pointers[3]
+                    put(descriptor, at_bias, address, 8)
+                for by in offsets:
+                    if kept and pointers[-1] + by[2] != aux_set:
+                        number.value = aux_set = pointers[-1] + by[2]
+                        put(descriptor, at_aux, address, 8)
+                    one(pointers, workspace, stream, by)
+
+        return queue
+
+
+def byte_offsets(description: Description) -> tuple[tuple[int, int, int], ...]:
+    """The description's offsets of a, b and d in bytes."""
+    factor, result = description.dtype.itemsize, description.result_dtype.itemsize
+    return tuple((a * factor, b * factor, d * result) for a, b, d in description.offsets)
 
 
 class Matmul:
@@ -299,12 +120,8 @@ class Matmul:
         self._unaligned: Call | None = None
         self._lock = threading.Lock()
         self._mask = description.alignment - 1
-        self._run, self._failed = call.run, call.plan.library.lt.cuBLASLtError
-        self._plain = (
-            description.epilogue == "none"
-            and len(description.offsets) == 1
-            and not description.empty_sum
-        )
+        self._queue, self._failed = call.queue, call.plan.library.lt.cuBLASLtError
+        self._empty_sum = description.empty_sum
         self._zeros = zeros_bytes(description)
         self.workspace = call.workspace + sum(self._zeros)
         self.name = (
@@ -313,18 +130,20 @@ class Matmul:
 
     def enqueue(self, pointers: Sequence[int], workspace: int, stream: int) -> None:
         """See `Prepared`. ``workspace`` is aligned to 256 bytes. Raises CublasError."""
-        a, b, d = pointers[0], pointers[1], pointers[2]
+        bits = 0
+        for pointer in pointers:
+            bits |= pointer
         try:
-            if self._plain and not (a | b | d) & self._mask:
-                self._run(a, b, d, workspace, stream)
-            else:
+            if bits & self._mask or self._empty_sum:
                 self._enqueue(pointers, workspace, stream)
+            else:
+                self._queue(pointers, workspace, stream)
         except self._failed as error:
             failure = self._library.failure("matmul", error)
             raise CublasError(f"{failure}, of {self.problem}") from error
 
     def _enqueue(self, pointers: Sequence[int], workspace: int, stream: int) -> None:
-        if self._call.plan.description.empty_sum:
+        if self._empty_sum:
             of_a, of_b = self._zeros
             gpu.checked("cuMemsetD8Async", workspace, 0, of_a + of_b, stream)
             pointers = (workspace, workspace + of_a, *pointers[2:])
@@ -333,7 +152,7 @@ class Matmul:
         for pointer in pointers:
             bits |= pointer
         call = self._call if not bits & self._mask else self._fallback()
-        call.run_all(pointers, workspace, stream)
+        call.queue(pointers, workspace, stream)
 
     def _fallback(self) -> Call:
         """The plan for pointers that are aligned to their elements only."""
@@ -405,11 +224,8 @@ def prepare(problem: MatmulProblem, device: int) -> Matmul | Nothing | None:
 
 def _choose(plan: Plan) -> Any:
     """The algorithm: the stored choice, else the fastest, else the heuristic's first."""
-    tune = os.environ.get("FLAME_CUDA_TUNE", "1") != "0"
     first = plan.candidates[0]
-    if not tune or are_deterministic_algorithms_enabled() or len(plan.candidates) == 1:
-        return first
-    if seconds(plan.description) < SMALL_SECONDS:
+    if len(plan.candidates) == 1 or not tuning.worth(seconds(plan.description)):
         return first
     on = plan.library
     key = f"cublasLt {on.version} {on.device_name} {plan.description}"
@@ -428,7 +244,6 @@ def _choose(plan: Plan) -> Any:
 
 def seconds(description: Description) -> float:
     """A guess at the time of a product, from its arithmetic and its memory."""
-    rate = _RATES[description.dtype] * (8 if description.precision != "highest" else 1)
     factor, result = description.dtype.itemsize, description.result_dtype.itemsize
     nbytes = sum(
         layout.rows * layout.columns * size
@@ -439,7 +254,8 @@ def seconds(description: Description) -> float:
         )
     )
     calls = description.count * len(description.offsets)
-    return max(description.flops / rate, calls * nbytes / _BANDWIDTH)
+    exact = description.precision == "highest"
+    return tuning.seconds(description.flops, calls * nbytes, description.dtype, exact=exact)
 
 
 def _time(plan: Plan) -> int:
@@ -457,23 +273,10 @@ def _time(plan: Plan) -> int:
         workspace = scratch.allocate(max(call.workspace for call in calls))
 
         def runner(call: Call) -> Callable[[], None]:
-            return lambda: call.run_all(pointers, workspace, scratch.stream)
+            return lambda: call.queue(pointers, workspace, scratch.stream)
 
-        return _fastest(scratch, calls, runner)
-
-
-def _fastest(scratch: gpu.Scratch, calls: list[Call], runner: Any) -> int:
-    """Of those that run: now and then the heuristic offers what the launch refuses."""
-    working = []
-    for index, call in enumerate(calls):
-        try:
-            runner(call)()
-        except call.plan.library.lt.cuBLASLtError:
-            continue
-        working.append(index)
-    if not working:
-        return 0
-    return working[gpu.fastest(scratch, [runner(calls[index]) for index in working])]
+        failures = (plan.library.lt.cuBLASLtError,)
+        return gpu.fastest(scratch, [runner(call) for call in calls], failures)
 
 
 def operand_spans(description: Description) -> tuple[int, int, int]:

@@ -5,21 +5,28 @@ stream is set under its lock where it differs from that of the call before; a pl
 used only where the library takes it back, and is made anew otherwise.
 
 Building a plan of attention compiles at run time, up to a second; from the disk it is milliseconds.
+A convolution with enough work tries the first few plans that the heuristics offer, under the same
+settings as `cublaslt` (FLAME_CUDA_TUNE=0 takes the first); the choice is what is kept.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import math
+import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from flame.core.determinism import are_deterministic_algorithms_enabled
 from flame.core.dtypes import DType, bfloat16, float16, float32, float64, int64
-from flame.core.errors import CudnnError, DeviceError
+from flame.core.errors import CudnnError, DeviceError, OutOfMemoryError
 from flame.core.precision import get_float32_matmul_precision
 from flame.kernel.library import AttentionProblem, ConvolutionProblem
 from flame.runtime.cuda.libraries import device as gpu
+from flame.runtime.cuda.libraries import tuning
 from flame.runtime.cuda.libraries.cudnn_graphs import (
     WIDEST,
     AttentionGraph,
@@ -30,7 +37,9 @@ from flame.runtime.cuda.libraries.cudnn_graphs import (
     convolution_graph,
 )
 from flame.runtime.cuda.libraries.store import Store
+from flame.runtime.cuda.packages import INSTALL, load_library
 
+CANDIDATES = 4  # building one may compile
 DATA_TYPES = {
     float16: "HALF",
     bfloat16: "BFLOAT16",
@@ -39,7 +48,7 @@ DATA_TYPES = {
     int64: "INT64",
 }
 # Statuses by which the library says that it has no way to do something.
-_REFUSALS = ("NOT_SUPPORTED", "BAD_PARAM", "No valid")
+_REFUSALS = ("NOT_SUPPORTED", "BAD_PARAM", "No valid", "No execution plans", "No suitable")
 
 
 class Refused(Exception):
@@ -50,16 +59,16 @@ class Library:
     """cuDNN on one device."""
 
     def __init__(self, device: int) -> None:
-        gpu.load_library("cudart")
-        gpu.load_library("nvrtc")
-        gpu.load_library("cublasLt")
-        gpu.load_library("cudnn")
+        load_library("cudart")
+        load_library("nvrtc")
+        load_library("cublasLt")
+        load_library("cudnn")
         try:
             import cudnn
         except ImportError as error:
             raise DeviceError(
                 "convolution and attention need the package nvidia-cudnn-frontend "
-                f"({error}): {gpu.INSTALL}"
+                f"({error}): {INSTALL}"
             ) from error
         self.cudnn: Any = cudnn
         self.device = device
@@ -205,6 +214,10 @@ class Plan:
             if isinstance(description, ConvolutionGraph):
                 graph.deselect_numeric_notes(unwanted_notes(library, description))
             graph.check_support()
+            if isinstance(description, ConvolutionGraph) and tuning.worth(seconds(description)):
+                chosen = try_plans(library, graph._lowered_graph, description)
+                size = graph._lowered_graph.get_workspace_size_plan_at_index(chosen)
+                return Plan(library, graph, chosen), int(size)
             graph.build_plans()
             if getattr(graph, "selected_engine", None) is not None:
                 raise Refused("the front end would run a kernel of its own")
@@ -233,6 +246,60 @@ class Plan:
         return bytes(self.graph.serialize())
 
 
+def seconds(description: ConvolutionGraph) -> float:
+    """A guess at the time of a convolution, from its arithmetic and its memory."""
+    tensors = {
+        "forward": (description.result, description.second),
+        "input_gradient": (description.first, description.second),
+        "weight_gradient": (description.first, description.result),
+    }
+    y, weight = tensors[description.direction]
+    flops = 2 * math.prod(y.dims) * math.prod(weight.dims[1:])
+    nbytes = sum(math.prod(t.dims) * t.dtype.itemsize for t in description.tensors)
+    return tuning.seconds(flops, nbytes, description.first.dtype, exact=description.exact)
+
+
+def try_plans(library: Library, lowered: Any, description: ConvolutionGraph) -> int:
+    """The index of the fastest of the first plans that can be built; that one is the graph's own
+    afterwards. Raises Refused."""
+    usable: list[int] = []
+    for index in range(lowered.get_execution_plan_count()):
+        try:
+            lowered.build_plan_at_index(index)
+        except library.failures:
+            continue  # deselected, or not for this device
+        usable.append(index)
+        if len(usable) == CANDIDATES:
+            break
+    if not usable:
+        raise Refused("none of the plans can be built")
+    chosen = usable[0]
+    if len(usable) > 1:
+        # Where there is no room for operands to try with, the first is taken.
+        with contextlib.suppress(OutOfMemoryError):
+            chosen = _time(library, lowered, description, usable)
+    lowered.build_plan_at_index(chosen)
+    return chosen
+
+
+def _time(library: Library, lowered: Any, description: ConvolutionGraph, usable: list[int]) -> int:
+    sizes = [int(lowered.get_workspace_size_plan_at_index(index)) for index in usable]
+    with gpu.Scratch() as scratch:
+        pointers = {t.uid: scratch.random(t.dtype, math.prod(t.dims)) for t in description.tensors}
+        workspace = scratch.allocate(max(sizes))
+
+        def runner(index: int) -> Callable[[], None]:
+            handle = library.raw_handle
+            return lambda: lowered._execute_plan_at_index(pointers, workspace, index, handle)
+
+        library.set_stream(scratch.stream)
+        try:
+            at = gpu.fastest(scratch, [runner(index) for index in usable], library.failures)
+        finally:
+            library.set_stream(0)  # the stream of the trial is about to end
+    return usable[at]
+
+
 class GraphCall:
     """`Prepared` of a graph. Operands are aligned to `alignment` bytes, seeds and offsets to 8."""
 
@@ -241,37 +308,35 @@ class GraphCall:
     def __init__(self, description: Graph, plan: Plan, workspace: int, name: str) -> None:
         self.description, self.workspace, self.name = description, workspace, name
         self._plan, self._library = plan, plan.library
-        self._array = (ctypes.c_void_p * len(plan.uids))()
-        self._slots = tuple((slot, uid - 1) for slot, uid in enumerate(plan.uids))
+        self._array = (ctypes.c_uint64 * len(plan.uids))()
         numbers = {tensor.uid for tensor in description.tensors if tensor.dtype is int64}
-        self._aligned = tuple(uid - 1 for uid in plan.uids if uid not in numbers)
+        aligned = [uid - 1 for uid in plan.uids if uid not in numbers]
+        # Operands by their places, in one call each: there are always more than one.
+        self._pick = itemgetter(*(uid - 1 for uid in plan.uids))
+        self._pick_aligned = itemgetter(*aligned)
+        self._pack = struct.Struct(f"{len(plan.uids)}Q").pack_into
         self._execute = plan.lowered._execute_with_raw_ptrs
-        self._address = ctypes.addressof(self._array)
+        self._head = (ctypes.addressof(self._array), len(plan.uids))
+        self._tail = (plan.library.raw_handle, *plan.index)
 
     def enqueue(self, pointers: Sequence[int], workspace: int, stream: int) -> None:
         """See `Prepared`. ``workspace`` is aligned to 256 bytes. Raises CudnnError."""
         bits = 0
-        for at in self._aligned:
-            bits |= pointers[at]
+        for pointer in self._pick_aligned(pointers):
+            bits |= pointer
         if bits & (WIDEST - 1):
+            addresses = ", ".join(map(hex, self._pick_aligned(pointers)))
             raise CudnnError(
                 f"{self.name}: cuDNN needs operands that are aligned to {WIDEST} bytes, got "
-                f"{[hex(pointers[at]) for at in self._aligned]}; copy what is a view with an offset"
+                f"{addresses}; copy what is a view with an offset"
             )
-        library, array = self._library, self._array
+        library = self._library
         with library.lock:
             try:
                 if library.stream != stream:
                     library.set_stream(stream)
-                for slot, at in self._slots:
-                    array[slot] = pointers[at]
-                self._execute(
-                    self._address,
-                    len(self._slots),
-                    workspace,
-                    library.raw_handle,
-                    *self._plan.index,
-                )
+                self._pack(self._array, 0, *self._pick(pointers))
+                self._execute(*self._head, workspace, *self._tail)
             except library.failures as error:
                 raise CudnnError(f"{self.name}: {error}, of {self.description}") from error
 
@@ -314,7 +379,8 @@ def prepare(problem: ConvolutionProblem | AttentionProblem, device: int) -> Grap
 
 
 def _prepare(description: Graph, on: Library) -> GraphCall | None:
-    key = f"{on.version} {on.device_name} {description}"
+    tried = isinstance(description, ConvolutionGraph) and tuning.worth(seconds(description))
+    key = f"{on.version} {on.device_name} tried {tried} {description}"
     wanted = sorted(tensor.uid for tensor in description.tensors)
     packed = _store.read(key)
     if packed is not None:

@@ -13,35 +13,15 @@ from typing import Any
 import numpy as np
 
 from flame.core.dtypes import DType
-from flame.core.errors import CudaError, DeviceError, OutOfMemoryError
+from flame.core.errors import CudaError, OutOfMemoryError
+from flame.runtime.cuda.packages import bindings, calling
 
-INSTALL = "pip install 'flame-engine[cuda13]'"
 _BLOCK_BYTES = 1 << 22
-
-
-def bindings() -> Any:
-    """cuda.bindings.driver. Raises DeviceError where it is missing."""
-    try:
-        from cuda.bindings import driver
-    except ImportError as error:
-        raise DeviceError(f"CUDA needs the package cuda-bindings ({error}): {INSTALL}") from error
-    return driver
-
-
-def load_library(name: str) -> None:
-    """Load a library of a wheel into the process. Raises DeviceError where there is none."""
-    try:
-        from cuda.pathfinder import load_nvidia_dynamic_lib
-
-        load_nvidia_dynamic_lib(name)
-    except (ImportError, RuntimeError) as error:
-        raise DeviceError(f"CUDA library {name} cannot be loaded ({error}): {INSTALL}") from error
 
 
 def checked(name: str, *arguments: Any) -> Any:
     """The values that a call of the driver gives. Raises CudaError or OutOfMemoryError."""
-    driver = bindings()
-    status, *values = getattr(driver, name)(*arguments)
+    status, *values = calling(getattr(bindings("driver"), name), *arguments)
     if int(status):
         kind = OutOfMemoryError if status.name == "CUDA_ERROR_OUT_OF_MEMORY" else CudaError
         raise kind(f"{name}: {status.name}")
@@ -52,7 +32,7 @@ def checked(name: str, *arguments: Any) -> Any:
 def on_device(device: int) -> Iterator[None]:
     """The device's primary context is the current one of this thread inside, and captures of this
     thread do not forbid planning."""
-    driver = bindings()
+    driver = bindings("driver")
     checked("cuInit", 0)
     before = checked("cuCtxGetCurrent")
     checked("cuCtxSetCurrent", _context(device))
@@ -85,7 +65,7 @@ class Scratch:
     """Memory and a stream for trial runs on the current device; closes with everything freed."""
 
     def __init__(self) -> None:
-        flag = bindings().CUstream_flags.CU_STREAM_NON_BLOCKING
+        flag = bindings("driver").CUstream_flags.CU_STREAM_NON_BLOCKING
         self._made = checked("cuStreamCreate", flag)
         self.stream = int(self._made)
         self._pointers: list[Any] = []
@@ -122,7 +102,7 @@ class Scratch:
 
     def milliseconds(self, run: Callable[[], None], repeats: int) -> float:
         """Time of one of ``repeats`` runs in a row."""
-        flag = bindings().CUevent_flags.CU_EVENT_DEFAULT
+        flag = bindings("driver").CUevent_flags.CU_EVENT_DEFAULT
         begin, end = checked("cuEventCreate", flag), checked("cuEventCreate", flag)
         try:
             checked("cuEventRecord", begin, self._made)
@@ -148,15 +128,22 @@ def _normal(dtype: DType) -> Any:
     return _normals[dtype]
 
 
-def fastest(scratch: Scratch, runs: Sequence[Callable[[], None]]) -> int:
-    """The index of the run that takes least time, each the best of two rounds."""
-    repeats = []
-    for run in runs:
-        run()  # loads the kernel
+def fastest(
+    scratch: Scratch, runs: Sequence[Callable[[], None]], failures: tuple[type[Exception], ...]
+) -> int:
+    """The index of the run that takes least time, each the best of two rounds. Runs that raise one
+    of ``failures`` are left out, as heuristics now and then offer what a launch refuses; 0 where
+    all do."""
+    repeats = {}
+    for index, run in enumerate(runs):
+        try:
+            run()  # loads the kernel
+        except failures:
+            continue
         once = scratch.milliseconds(run, 1)
-        repeats.append(max(2, min(20, int(1.0 / max(once, 1e-3)))))
-    best = [float("inf")] * len(runs)
+        repeats[index] = max(2, min(20, int(1.0 / max(once, 1e-3))))
+    best = dict.fromkeys(repeats, float("inf"))
     for _ in range(2):  # rounds, so that a change of the clock falls on no single one
-        for index, run in enumerate(runs):
-            best[index] = min(best[index], scratch.milliseconds(run, repeats[index]))
-    return best.index(min(best))
+        for index, count in repeats.items():
+            best[index] = min(best[index], scratch.milliseconds(runs[index], count))
+    return min(best, key=best.__getitem__, default=0)
