@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -390,6 +391,11 @@ class NvidiaDriver:
 
     def compile(self, text: str, name: str, capability: tuple[int, int]) -> bytes:
         return nvrtc.compile_text(text, name, capability)
+
+    def compile_together(
+        self, texts: Sequence[str], name: str, capability: tuple[int, int]
+    ) -> bytes:
+        return nvrtc.compile_text(nvrtc.join(texts), name, capability)
 
     def compiler_identity(self) -> str:
         return nvrtc.identity()

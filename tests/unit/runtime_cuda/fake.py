@@ -4,7 +4,7 @@ every call, and can be told to have little memory. Kernels are Python functions 
 
 import ctypes
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flame.core.errors import CompileError, CudaError, OutOfMemoryError
@@ -177,6 +177,11 @@ class FakeDriver:
             raise CompileError(f"fake: kernel {name} is wrong")
         self.programs.append(text)
         return MAGIC + f"{capability}{text}".encode()
+
+    def compile_together(
+        self, texts: Sequence[str], name: str, capability: tuple[int, int]
+    ) -> bytes:
+        return self.compile("\n".join(texts), name, capability)
 
     def compiler_identity(self) -> str:
         return self.identity

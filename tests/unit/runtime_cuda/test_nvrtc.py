@@ -1,5 +1,6 @@
 """Real compilation, which needs no GPU."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -74,12 +75,27 @@ def test_the_identity_names_versions_and_options() -> None:
     assert "--fmad=false" in nvrtc.identity()
 
 
+def test_joined_texts_stand_in_namespaces_behind_all_includes() -> None:
+    joined = nvrtc.join(
+        [KERNEL.replace("NAME", "a"), "#include <cuda_bf16.h>\n" + KERNEL.replace("NAME", "b")]
+    )
+    assert joined.splitlines()[:2] == ["#include <cuda_fp16.h>", "#include <cuda_bf16.h>"]
+    assert joined.count("#include") == 2
+    assert joined.index("namespace flame_text_0 {") < joined.index("void a(")
+    assert joined.index("namespace flame_text_1 {") < joined.index("void b(")
+
+
 class _Compiling(FakeDriver):
-    """Compiles in earnest, and checks what it is to load."""
+    """Compiles in earnest, and loads what is no text."""
 
     def compile(self, text: str, name: str, capability: tuple[int, int]) -> bytes:
         self.programs.append(text)
         return MAGIC + compile_text(text, name, capability)
+
+    def compile_together(
+        self, texts: Sequence[str], name: str, capability: tuple[int, int]
+    ) -> bytes:
+        return self.compile(nvrtc.join(texts), name, capability)
 
     def load_module(self, device: int, image: bytes) -> int:
         module = next(self.numbers)
