@@ -3,7 +3,6 @@
 import threading
 from typing import Any
 
-import numpy as np
 import pytest
 
 import flame
@@ -28,28 +27,6 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setenv("FLAME_CACHE_DIR", str(tmp_path))
 
 
-def square_op(vjp: Any) -> Any:
-    return flame.cuda.raw_op(
-        flame.cuda.RawKernel(SQUARE, "square"),
-        outputs=lambda x: (x.shape, x.dtype),
-        launch=lambda inputs, outputs: (-(-inputs[0].numel() // 256), 256),
-        arguments=lambda inputs, outputs: (*inputs, *outputs, inputs[0].numel()),
-        vjp=vjp,
-    )
-
-
-def test_a_raw_operation_and_its_derivatives(emulated_cuda: EmulatedDriver) -> None:
-    square = square_op(lambda grads, inputs, outputs: 2 * inputs[0] * grads[0])
-    x = flame.randn(30, 7).cuda().requires_grad_()
-    y = square(x.t())  # not contiguous: copied, and the copy is differentiated
-    values = x.detach().cpu().numpy()
-    assert np.allclose(y.detach().cpu().numpy(), values.T**2)
-    (first,) = flame.autograd.grad([(y * 3).sum()], [x], create_graph=True)
-    assert np.allclose(first.detach().cpu().numpy(), 6 * values)
-    (second,) = flame.autograd.grad([first.sum()], [x])
-    assert np.allclose(second.cpu().numpy(), 6)
-
-
 def test_a_kernel_that_writes_beside_its_memory_is_found(emulated_cuda: EmulatedDriver) -> None:
     x = flame.ones(100).cuda()
     with pytest.raises(CudaError):
@@ -60,7 +37,9 @@ def test_many_kernels_of_one_program(
     emulated_cuda: EmulatedDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLAME_NUM_THREADS", "1")
-    texts = [SQUARE.replace("square(", f"square{i}(").replace("x * x", f"x * {i}") for i in range(3)]
+    texts = [
+        SQUARE.replace("square(", f"square{i}(").replace("x * x", f"x * {i}") for i in range(3)
+    ]
     requests = [(text, f"square{i}", 0) for i, text in enumerate(texts)]
     assert len(set(modules.load_many(0, requests))) == 3
     assert modules.statistics().programs == 1
