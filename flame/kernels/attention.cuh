@@ -46,8 +46,14 @@ struct Scores {
 #endif
   }
 
+  // How many columns a row may see, from `column` on.
+  __device__ __forceinline__ int seen(int row, int column) const {
+    const int behind = columns - column, own = row + 1 - column;
+    return CAUSAL && own < behind ? own : behind;
+  }
+
   __device__ __forceinline__ bool inside(int row, int column) const {
-    return row < rows && column < columns && !(CAUSAL && column > row);
+    return row < rows && seen(row, column) > 0;
   }
 
   // Whether a tile has columns that are not `inside` for some of its rows. Rows behind the end are

@@ -69,15 +69,17 @@ def _flash_bytes(rows: int, width: int) -> int:
     return rows * _round_up(width, 32) * 2
 
 
-def _flash_forward_tiles(head: int, head_v: int) -> Iterator[Tiles]:
-    """Candidates, best first."""
+def _flash_forward_tiles(head: int, head_v: int, *, extras: bool) -> Iterator[Tiles]:
+    """Candidates, best first. ``extras``: masks and dropout, whose registers half the rows make
+    room for; warps of 32 rows read each key from shared memory half as often.
+    """
     widest = max(head, head_v)
-    if widest <= 64:
-        shapes = [(4, 2, 64, 2, 1)]
-    elif widest <= 128:
-        shapes = [(4, 2, 64, 2, 0)]
-    else:
+    if widest > 128:
         shapes = [(4, 1, 32, 2, 0)]
+    elif extras:
+        shapes = [(8, 1, 64, 1, 0)]
+    else:
+        shapes = [(4, 2, 64, 2, int(widest <= 64))]
     for warps, m_tiles, columns, blocks, keep in shapes:
         rows = warps * m_tiles * 16
         shared = _flash_bytes(rows, head)
@@ -281,7 +283,9 @@ class _Launcher:
         )  # fmt: skip
         head, head_v = _widths(problem)
         if self.tensor_cores:
-            symbol, tiles = "flash_attention_forward", _flash_forward_tiles(head, head_v)
+            extras = problem.mask is not None or problem.dropout > 0
+            symbol = "flash_attention_forward"
+            tiles = _flash_forward_tiles(head, head_v, extras=extras)
         else:
             symbol = "attention_forward"
             tiles = _plain_tiles(head, head_v, problem.query.dtype, backward=False)

@@ -30,9 +30,11 @@ inline HostTable* host_table(HostTable& own) {
 
 #ifdef FLAME_HOST
 typedef unsigned char* SharedAddress;
+typedef u64 AddressBits;
 __device__ inline SharedAddress shared_address(void* place) { return (unsigned char*)place; }
 #else
 typedef u32 SharedAddress;
+typedef u32 AddressBits;
 __device__ __forceinline__ SharedAddress shared_address(void* place) {
   return (u32)__cvta_generic_to_shared(place);
 }
