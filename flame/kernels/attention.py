@@ -1,7 +1,7 @@
 """Attention by own kernels: which of them solves an AttentionProblem, and its launches.
 
-Two families: on tensor cores, for 16-bit elements whose rows are contiguous (``flash_attention_*``),
-and in plain arithmetic for everything else (``attention_*``): float32, float64, odd widths, strided
+Two families: on tensor cores, for 16-bit elements in contiguous rows (``flash_attention_*``), and
+in plain arithmetic for everything else (``attention_*``): float32, float64, odd widths, strided
 elements. Both hold no (L, S) matrix, add nothing in an order that depends on timing, and draw the
 same random bits.
 
@@ -114,7 +114,9 @@ def _plain_tiles(
 ) -> Iterator[Tiles]:
     """Candidates, best first; accumulators of 256 columns leave registers for half the rows."""
     size = _wide(dtype).itemsize
-    shapes = [(4, 2), (2, 2), (1, 1)] if max(head, head_v) <= 128 and size == 4 else [(2, 2), (1, 1)]
+    shapes = (
+        [(4, 2), (2, 2), (1, 1)] if max(head, head_v) <= 128 and size == 4 else [(2, 2), (1, 1)]
+    )
     for m_tiles, n_tiles in shapes:
         rows, columns = 16 * m_tiles, 16 * n_tiles
         if backward:
@@ -359,13 +361,9 @@ def _backward(
         operands = (*_inputs_and_outputs(8, 3), Ref("input", 8), Ref("input", 9))
     grad_ref, shift, q, k, v, mask, result, log_sum, dq, dk, dv = operands[:11]
     delta = Ref("temporary", 0)
-    before = _present(
-        grad_ref, q, k, v, mask if problem.mask is not None else None, log_sum, delta
-    )
+    before = _present(grad_ref, q, k, v, mask if problem.mask is not None else None, log_sum, delta)
     after = tuple(operands[11:13]) if problem.dropout else ()
-    sums = launcher.delta(
-        grad, _present(grad_ref, result, shift if problem.shift else None, delta)
-    )
+    sums = launcher.delta(grad, _present(grad_ref, result, shift if problem.shift else None, delta))
     of_keys = (*before, dk, dv, *after)
     # Two wide sums do not fit the registers of a thread: one kernel each, which repeats a product.
     split = launcher.tensor_cores and max(_widths(problem)) > 128
@@ -395,8 +393,8 @@ def flash_attention(
     ``operands``: in the problem's order (`AttentionProblem`); by default inputs and outputs of the
     ops `attention` and `attention_backward`, with seed and offset as the inputs behind. ``grad``:
     type of the gradient of the result (B, H, L, Ev), by default the result's. ``gradients``: types
-    of dq (B, H, L, E), dk (B, G or H, S, E) and dv (B, G or H, S, Ev), by default of q, k and v; with
-    H heads each query head has its own, with G the heads that share a key are summed in order.
+    of dq (B, H, L, E), dk (B, G or H, S, E) and dv (B, G or H, S, Ev), by default of q, k and v;
+    with H heads each query head has its own, with G the heads that share a key are summed in order.
     log_sum and shift are (B, H, L) contiguous, float32 (float64 for float64).
     Raises UnsupportedError where `takes` gives a reason.
     """

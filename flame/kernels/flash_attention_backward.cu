@@ -1,12 +1,13 @@
 // Attention, backward, on tensor cores, for 16-bit elements: with P, Z of attention.cuh and
 //   delta(i) = grad_i . result_i - shift(i)                       (attention_delta.cu)
 //   dS(i, j) = P(i, j) (Z(i, j) grad_i . v_j - delta(i))
-//   dq_i = scale sum_j dS(i, j) k_j;  dk_j = scale sum_i dS(i, j) q_i;  dv_j = sum_i P Z(i, j) grad_i
-// P is computed again from log_sum (Dao, "FlashAttention-2", 2023). One text makes two kernels, each
-// of which owns what it sums up, so the result does not depend on the order in which blocks run:
+//   dq_i = scale sum_j dS(i, j) k_j,  dk_j = scale sum_i dS(i, j) q_i,
+//   dv_j = sum_i P(i, j) Z(i, j) grad_i
+// P is computed again from log_sum (Dao, "FlashAttention-2", 2023). One text makes two kernels. A
+// block owns what it sums up, so the result does not depend on the order in which blocks run:
 //   KEYS 1: a block owns ROWS keys and streams queries by; gives dk and dv.
 //   KEYS 0: a block owns ROWS queries and streams keys by; gives dq.
-// In both, the tile that stays is the pair (own, own_v), the one that streams by (stream, stream_v):
+// The tile that stays is the pair (own, own_v), the one that streams by (stream, stream_v):
 // k, v and q, grad, or the other way round. With rows of the owner,
 //   P = exp(scale own stream^T - log_sum),  dS = P (Z own_v stream_v^T - delta),
 //   first += dS stream,  second += P Z stream_v (KEYS only).
@@ -18,8 +19,8 @@
 //
 // Defined in front: what attention.cuh lists; KEYS, FIRST and SECOND (1: compute dq or dk; dv),
 // WARPS, M_TILES, COLUMNS, BLOCKS. Operands: grad (B, H, L, Ev), q, k, v, [mask], log_sum and delta
-// (B, H, L) contiguous, dq or dk and dv, [seed, offset]; strides in elements, innermost 1. dk and dv
-// have as many heads as the keys or as the queries.
+// (B, H, L) contiguous, dq or dk and dv, [seed, offset]; strides in elements, innermost 1. dk and
+// dv have as many heads as the keys or as the queries.
 #include "flash_dropout.cuh"
 
 constexpr int THREADS = WARPS * 32;
@@ -139,7 +140,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
   const int number = (int)(blockIdx.x / tiles), turn = (int)(blockIdx.x % tiles);
   // Causal: the longest first, which are the last queries, or the first keys.
   const int first = (CAUSAL && !KEYS ? tiles - 1 - turn : turn) * ROWS;
-  const i64 owners = KEYS ? gradient_heads : heads, batch = number / owners, owner = number % owners;
+  const i64 owners = KEYS ? gradient_heads : heads;
+  const i64 batch = number / owners, owner = number % owners;
   const int group = (int)(heads / owners);  // query heads that this block sums over
   const i64 first_head = owner * group, key_head = first_head / (heads / key_heads);
   const int own_row = (int)(threadIdx.x / 32) * M_TILES * 16, lane = (int)(threadIdx.x % 32);

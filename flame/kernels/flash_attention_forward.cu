@@ -4,8 +4,8 @@
 // warp owns whole rows of scores, so that the softmax needs no more than the four threads of a row:
 // for each tile, with m the greatest score of the row so far and s the sum of exp(score - m),
 //   m' = max(m, tile);  s' = s exp(m - m') + sum exp(tile - m');  sums' = sums exp(m - m') + P v
-// (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao, "FlashAttention-2",
-// 2023), and the division by s comes last. No score leaves the registers.
+// (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao,
+// "FlashAttention-2", 2023), and the division by s comes last. No score leaves the registers.
 //
 // Two stages of shared memory: while one tile is multiplied the next one is copied, so a pass of
 // the loop has one barrier. Tiles that reach over an end or the diagonal alone are masked element

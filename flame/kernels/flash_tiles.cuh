@@ -1,9 +1,9 @@
 // Tiles of attention on tensor cores, for 16-bit elements.
 //
 // A tile is ROWS rows of E elements in shared memory, padded to WIDTH, the next multiple of 32.
-// Rows are cut into chunks of 16 bytes, and chunk c of row r stands at chunk c ^ f(r) of it, with f
-// such that chunk c of 8 neighbouring rows lies in 8 different groups of 4 banks: neither copies nor
-// matrix loads meet a bank conflict. Columns E .. up to a multiple of 16 hold zeros.
+// Rows are cut into chunks of 16 bytes, and chunk c of row r stands at chunk c ^ f(r) of it, with
+// f such that chunk c of 8 neighbouring rows lies in 8 different groups of 4 banks: neither copies
+// nor matrix loads meet a bank conflict. Columns E .. up to a multiple of 16 hold zeros.
 //
 // A warp owns M_TILES x 16 rows of the tile that stays, and meets all columns of the tile that
 // streams by: accumulators are [M_TILES][columns / 8][4], see tensor_core.cuh for their layout.
@@ -11,7 +11,9 @@
 
 __host__ __device__ constexpr int padded_width(int width) { return (width + 31) / 32 * 32; }
 __host__ __device__ constexpr int steps_of_16(int width) { return (width + 15) / 16; }
-__host__ __device__ constexpr int tile_bytes(int rows, int width) { return rows * padded_width(width) * 2; }
+__host__ __device__ constexpr int tile_bytes(int rows, int width) {
+  return rows * padded_width(width) * 2;
+}
 
 // Byte offset of a chunk in a tile.
 template <int WIDTH>
@@ -38,7 +40,8 @@ __device__ __forceinline__ Rows rows_of(const u16* base, i64 step) {
 // Starts to copy rows first .. first + ROWS into a tile, zeros from row `end` on. Complete after
 // copy_wait and a barrier.
 template <int ROWS, int E, int THREADS>
-__device__ __forceinline__ void load_tile(unsigned char* tile, const Rows& rows, int first, int end) {
+__device__ __forceinline__ void load_tile(
+    unsigned char* tile, const Rows& rows, int first, int end) {
   constexpr int CHUNKS = E / 8, WIDTH = padded_width(E);
   const SharedAddress target = shared_address(tile);
   if (rows.aligned) {
@@ -74,7 +77,8 @@ __device__ __forceinline__ void clear_padding(unsigned char* tile) {
 }
 
 // A lane's address of chunk `half` (0 or 1) of a row of a tile; `moved` leads from there to other
-// steps of 16 columns and rows of other multiples of 16, by constants: tiles are aligned to 128 bytes.
+// steps of 16 columns and other multiples of 16 rows, by constants: tiles are aligned to 128
+// bytes.
 template <int E>
 __device__ __forceinline__ SharedAddress lane_start(SharedAddress tile, int row, int half) {
   return tile + chunk_offset<padded_width(E)>(row, half);

@@ -1,4 +1,4 @@
-"""Problems of attention with their operands, their meaning in float64, and what the kernels give."""
+"""Problems of attention with their operands, and their meaning in float64."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Launcher = Callable[[BoundSource, Sequence[Array | None]], None]
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a problem; ``gap``: elements between rows, ``rows_first``: (B, L, H, E) in memory."""
+    """Sizes of a problem. gap: elements between rows; rows_first: (B, L, H, E) in memory."""
 
     batch: int
     heads: int

@@ -168,7 +168,9 @@ def test_gradients_agree_with_finite_differences():
 # --- what is taken --------------------------------------------------------------------------------
 
 
-def problem_of(*, dtype=bfloat16, heads=4, key_heads=2, width=64, mask=None, scale=0.1, dropout=0.0):
+def problem_of(
+    *, dtype=bfloat16, heads=4, key_heads=2, width=64, mask=None, scale=0.1, dropout=0.0
+):
     query, key = (tensor_type(dtype, (2, h, 16, width)) for h in (heads, key_heads))
     return AttentionProblem(False, query, key, key, query, mask, False, scale, dropout)
 
