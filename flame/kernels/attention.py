@@ -92,7 +92,7 @@ def _flash_forward_tiles(head: int, head_v: int, *, extras: bool) -> Iterator[Ti
 
 
 def _flash_backward_tiles(
-    head: int, head_v: int, *, keys: bool, first: bool, second: bool
+    head: int, head_v: int, *, keys: bool, first: bool, second: bool, dropout: bool
 ) -> Iterator[Tiles]:
     """Candidates, best first; fewer warps need less shared memory."""
     widest = max(head, head_v)
@@ -101,7 +101,9 @@ def _flash_backward_tiles(
         rows = warps * 16
         shared = _flash_bytes(rows, head) + (_flash_bytes(rows, head_v) if first else 0)
         stage = _flash_bytes(columns, head) + _flash_bytes(columns, head_v)
-        shared += 2 * (stage + (8 * columns if keys else 0))
+        if keys:  # log_sum and delta of the queries, and a bit for each probability
+            stage += 8 * columns + (rows // 16 * columns * 2 if dropout else 0)
+        shared += 2 * stage
         defines = {
             "KEYS": int(keys), "FIRST": int(first), "SECOND": int(second), "WARPS": warps,
             "M_TILES": 1, "COLUMNS": columns, "BLOCKS": 1,
@@ -323,7 +325,9 @@ class _Launcher:
         head, head_v = _widths(problem)
         if self.tensor_cores:
             symbol = "flash_attention_backward"
-            tiles = _flash_backward_tiles(head, head_v, keys=keys, first=first, second=second)
+            tiles = _flash_backward_tiles(
+                head, head_v, keys=keys, first=first, second=second, dropout=problem.dropout > 0
+            )
         else:
             symbol = "attention_backward"
             tiles = _plain_tiles(head, head_v, problem.query.dtype, backward=True, keys=keys)

@@ -32,7 +32,9 @@ constexpr int OWN_BYTES = tile_bytes(ROWS, HEAD);
 constexpr int OWN_V_BYTES = FIRST ? tile_bytes(ROWS, HEAD_V) : 0;
 constexpr int STREAM_BYTES = tile_bytes(COLUMNS, HEAD);
 constexpr int STREAM_V_BYTES = tile_bytes(COLUMNS, HEAD_V);
-constexpr int STAGE_BYTES = STREAM_BYTES + STREAM_V_BYTES + (KEYS ? 2 * COLUMNS * 4 : 0);
+constexpr int QUERY_BYTES = KEYS ? 2 * COLUMNS * 4 : 0;  // log_sum and delta of the columns
+constexpr int DRAWN_BYTES = KEYS && DROPOUT ? ROWS / 16 * COLUMNS * 2 : 0;
+constexpr int STAGE_BYTES = STREAM_BYTES + STREAM_V_BYTES + QUERY_BYTES + DRAWN_BYTES;
 constexpr bool ADDED = MASK == ELEMENT_MASK || MASK == FLOAT32_MASK;
 
 // log_sum and delta of the queries: of a thread's own rows, or of the columns in shared memory.
@@ -162,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
   scores.column_step = mask_column;
 #endif
 #if DROPOUT
-  Dropout dropout = dropout_of(seed, offset, batch * heads + first_head, length, key_length,
+  const Dropout dropout = dropout_of(seed, offset, batch * heads + first_head, length, key_length,
                                threshold, gain_bits);
 #endif
 
@@ -172,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
   const int per_head = last > begin ? (last - begin + COLUMNS - 1) / COLUMNS : 0;
   const int passes = per_head * group;
 
-  // Starts to copy one pass's tiles.
+  // Starts to copy one pass's tiles, and draws what it drops.
   auto load_stage = [&](int pass) {
     unsigned char* stage = stages + pass % 2 * STAGE_BYTES;
     const int member = KEYS ? pass / per_head : 0;
@@ -192,6 +194,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
         copy_4(shared_address(stage + STREAM_BYTES + STREAM_V_BYTES + 4 * i),
                source + (valid ? place : 0), valid);
       }
+#if DROPOUT
+      Dropout own = dropout;
+      own.first += (u64)member * length * dropout.pitch;
+      draw_by_columns<ROWS, COLUMNS, THREADS>(
+          (u16*)(stage + STAGE_BYTES - DRAWN_BYTES), own, first, column);
+#endif
     }
     copy_commit();
   };
@@ -244,9 +252,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
 #if DROPOUT
     KeepBits<M_TILES, N_TILES> bits;
     if (KEYS) {
-      Dropout own = dropout;
-      own.first += (u64)member * length * dropout.pitch;
-      bits.draw_by_columns(own, first + own_row, column);
+      bits.read_columns<ROWS>((const u16*)(stage + STAGE_BYTES - DRAWN_BYTES), own_row);
     } else {
       bits.draw_by_rows(dropout, first + own_row, column);
     }

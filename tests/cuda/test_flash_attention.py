@@ -76,6 +76,7 @@ CASES = [
     # dropout: whole groups of 64 columns, half a group
     Case(1, 2, 1, 30, 130, 64, dtype=float16, dropout=0.3),
     Case(1, 1, 1, 40, 100, 160, dtype=float16, dropout=0.3, causal=True),
+    Case(1, 1, 1, 40, 100, 232, dtype=float16, dropout=0.3, shared_limit=101376),
     # rows that are not aligned to 16 bytes
     Case(1, 2, 1, 40, 90, 64, dtype=float16, gap=3),
     Case(1, 1, 1, 20, 20, 64, shift=False),

@@ -14,7 +14,7 @@ from flame.runtime.cuda.driver import driver
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cuda"))
 
-from attention_cases import LIMITS, Case, Run, error, packed  # noqa: E402
+from attention_cases import LIMITS, Case, Run, error, packed
 
 bfloat16, float16 = dtypes.bfloat16, dtypes.float16
 float32, float64 = dtypes.float32, dtypes.float64
