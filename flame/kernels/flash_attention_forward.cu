@@ -4,8 +4,8 @@
 // warp owns whole rows of scores, so that the softmax needs no more than the four threads of a row:
 // for each tile, with m the greatest score of the row so far and s the sum of exp(score - m),
 //   m' = max(m, tile);  s' = s exp(m - m') + sum exp(tile - m');  sums' = sums exp(m - m') + P v
-// (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao, "FlashAttention-2",
-// 2023), and the division by s comes last. No score leaves the registers.
+// (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao,
+// "FlashAttention-2", 2023), and the division by s comes last. No score leaves the registers.
 //
 // Two stages of shared memory: while one tile is multiplied the next one is copied, so a pass of
 // the loop has one barrier. Tiles that reach over an end or the diagonal alone are masked element
@@ -40,20 +40,23 @@ __device__ __forceinline__ void mask_tile(
 #pragma unroll
   for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-    for (int n = 0; n < N_TILES; ++n)
+    for (int half = 0; half < 2; ++half) {
+      const int y = row + 16 * m + lane / 4 + 8 * half, x = column + 2 * (lane % 4);
+      const int seen = !MASK || y < scores.rows ? scores.seen(y, x) : 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int y = row + 16 * m + lane / 4 + 8 * (i / 2);
-        const int x = column + 8 * n + 2 * (lane % 4) + i % 2;
-        float& value = tile[m][n][i];
-        if (!scores.inside(y, x)) {
-          value = MINUS_INFINITY;
-        } else if (ADDED) {
-          value = value * scores.scale + scores.masked_value(y, x) * LOG2_E;
-        } else if (MASK == BOOL_MASK) {
-          value += scores.masked_value(y, x);
+      for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& value = tile[m][n][2 * half + i];
+          if (8 * n + i >= seen) {
+            value = MINUS_INFINITY;
+          } else if (ADDED) {
+            value = value * scores.scale + scores.masked_value(y, x + 8 * n + i) * LOG2_E;
+          } else if (MASK == BOOL_MASK) {
+            value += scores.masked_value(y, x + 8 * n + i);
+          }
         }
-      }
+    }
 }
 
 // Scores become exp(score - new peak); sums are brought to the new peak.
@@ -109,12 +112,13 @@ __device__ __forceinline__ void multiply_queries(
     float (&tile)[M_TILES][N_TILES][4], const u32 (&kept)[KEEP_Q ? STEPS : 1][M_TILES][4],
     SharedAddress q, int row, SharedAddress k) {
   if constexpr (KEEP_Q) {
+    const SharedAddress start = start_of_rows<HEAD>(k);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step)
 #pragma unroll
       for (int n = 0; n < N_TILES / 2; ++n) {
         u32 b[4];
-        load_b_of_rows<HEAD>(b, k, 16 * n, step);
+        load_matrices(b, moved<HEAD>(start, 16 * n, step));
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m) {
           multiply(tile[m][2 * n], kept[step][m], b[0], b[1]);
@@ -221,11 +225,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_fo
   if constexpr (KEEP_Q) {
     copy_wait<0>();
     __syncthreads();
+    const SharedAddress start = start_of_a<HEAD>(shared_address(memory), own_row);
 #pragma unroll
     for (int step = 0; step < STEPS; ++step)
 #pragma unroll
       for (int m = 0; m < M_TILES; ++m)
-        load_a<HEAD>(kept[step][m], shared_address(memory), own_row + 16 * m, step);
+        load_matrices(kept[step][m], moved<HEAD>(start, 16 * m, step));
   }
 
 #pragma unroll 1

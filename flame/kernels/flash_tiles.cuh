@@ -1,9 +1,9 @@
 // Tiles of attention on tensor cores, for 16-bit elements.
 //
 // A tile is ROWS rows of E elements in shared memory, padded to WIDTH, the next multiple of 32.
-// Rows are cut into chunks of 16 bytes, and chunk c of row r stands at chunk c ^ f(r) of it, with f
-// such that chunk c of 8 neighbouring rows lies in 8 different groups of 4 banks: neither copies nor
-// matrix loads meet a bank conflict. Columns E .. up to a multiple of 16 hold zeros.
+// Rows are cut into chunks of 16 bytes, and chunk c of row r stands at chunk c ^ f(r) of it, with
+// f such that chunk c of 8 neighbouring rows lies in 8 different groups of 4 banks: neither copies
+// nor matrix loads meet a bank conflict. Columns E .. up to a multiple of 16 hold zeros.
 //
 // A warp owns M_TILES x 16 rows of the tile that stays, and meets all columns of the tile that
 // streams by: accumulators are [M_TILES][columns / 8][4], see tensor_core.cuh for their layout.
@@ -11,7 +11,9 @@
 
 __host__ __device__ constexpr int padded_width(int width) { return (width + 31) / 32 * 32; }
 __host__ __device__ constexpr int steps_of_16(int width) { return (width + 15) / 16; }
-__host__ __device__ constexpr int tile_bytes(int rows, int width) { return rows * padded_width(width) * 2; }
+__host__ __device__ constexpr int tile_bytes(int rows, int width) {
+  return rows * padded_width(width) * 2;
+}
 
 // Byte offset of a chunk in a tile.
 template <int WIDTH>
@@ -38,7 +40,8 @@ __device__ __forceinline__ Rows rows_of(const u16* base, i64 step) {
 // Starts to copy rows first .. first + ROWS into a tile, zeros from row `end` on. Complete after
 // copy_wait and a barrier.
 template <int ROWS, int E, int THREADS>
-__device__ __forceinline__ void load_tile(unsigned char* tile, const Rows& rows, int first, int end) {
+__device__ __forceinline__ void load_tile(
+    unsigned char* tile, const Rows& rows, int first, int end) {
   constexpr int CHUNKS = E / 8, WIDTH = padded_width(E);
   const SharedAddress target = shared_address(tile);
   if (rows.aligned) {
@@ -73,27 +76,41 @@ __device__ __forceinline__ void clear_padding(unsigned char* tile) {
   }
 }
 
-// Rows row .. row + 15, columns 16 step .. of a tile, as A.
+// A lane's address of chunk `half` (0 or 1) of a row of a tile; `moved` leads from there to other
+// steps of 16 columns and other multiples of 16 rows, by constants: tiles are aligned to 128
+// bytes.
 template <int E>
-__device__ __forceinline__ void load_a(u32 (&a)[4], SharedAddress tile, int row, int step) {
-  const int lane = (int)(threadIdx.x % 32);
-  load_matrices(a, tile + chunk_offset<padded_width(E)>(row + lane % 16, 2 * step + lane / 16));
+__device__ __forceinline__ SharedAddress lane_start(SharedAddress tile, int row, int half) {
+  return tile + chunk_offset<padded_width(E)>(row, half);
 }
 
-// As B, the transpose of rows row .. row + 15, columns 16 step ..: two tiles of 8 of its columns.
 template <int E>
-__device__ __forceinline__ void load_b_of_rows(u32 (&b)[4], SharedAddress tile, int row, int step) {
-  const int lane = (int)(threadIdx.x % 32);
-  const int place = row + lane / 16 * 8 + lane % 8;
-  load_matrices(b, tile + chunk_offset<padded_width(E)>(place, 2 * step + lane / 8 % 2));
+__device__ __forceinline__ SharedAddress moved(SharedAddress start, int row, int step) {
+  constexpr int TURNED = padded_width(E) % 64 ? 3 : 7;  // bits of a chunk's number that turn
+  const int kept = 2 * step & ~TURNED, turned = 2 * step & TURNED;
+  return (SharedAddress)((AddressBits)start ^ (AddressBits)(turned << 4)) + (kept << 4) +
+         row * padded_width(E) * 2;
 }
 
-// As B, rows row .. row + 15 themselves, columns 16 step ..: two tiles of 8 columns.
+// Rows row .. row + 15 of a tile, as A.
 template <int E>
-__device__ __forceinline__ void load_b(u32 (&b)[4], SharedAddress tile, int row, int step) {
+__device__ __forceinline__ SharedAddress start_of_a(SharedAddress tile, int row) {
   const int lane = (int)(threadIdx.x % 32);
-  load_matrices_transposed(
-      b, tile + chunk_offset<padded_width(E)>(row + lane % 16, 2 * step + lane / 16));
+  return lane_start<E>(tile, row + lane % 16, lane / 16);
+}
+
+// The transpose of 16 rows of a tile, as two B of 8 of its columns.
+template <int E>
+__device__ __forceinline__ SharedAddress start_of_rows(SharedAddress tile) {
+  const int lane = (int)(threadIdx.x % 32);
+  return lane_start<E>(tile, lane / 16 * 8 + lane % 8, lane / 8 % 2);
+}
+
+// 16 rows of a tile, as two B of 8 columns: to be loaded transposed.
+template <int E>
+__device__ __forceinline__ SharedAddress start_of_columns(SharedAddress tile) {
+  const int lane = (int)(threadIdx.x % 32);
+  return lane_start<E>(tile, lane % 16, lane / 16);
 }
 
 template <int M, int N>
@@ -110,15 +127,16 @@ __device__ __forceinline__ void clear(float (&sums)[M][N][4]) {
 template <int E, int M, int N>
 __device__ __forceinline__ void multiply_rows(
     float (&sums)[M][N][4], SharedAddress own, int row, SharedAddress stream) {
+  const SharedAddress a_start = start_of_a<E>(own, row), b_start = start_of_rows<E>(stream);
 #pragma unroll
   for (int step = 0; step < steps_of_16(E); ++step) {
     u32 a[M][4];
 #pragma unroll
-    for (int m = 0; m < M; ++m) load_a<E>(a[m], own, row + 16 * m, step);
+    for (int m = 0; m < M; ++m) load_matrices(a[m], moved<E>(a_start, 16 * m, step));
 #pragma unroll
     for (int n = 0; n < N / 2; ++n) {
       u32 b[4];
-      load_b_of_rows<E>(b, stream, 16 * n, step);
+      load_matrices(b, moved<E>(b_start, 16 * n, step));
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         multiply(sums[m][2 * n], a[m], b[0], b[1]);
@@ -134,6 +152,7 @@ __device__ __forceinline__ void multiply_columns(
     float (&sums)[M][E_TILES][4], const float (&weights)[M][N][4],
     SharedAddress stream) {
   static_assert(E_TILES == 2 * steps_of_16(E), "accumulators cover the padded width");
+  const SharedAddress start = start_of_columns<E>(stream);
 #pragma unroll
   for (int step = 0; step < N / 2; ++step) {
     u32 a[M][4];
@@ -148,7 +167,7 @@ __device__ __forceinline__ void multiply_columns(
 #pragma unroll
     for (int n = 0; n < E_TILES / 2; ++n) {
       u32 b[4];
-      load_b<E>(b, stream, 16 * step, n);
+      load_matrices_transposed(b, moved<E>(start, 16 * step, n));
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         multiply(sums[m][2 * n], a[m], b[0], b[1]);

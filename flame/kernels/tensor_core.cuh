@@ -15,8 +15,8 @@
 #include "numbers.cuh"
 
 #ifdef FLAME_HOST
-// What each thread of a warp shows the others: written by all, then read by all, then gone. The table
-// lies on the stack of lane 0, which therefore leaves last.
+// What each thread of a warp shows the others: written by all, then read by all, then gone. The
+// table lies on the stack of lane 0, so all leave together.
 struct HostTable {
   u64 word[32][6];
 };
@@ -30,9 +30,11 @@ inline HostTable* host_table(HostTable& own) {
 
 #ifdef FLAME_HOST
 typedef unsigned char* SharedAddress;
+typedef u64 AddressBits;
 __device__ inline SharedAddress shared_address(void* place) { return (unsigned char*)place; }
 #else
 typedef u32 SharedAddress;
+typedef u32 AddressBits;
 __device__ __forceinline__ SharedAddress shared_address(void* place) {
   return (u32)__cvta_generic_to_shared(place);
 }
@@ -74,7 +76,7 @@ __device__ __forceinline__ void copy_wait() {
 #endif
 }
 
-// --- matrices of 8 x 8 words of 16 bits -----------------------------------------------------------
+// --- matrices of 8 x 8 words of 16 bits ----------------------------------------------------------
 
 // Four matrices: lanes 8 i .. 8 i + 7 give the addresses of the rows of matrix i, 16 bytes each.
 // Register i of lane (g, t) gets columns 2t, 2t + 1 of row g of matrix i.
@@ -116,7 +118,7 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&found)[4], Shared
 #endif
 }
 
-// --- products --------------------------------------------------------------------------------------
+// --- products ------------------------------------------------------------------------------------
 
 // d (16, 8) += a (16, 16) b (16, 8), summed in float32; a warp's function.
 __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {

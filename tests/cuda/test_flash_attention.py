@@ -76,6 +76,7 @@ CASES = [
     # dropout: whole groups of 64 columns, half a group
     Case(1, 2, 1, 30, 130, 64, dtype=float16, dropout=0.3),
     Case(1, 1, 1, 40, 100, 160, dtype=float16, dropout=0.3, causal=True),
+    Case(1, 1, 1, 40, 100, 232, dtype=float16, dropout=0.3, shared_limit=101376),
     # rows that are not aligned to 16 bytes
     Case(1, 2, 1, 40, 90, 64, dtype=float16, gap=3),
     Case(1, 1, 1, 20, 20, 64, shift=False),
@@ -168,7 +169,9 @@ def test_gradients_agree_with_finite_differences():
 # --- what is taken --------------------------------------------------------------------------------
 
 
-def problem_of(*, dtype=bfloat16, heads=4, key_heads=2, width=64, mask=None, scale=0.1, dropout=0.0):
+def problem_of(
+    *, dtype=bfloat16, heads=4, key_heads=2, width=64, mask=None, scale=0.1, dropout=0.0
+):
     query, key = (tensor_type(dtype, (2, h, 16, width)) for h in (heads, key_heads))
     return AttentionProblem(False, query, key, key, query, mask, False, scale, dropout)
 
