@@ -22,6 +22,7 @@ from flame.ops.joining import cat
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types, constant
 from flame.ops.shapes import reshape, slice_dim, wrap_dim
 from flame.ops.slicing import diagonal
+from flame.ops.sorting_cuda import lower_isin
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -160,6 +161,7 @@ _isin = Op(
     inputs=("x", "tests"),
     infer=_infer_isin,
     lower=_lower_isin,
+    lower_cuda=lower_isin,
     vjp=NOT_DIFFERENTIABLE,
     reference=_members,
     samples=[

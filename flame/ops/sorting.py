@@ -1,7 +1,8 @@
 """Orders: sort, topk, kthvalue, median, mode, unique, searchsorted.
 
-The order itself is found by NumPy's sorting, on the host; values are gathered by it, so their
-gradients are gather's. NaN counts as larger than all numbers, as in PyTorch.
+On the CPU the order itself is found by NumPy's sorting, on a GPU by the kernels of
+`flame.ops.sorting_cuda`; values are gathered by it, so their gradients are gather's. NaN counts as
+larger than all numbers, as in PyTorch.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ from flame.ops.indexing import gather
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types, constant
 from flame.ops.results import ValuesIndices
 from flame.ops.shapes import reshape, squeeze, wrap_dim
+from flame.ops.sorting_cuda import (
+    lower_argsort,
+    lower_median,
+    lower_mode,
+    lower_search,
+    lower_topk,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -85,7 +93,8 @@ def _same_shape(types: Types, **attributes: Any) -> TensorType:
 
 
 _argsort = Op(
-    "argsort", inputs=("x",), infer=_same_shape, lower=_filling(_order), vjp=NOT_DIFFERENTIABLE,
+    "argsort", inputs=("x",), infer=_same_shape, lower=_filling(_order),
+    lower_cuda=lower_argsort, vjp=NOT_DIFFERENTIABLE,
     reference=_order,
     samples=[Sample((Arg(shape, distinct=True),), {"dim": dim, "descending": down, "stable": True})
              for shape, dim, down in (((7,), 0, False), ((3, 20), 1, True), ((5, 4), 0, False),
@@ -105,6 +114,7 @@ _topk = Op(
     inputs=("x",),
     infer=_infer_topk,
     lower=_filling(_selected),
+    lower_cuda=lower_topk,
     vjp=NOT_DIFFERENTIABLE,
     reference=_selected,
     samples=[
@@ -207,8 +217,8 @@ def _one_line(types: Types, *, dim: int, **attributes: Any) -> TensorType:
 
 
 _median_place = Op(
-    "median_place", inputs=("x",), infer=_one_line, lower=_filling(_middle), vjp=NOT_DIFFERENTIABLE,
-    reference=_middle,
+    "median_place", inputs=("x",), infer=_one_line, lower=_filling(_middle),
+    lower_cuda=lower_median, vjp=NOT_DIFFERENTIABLE, reference=_middle,
     samples=[Sample((Arg((4, 7), distinct=True),), {"dim": 1, "skip_nan": False}),
              Sample((Arg((4, 3), distinct=True),), {"dim": 0, "skip_nan": True})],
 )  # fmt: skip
@@ -253,6 +263,7 @@ _mode_place = Op(
     inputs=("x",),
     infer=_one_line,
     lower=_filling(_commonest),
+    lower_cuda=lower_mode,
     vjp=NOT_DIFFERENTIABLE,
     reference=_commonest,
     samples=[
@@ -363,7 +374,7 @@ def _infer_search(types: Types, *, right: bool) -> TensorType:
 
 _search = Op(
     "searchsorted", inputs=("edges", "x"), infer=_infer_search, lower=_filling(_found),
-    vjp=NOT_DIFFERENTIABLE, reference=_found,
+    lower_cuda=lower_search, vjp=NOT_DIFFERENTIABLE, reference=_found,
     samples=[Sample((Arg((6,), 0, 1), Arg((3, 4), 0, 1)), {"right": False}),
              Sample((Arg((3, 1)), Arg((3, 4))), {"right": True})],
 )  # fmt: skip
