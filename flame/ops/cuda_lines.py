@@ -17,10 +17,22 @@ from flame.ops.loops import coalesce
 
 SMALL: Final = 1 << 31  # counters below it are divided in 32 bits
 
+
+def number_defines(**dtypes: DType) -> dict[str, Any]:
+    """C types by macro name, and the headers that they need."""
+    names = {t.name for t in dtypes.values()}
+    used = {
+        "USES_HALF": int("float16" in names),
+        "USES_BFLOAT16": int("bfloat16" in names),
+    }
+    return used | {name: C_TYPES[t.name] for name, t in dtypes.items()}
+
+
 C_TYPES: Final = {
     "float64": "double", "float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16",
     "int64": "long long", "int32": "int", "int16": "short", "int8": "signed char",
-    "uint8": "unsigned char", "bool": "unsigned char",
+    "uint8": "unsigned char", "bool": "unsigned char", "uint32": "unsigned",
+    "uint64": "unsigned long long",
 }  # fmt: skip
 _BITS: Final = {8: "unsigned char", 16: "unsigned short", 32: "unsigned", 64: "unsigned long long"}
 _SIGNED: Final = {8: "signed char", 16: "short", 32: "int", 64: "long long"}
@@ -30,40 +42,45 @@ _INFINITIES: Final = {
 }  # fmt: skip
 
 
-_NO_LINES: Final = {f"LINE{n}(i)": "(0ll)" for n in range(4)}
+_NO_LINES: Final = {"LINE_PARAMS": "", "ENTRY_PARAMS": "", "ENTRY0(i)": "(0ll)"} | {
+    f"LINE{n}(i)": "(0ll)" for n in range(4)
+}
 
 
 class Lines:
-    """The places that a kernel visits: a shape, with the strides of several operands over it."""
+    """The places that a kernel visits: a shape, with the strides of several operands over it.
 
-    def __init__(self, shape: Shape, strides: Sequence[Shape]) -> None:
+    prefix: of the macros' names, where a kernel has two sets of places.
+    """
+
+    def __init__(self, shape: Shape, strides: Sequence[Shape], prefix: str = "LINE") -> None:
         nest = coalesce(shape, strides)
         rank = len(nest.sizes)
         self.count = 1
         for size in nest.sizes:
             self.count *= size
-        names = [f"line_n{d}" for d in range(rank)]
+        small = prefix.lower()
+        names = [f"{small}_n{d}" for d in range(rank)]
         self.sizes: tuple[int, ...] = nest.sizes
         index = "unsigned" if self.count < SMALL else "unsigned long long"
         self.defines: dict[str, str] = {}
         for n, steps in enumerate(nest.strides):
-            made = [f"line_s{n}_{d}" for d in range(rank)]
+            made = [f"{small}_s{n}_{d}" for d in range(rank)]
             names += made
             self.sizes += steps
-            self.defines[f"LINE{n}(i)"] = _offset(index, rank, made)
-        self.defines["LINE_PARAMS"] = "".join(f", long long {name}" for name in names)
+            self.defines[f"{prefix}{n}(i)"] = _offset(index, [f"{small}_n{d}" for d in range(rank)], made)
+        self.defines[f"{prefix}_PARAMS"] = "".join(f", long long {name}" for name in names)
 
 
-def _offset(index: str, rank: int, steps: Sequence[str]) -> str:
+def _offset(index: str, sizes: Sequence[str], steps: Sequence[str]) -> str:
     """The offset of line ``i`` as an expression."""
-    if not rank:
+    if not sizes:
         return "(0ll)"
     terms = []
     rest = f"({index})(i)"
-    for d in reversed(range(1, rank)):
-        size = f"({index})line_n{d}"
-        terms.append(f"(long long)({rest} % {size}) * {steps[d]}")
-        rest = f"({rest} / {size})"
+    for size, step in zip(reversed(sizes[1:]), reversed(steps[1:]), strict=True):
+        terms.append(f"(long long)({rest} % ({index}){size}) * {step}")
+        rest = f"({rest} / ({index}){size})"
     terms.append(f"(long long){rest} * {steps[0]}")
     return "(" + " + ".join(terms) + ")"
 
@@ -88,12 +105,16 @@ def key_bytes(dtype: DType) -> int:
 
 def launch(
     file: str, symbol: str, defines: dict[str, Any], operands: Sequence[Ref], sizes: Sequence[int],
-    lines: Lines, *, blocks: int, threads: int,
+    *lines: Lines, blocks: int, threads: int,
 ) -> BoundSource:  # fmt: skip
     """A call of kernel ``symbol`` of ``file``; the lines' sizes follow the given ones."""
-    text = source(file, **{**defines, **_NO_LINES, **lines.defines})
+    defines = {**_NO_LINES, **defines}
+    for given in lines:
+        defines |= given.defines
+        sizes = (*sizes, *given.sizes)
+    text = source(file, **defines)
     return BoundSource(
-        symbol, text, symbol, tuple(operands), (*sizes, *lines.sizes), (max(blocks, 1), 1, 1),
+        symbol, text, symbol, tuple(operands), tuple(sizes), (max(blocks, 1), 1, 1),
         (threads, 1, 1), extent=blocks,
     )  # fmt: skip
 

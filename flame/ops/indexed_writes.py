@@ -32,6 +32,7 @@ from flame.ops.indexed import (
 )  # fmt: skip
 from flame.ops.loops import by_stride, coalesce
 from flame.ops.op import Arg, Joint, Op, Sample, Types
+from flame.ops.writes_cuda import lower_put_cuda
 
 COLUMNS = 128  # elements of the fastest dimension that one step of a write handles
 
@@ -144,6 +145,17 @@ def _lower_put(
     return Lowering((_start(types, outputs).bind(), k.bind()))
 
 
+def _lower_put_on_gpu(
+    types: Types, outputs: tuple[TensorType, ...],
+    *, axes: tuple[int, ...], shape: Shape, combine: str, wrap: bool,
+) -> Lowering:  # fmt: skip
+    attributes: dict[str, Any] = {"axes": axes, "combine": combine, "wrap": wrap}
+    return lower_put_cuda(
+        types, outputs, lambda: _lower_put(types, outputs, shape=shape, **attributes),
+        lambda: _start(types, outputs).bind(), **attributes,
+    )  # fmt: skip
+
+
 class _At(Operand):
     """The element of an operand at a computed offset."""
 
@@ -228,6 +240,7 @@ put_at = Op(
     inputs=("x", "source", "*indices"),
     infer=_infer_put,
     lower=_lower_put,
+    lower_cuda=_lower_put_on_gpu,
     vjp=Joint(_put_vjp),
     reference=_put_reference,
     samples=[Sample(inputs, {"wrap": False, **attributes}) for inputs, attributes in _WRITES],
@@ -296,6 +309,7 @@ combine_at = Op(
     inputs=("x", "source", "*indices"),
     infer=_infer_put,
     lower=_lower_put,
+    lower_cuda=_lower_put_on_gpu,
     vjp=Joint(_reduce_vjp),
     reference=_put_reference,
     samples=[

@@ -79,6 +79,12 @@ class Sorter:
         lines = Lines(self.shape, (self.strides, _without(out, self.dim)[1]))
         return self._runs(self.ref, lines, pairs=False, final=(out.strides[self.dim], limit))[0]
 
+    def sort_pairs(self, given: Pair) -> tuple[list[Bound], Pair]:
+        """Given keys and places of one line, sorted."""
+        calls, last = self._runs(given, Lines((), ()), pairs=True, final=None)
+        assert last is not None
+        return calls, last
+
     def pairs_to_places(self, given: Pair, count: int, out: TensorType) -> list[Bound]:
         """As `to_places`, of ``count`` chosen pairs of each line."""
         lines = Lines(self.shape, (self.strides, _without(out, self.dim)[1]))
