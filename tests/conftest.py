@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-TIERS = ("tiny", "unit", "ops", "text", "models", "train", "gpu")
+TIERS = ("tiny", "unit", "ops", "text", "cuda", "models", "train", "gpu")
 ROOT = Path(__file__).parent
 
 

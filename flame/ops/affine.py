@@ -9,7 +9,9 @@ from flame.core.errors import DTypeError, ShapeError
 from flame.core.types import TensorType, tensor_type
 from flame.kernel.builder import Lowering, Ref
 from flame.ops.arithmetic import add
+from flame.ops.autocast import autocasts
 from flame.ops.contraction import BiasStore, Epilogue, Factor, PlainStore, Prologue, contract
+from flame.ops.contraction.library import matrix_readable, product_call, turned
 from flame.ops.op import Arg, Op, Sample, Types
 from flame.ops.products import matmul
 from flame.ops.reductions import sum_to
@@ -42,6 +44,17 @@ def _infer_linear(types: Types) -> TensorType:
 
 def _lower_linear(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
     return _lower_fused(types, outputs, PlainStore(outputs[0]))
+
+
+def _lower_cuda(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
+    x, weight = type_of(types[0]), turned(type_of(types[1]))
+    operands = (Ref("input", 0), Ref("input", 1), Ref("output", 0), Ref("input", 2))
+    return product_call(x, weight, outputs[0], operands, epilogue="bias")
+
+
+def _reads(type_: TensorType) -> bool:
+    bias = type_.ndim != 1 or type_.device == "cpu" or type_.contiguous
+    return bias and matrix_readable(type_)
 
 
 def _lower_fused(
@@ -83,9 +96,12 @@ _linear = Op(
     ],
     tolerance=4.0,
     lower_fused=_lower_fused,
+    lower_cuda=_lower_cuda,
+    reads=_reads,
 )
 
 
+@autocasts("lower")
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input @ weight.T + bias; input (..., in), weight (out, in) or (in,), bias (out,) or scalar.
 

@@ -14,6 +14,7 @@ from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.core.handle import is_tensor
 from flame.core.types import TensorType, tensor_type
 from flame.kernel.builder import Lowering
+from flame.ops.autocast import autocasts
 from flame.ops.creation import shape_of, zeros
 from flame.ops.dimensions import atleast_2d
 from flame.ops.elementwise import common_dtype
@@ -43,9 +44,11 @@ def block_diag(*tensors: Any) -> Tensor:
     dtype = common_dtype(tuple(x.type for x in given))
     rows, before = [], 0
     for x in given:
-        left = zeros(x.shape[0], before, dtype=dtype)
+        left = zeros(x.shape[0], before, dtype=dtype, device=x.device)
         before += x.shape[1]
-        rows.append(cat([left, x, zeros(x.shape[0], width - before, dtype=dtype)], 1))
+        rows.append(
+            cat([left, x, zeros(x.shape[0], width - before, dtype=dtype, device=x.device)], 1)
+        )
     return cat(rows, 0)
 
 
@@ -56,13 +59,14 @@ def combinations(input: Tensor, r: int = 2, with_replacement: bool = False) -> T
     if r < 0:
         raise ArgumentError(f"combinations: r must not be negative, got {r}")
     if not r:
-        return zeros(0, dtype=input.dtype)
+        return zeros(0, dtype=input.dtype, device=input.device)
     choose = itertools.combinations_with_replacement if with_replacement else itertools.combinations
     places = np.array(list(choose(range(input.shape[0]), r)), np.int64).reshape(-1, r)
-    picked = index_select(input, 0, constant(places.reshape(-1)))
+    picked = index_select(input, 0, constant(places.reshape(-1), device=input.device))
     return reshape(picked, places.shape)
 
 
+@autocasts("plain")
 def trace(input: Tensor) -> Tensor:
     """The sum of a matrix's diagonal."""
     from flame.ops.reductions import sum as total

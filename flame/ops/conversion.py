@@ -190,7 +190,7 @@ def copy_(input: Tensor, src: Any, non_blocking: bool = False) -> Tensor:
     if not is_tensor(src):
         from flame.ops.creation import full
 
-        src = full((), src, dtype=input.dtype)
+        src = full((), src, dtype=input.dtype, device=input.device)
     if src.shape != input.shape:
         src = expand(src, input.shape)
     if src.dtype is not input.dtype:

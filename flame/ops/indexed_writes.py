@@ -197,7 +197,7 @@ def _put_vjp(
     if needs[0]:
         to_x = g
         if combine == "set":
-            nothing = expand(zeros((), dtype=g.dtype), source_type.shape)
+            nothing = expand(zeros((), dtype=g.dtype, device=g.device), source_type.shape)
             to_x = put_at(g, nothing, *indices, axes=axes, shape=shape, combine="set", wrap=wrap)
     if needs[1]:
         to_source = take_at(g, *indices, axes=axes, wrap=wrap)

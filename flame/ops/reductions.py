@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flame.core import dtypes
+from flame.core.autocast import Policy, plain
 from flame.core.dtypes import DType
 from flame.core.errors import ShapeError
 from flame.core.types import Shape, TensorType, tensor_type
@@ -91,6 +92,7 @@ class Reduction(Op):
         finish: Callable[[Value, Value], Value] | None = None,
         empty: bool = True,
         samples: Sequence[Sample] | None = None,
+        autocast: Policy | None = None,
     ) -> None:
         self.combine, self.prepare, self.finish = combine, prepare, finish
         self.result, self.empty = result, empty
@@ -102,6 +104,7 @@ class Reduction(Op):
             vjp=vjp,
             reference=lambda x, *, dims, keepdim: reference(x, axis=dims, keepdims=keepdim),
             samples=_samples(empty) if samples is None else samples,
+            autocast=autocast,
         )
 
     def _infer(self, types: Types, *, dims: tuple[int, ...], keepdim: bool) -> TensorType:
@@ -406,6 +409,7 @@ _sum: Reduction = Reduction(
         lambda g, x_type, dims, keepdim: spread(g, shape=x_type.shape, dims=dims, keepdim=keepdim),
     ),
     reference=np.sum,
+    autocast="float32",
 )
 
 _mean = Reduction(
@@ -456,7 +460,7 @@ def sum(
 ) -> Tensor:
     """Sum over ``dim`` (all dimensions by default); integers give int64."""
     if dtype is not None:
-        input = convert(input, dtype=dtype)
+        return plain(sum, convert(input, dtype=dtype), dim, keepdim)
     result: Tensor = _sum(input, dims=dims_of("sum", input, dim), keepdim=keepdim)
     return result
 

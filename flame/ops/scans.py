@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flame.core import dtypes
+from flame.core.autocast import plain
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.core.types import TensorType, tensor_type
@@ -155,7 +156,7 @@ def _op(name: str, combine: str, vjp: Vjp, function: Any) -> Op:
         name, inputs=("x",), infer=_infer, lower=lower, vjp=vjp,
         lower_cuda=_on_gpu({"add": ADD, "mul": MULTIPLY}[combine], lower),
         reference=_running(function),
-        samples=[*_samples(reverse=False), *_samples(reverse=True)[:3]],
+        samples=[*_samples(reverse=False), *_samples(reverse=True)[:3]], autocast="float32",
     )  # fmt: skip
 
 
@@ -174,7 +175,9 @@ def _neighbours(x: Any, dim: int, *, later: bool, fill: float) -> Any:
     size = x.shape[dim]
     if not size:
         return x
-    edge = full((), fill, dtype=x.dtype).expand((*x.shape[:dim], 1, *x.shape[dim + 1 :]))
+    edge = full((), fill, dtype=x.dtype, device=x.device).expand(
+        (*x.shape[:dim], 1, *x.shape[dim + 1 :])
+    )
     kept = slice_dim(x, dim, 1, size) if later else slice_dim(x, dim, 0, size - 1)
     return cat([kept, edge] if later else [edge, kept], dim)
 
@@ -338,44 +341,45 @@ _extreme = Op(
 # --- public ---------------------------------------------------------------------------------------
 
 
-def _prepared(name: str, input: Tensor, dim: int, dtype: DType | None) -> tuple[Tensor, int]:
-    if dtype is not None:
-        input = convert(input, dtype=dtype)
+def _prepared(name: str, input: Tensor, dim: int) -> tuple[Tensor, int]:
     dim = wrap_dim(name, dim, input.ndim)
     return (input if input.ndim else reshape(input, (1,))), dim
 
 
-def _back(made: Tensor, rank: int, dtype: DType | None) -> Tensor:
-    made = made if rank else reshape(made, ())
-    return made if dtype is None else convert(made, dtype=dtype)
+def _back(made: Tensor, rank: int) -> Tensor:
+    return made if rank else reshape(made, ())
 
 
 def cumsum(input: Tensor, dim: int, *, dtype: DType | None = None) -> Tensor:
     """Running sum along ``dim``; integers give int64."""
-    x, dim = _prepared("cumsum", input, dim, dtype)
-    return _back(_cumsum(x, dim=dim, reverse=False), input.ndim, dtype)
+    if dtype is not None:
+        return convert(plain(cumsum, convert(input, dtype=dtype), dim), dtype=dtype)
+    x, dim = _prepared("cumsum", input, dim)
+    return _back(_cumsum(x, dim=dim, reverse=False), input.ndim)
 
 
 def cumprod(input: Tensor, dim: int, *, dtype: DType | None = None) -> Tensor:
     """Running product along ``dim``; integers give int64."""
-    x, dim = _prepared("cumprod", input, dim, dtype)
-    return _back(_cumprod(x, dim=dim, reverse=False), input.ndim, dtype)
+    if dtype is not None:
+        return convert(plain(cumprod, convert(input, dtype=dtype), dim), dtype=dtype)
+    x, dim = _prepared("cumprod", input, dim)
+    return _back(_cumprod(x, dim=dim, reverse=False), input.ndim)
 
 
 def logcumsumexp(input: Tensor, dim: int) -> Tensor:
     """log of the running sum of exp along ``dim``, without overflow."""
     if input.dtype.kind != "f":
         raise DTypeError(f"logcumsumexp needs a floating tensor, got {input.dtype.name}")
-    x, dim = _prepared("logcumsumexp", input, dim, None)
-    return _back(_logcumsumexp(x, dim=dim, reverse=False), input.ndim, None)
+    x, dim = _prepared("logcumsumexp", input, dim)
+    return _back(_logcumsumexp(x, dim=dim, reverse=False), input.ndim)
 
 
 def _extremes(name: str, input: Tensor, dim: int, *, largest: bool) -> Any:
     from flame.ops.results import ValuesIndices
 
-    x, dim = _prepared(name, input, dim, None)
+    x, dim = _prepared(name, input, dim)
     best, where = _extreme(x, dim=dim, largest=largest)
-    return ValuesIndices(_back(best, input.ndim, None), _back(where, input.ndim, None))
+    return ValuesIndices(_back(best, input.ndim), _back(where, input.ndim))
 
 
 def cummax(input: Tensor, dim: int) -> Any:

@@ -230,7 +230,7 @@ def _medians(name: str, input: Tensor, dim: int | None, keepdim: bool, *, skip_n
         if not flat.numel():
             from flame.ops.creation import full
 
-            return full((), float("nan"), dtype=input.dtype)
+            return full((), float("nan"), dtype=input.dtype, device=input.device)
         return reshape(gather(flat, 0, _median_place(flat, dim=0, skip_nan=skip_nan)), ())
     x, dim = _lines(name, input, dim)
     if not x.shape[dim]:

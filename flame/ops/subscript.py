@@ -18,6 +18,7 @@ from flame.core import dtypes
 from flame.core.errors import DTypeError, IndexRangeError, ShapeError
 from flame.core.handle import is_tensor
 from flame.core.types import Shape
+from flame.ops.autocast import autocasts
 from flame.ops.conversion import convert
 from flame.ops.indexed import take_at
 from flame.ops.indexed_writes import put_at
@@ -292,8 +293,9 @@ def _as_value(x: Tensor, value: Any) -> Tensor:
     if is_tensor(value):
         return value
     if isinstance(value, (bool, int, float, np.generic)):
-        return full((), value.item() if isinstance(value, np.generic) else value, dtype=x.dtype)
-    made: Tensor = constant(value)
+        number = value.item() if isinstance(value, np.generic) else value
+        return full((), number, dtype=x.dtype, device=x.device)
+    made: Tensor = constant(value, device=x.device)
     return made
 
 
@@ -333,6 +335,7 @@ def _fits(have: Shape, wanted: Shape) -> bool:
     return all(a in (1, b) for a, b in zip(have, ends, strict=True)) or math.prod(wanted) == 0
 
 
+@autocasts("widest")
 def index_put(
     input: Tensor, indices: Sequence[Any], values: Tensor, accumulate: bool = False
 ) -> Tensor:

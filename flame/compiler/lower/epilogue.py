@@ -281,4 +281,6 @@ def _touched(kernel: Kernel) -> Iterator[Buffer]:
 
 def can_be_head(node: Node) -> bool:
     """Whether elementwise nodes may follow inside the node's own kernels."""
+    if node.op.lower_cuda is not node.op.lower and tensor_of(node.outputs[0]).device != "cpu":
+        return False  # a library's call, or a text that is written as a whole
     return not node.op.updates and all(tensor_of(s).numel for s in node.outputs)

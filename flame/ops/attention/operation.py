@@ -177,7 +177,10 @@ def _order(scores: Any) -> Any:
     from flame.ops.creation import arange
 
     queries, keys = scores.shape[-2:]
-    return le(unsqueeze(arange(keys), 0), unsqueeze(arange(queries), 1))
+    return le(
+        unsqueeze(arange(keys, device=scores.device), 0),
+        unsqueeze(arange(queries, device=scores.device), 1),
+    )
 
 
 def _infer_backward(types: Types, *, causal: bool, scale: float) -> tuple[TensorType, ...]:
