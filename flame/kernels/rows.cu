@@ -1,7 +1,8 @@
 // Rows of values combined into rows of a table, in the order of sorted keys.
 //
 // Column c of entry e is x[ENTRY0(e) + LINE0(c)]; it goes to out[key + LINE1(c)]. Entries with equal
-// keys stand side by side, in their order; NO_KEY: nothing is written.
+// keys stand side by side, in their order; NO_KEY: nothing is written. PER_LINE: each column has its
+// own keys and entries, column after column.
 
 #if USES_HALF
 #include <cuda_fp16.h>
@@ -21,7 +22,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) set_rows(
     LINE_PARAMS ENTRY_PARAMS) {
   i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;
   if (i >= count * columns) return;
+#if PER_LINE
+  i64 c = i / count, at = i % count;
+  keys += c * count;
+  entries += c * count;
+#else
   i64 at = i / columns, c = i % columns;
+#endif
   KEY key = keys[at];
   if (key == NO_KEY || (at + 1 < count && keys[at + 1] == key)) return;
   out[(i64)key + LINE1(c)] = x[ENTRY0(entries[at]) + LINE0(c)];

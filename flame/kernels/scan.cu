@@ -110,7 +110,8 @@ __device__ __forceinline__ State fold(State a, State b) {
 
 #if OPERATION == SEGMENTS
 // Values in the order of sorted keys; what each run of equal keys gives is combined into out[key].
-// The value of entry e in line l is x[ENTRY0(e) + LINE0(l)]. NO_KEY: nothing is written.
+// The value of entry e in line l is x[ENTRY0(e) + LINE0(l)]. NO_KEY: nothing is written. PER_LINE:
+// each line has its own keys and entries, line after line.
 #define SOURCES const IN *x, const KEY *keys, const unsigned *entries
 #define TARGETS OUT* out
 #define STEPS
@@ -123,12 +124,15 @@ __device__ __forceinline__ State fold(State a, State b) {
   if (!a.filled || b.begins) return {b.value, a.begins | b.begins, 1};
   return {combined(a.value, b.value), a.begins, 1};
 }
-#define READ(line, at) \
-  State{(WIDE)x[ENTRY0(entries[at]) + LINE0(line)], at == 0 || keys[at - 1] != keys[at], 1}
+#define OWN(line) (PER_LINE ? (line) * length : 0)
+#define READ(line, at)                                                              \
+  State{(WIDE)x[ENTRY0(entries[OWN(line) + (at)]) + LINE0(line)],                   \
+        (at) == 0 || keys[OWN(line) + (at) - 1] != keys[OWN(line) + (at)], 1}
 #define WRITE(line, at, state)                                              \
   {                                                                         \
-    KEY key = keys[at];                                                     \
-    if (key != NO_KEY && (at + 1 == length || keys[at + 1] != key)) {       \
+    const KEY* own = keys + OWN(line);                                      \
+    KEY key = own[at];                                                      \
+    if (key != NO_KEY && ((at) + 1 == length || own[(at) + 1] != key)) {    \
       OUT* place = out + (i64)key + LINE1(line);                            \
       *place = (OUT)combined((WIDE)*place, (state).value);                  \
     }                                                                       \

@@ -1,20 +1,20 @@
 // Writing where index tensors say, without races: entries in the order of their targets.
 //
-// INDICES: how many index tensors there are. Entry e of index n is index<n>[ENTRY<n>(e)]; the
-// offset that does not depend on indices is DIRECT(e).
+// Element i of index n is index<n>[ENTRY<n>(i)]. Elements stand line after line; those of different
+// lines never meet.
 
 typedef long long i64;
 #define THREADS 256
 #define NO_KEY ((KEY)~0ull)
 #define REPORTED (1ll << 58)  // indices beyond are reported as this
 
-// key = the offset of an entry's target; NO_KEY and a report where an index is out of range.
+// key = the offset that an element's indices give; NO_KEY and a report where one is out of range.
 extern "C" __global__ void __launch_bounds__(THREADS) find_targets(
-    INDEX_POINTERS KEY* keys, unsigned* entries, i64* error, i64 count, i64 wrap INDEX_SIZES
-    ENTRY_PARAMS) {
+    INDEX_POINTERS KEY* keys, unsigned* entries, i64* error, i64 count, i64 length, i64 wrap
+    INDEX_SIZES ENTRY_PARAMS) {
   i64 e = (i64)blockIdx.x * THREADS + threadIdx.x;
   if (e >= count) return;
-  i64 offset = DIRECT(e);
+  i64 offset = 0;
   bool good = true;
 #define TARGET(n)                                                              \
   {                                                                            \
@@ -30,5 +30,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) find_targets(
   }
   TARGETS_OF_ENTRY
   keys[e] = good ? (KEY)offset : NO_KEY;
-  entries[e] = (unsigned)e;
+  entries[e] = (unsigned)(e % length);
 }

@@ -50,7 +50,7 @@ def _infer_put(
     return tensor_type(source.dtype, shape, None, source.device)
 
 
-def _start(types: Types, outputs: tuple[TensorType, ...]) -> KernelBuilder:
+def beginning(types: Types, outputs: tuple[TensorType, ...]) -> KernelBuilder:
     """The kernel that makes the result a copy of x, or zeros."""
     x, (out,) = types[0], outputs
     k = KernelBuilder("put_at_start")
@@ -84,7 +84,7 @@ def _lower_put(
     assert isinstance(source_type, TensorType)
     indices = [t for t in types[2:] if isinstance(t, TensorType)]
     if not source_type.numel:
-        return Lowering((_start(types, outputs).bind(),))
+        return Lowering((beginning(types, outputs).bind(),))
     rank, extents = source_type.ndim, source_type.shape
     direct = direct_steps(out, rank, axes)
     steps = [source_type.strides, direct, *(i.strides for i in indices)]
@@ -124,7 +124,7 @@ def _lower_put(
                 with k.when(known[1]):
                     write(index, known, None)
             check.report()
-        return Lowering((_start(types, outputs).bind(), k.bind()))
+        return Lowering((beginning(types, outputs).bind(), k.bind()))
     width = outer.sizes[-1]
     work = math.prod(inner.sizes) * min(width, COLUMNS)
     with k.parallel(*outer.sizes[:-1], -(-width // COLUMNS), work=work) as (*rows, block):
@@ -142,7 +142,7 @@ def _lower_put(
                 with k.when(known[1]), k.vector(extent, 4) as v:
                     write((*rows, start + v, *after), known, None)
         check.report()
-    return Lowering((_start(types, outputs).bind(), k.bind()))
+    return Lowering((beginning(types, outputs).bind(), k.bind()))
 
 
 def _lower_put_on_gpu(
@@ -152,7 +152,7 @@ def _lower_put_on_gpu(
     attributes: dict[str, Any] = {"axes": axes, "combine": combine, "wrap": wrap}
     return lower_put_cuda(
         types, outputs, lambda: _lower_put(types, outputs, shape=shape, **attributes),
-        lambda: _start(types, outputs).bind(), **attributes,
+        lambda: beginning(types, outputs).bind(), **attributes,
     )  # fmt: skip
 
 

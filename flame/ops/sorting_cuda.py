@@ -80,8 +80,8 @@ class Sorter:
         return self._runs(self.ref, lines, pairs=False, final=(out.strides[self.dim], limit))[0]
 
     def sort_pairs(self, given: Pair) -> tuple[list[Bound], Pair]:
-        """Given keys and places of one line, sorted."""
-        calls, last = self._runs(given, Lines((), ()), pairs=True, final=None)
+        """Given keys and places, line after line, sorted."""
+        calls, last = self._runs(given, Lines(self.shape, ()), pairs=True, final=None)
         assert last is not None
         return calls, last
 

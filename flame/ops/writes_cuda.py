@@ -33,15 +33,21 @@ FEW: Final = 64  # colliding writes that one thread makes one after the other
 
 @dataclass(frozen=True)
 class _Write:
-    """One call taken apart: entries, which may collide, and columns, which cannot."""
+    """One call taken apart: entries, which may collide, in lines, which cannot.
+
+    per_line: whether each line has indices of its own. first: the position of the source among the
+    operands, which the indices follow.
+    """
 
     source: TensorType
     out: TensorType
     indices: tuple[TensorType, ...]
     entry_dims: tuple[int, ...]
-    column_dims: tuple[int, ...]
+    line_dims: tuple[int, ...]
+    per_line: bool
     direct: Shape
     axes: tuple[int, ...]
+    first: int
 
     def over(self, dims: Sequence[int], *strides: Shape, prefix: str = "LINE") -> Lines:
         shape = tuple(self.source.shape[d] for d in dims)
@@ -52,37 +58,43 @@ class _Write:
         return math.prod(self.source.shape[d] for d in self.entry_dims)
 
     @property
-    def columns(self) -> int:
-        return math.prod(self.source.shape[d] for d in self.column_dims)
+    def lines(self) -> int:
+        return math.prod(self.source.shape[d] for d in self.line_dims)
+
+    @property
+    def indexed(self) -> int:
+        """How many elements the index tensors have, repeated ones left out."""
+        return self.entries * (self.lines if self.per_line else 1)
 
 
 def _taken_apart(
-    source: TensorType, out: TensorType, indices: tuple[TensorType, ...], axes: tuple[int, ...]
-) -> _Write:
-    """Where indices repeat along the dimensions that cannot collide, these are columns; else every
-    element is an entry."""
+    source: TensorType, out: TensorType, indices: tuple[TensorType, ...], axes: tuple[int, ...],
+    first: int,
+) -> _Write:  # fmt: skip
     rank = source.ndim
-    outer = [d for d in range(rank) if d in axes]
-    repeat = all(t.strides[d] == 0 or source.shape[d] == 1 for t in indices for d in outer)
-    columns = tuple(outer) if repeat else ()
-    entries = tuple(d for d in range(rank) if d not in columns)
-    return _Write(source, out, indices, entries, columns, direct_steps(out, rank, axes), axes)
+    lines = tuple(d for d in range(rank) if d in axes)
+    entries = tuple(d for d in range(rank) if d not in axes)
+    repeat = all(t.strides[d] == 0 or source.shape[d] == 1 for t in indices for d in lines)
+    direct = direct_steps(out, rank, axes)
+    return _Write(source, out, indices, entries, lines, not repeat, direct, axes, first)
 
 
 def lower_put_cuda(
     types: Types, outputs: tuple[TensorType, ...], generic: Callable[[], Lowering],
     start: Callable[[], BoundKernel], *, axes: tuple[int, ...], combine: str, wrap: bool,
+    first: int = 1,
 ) -> Lowering:  # fmt: skip
     """generic: the lowering in which one thread makes the colliding writes of its place; start:
-    the kernel that makes the result a copy of x, or zeros."""
-    source, (out,) = types[1], outputs
+    the kernel that makes the result a copy of x, or zeros; first: the position of the values among
+    the operands, which the indices follow."""
+    source, (out,) = types[first], outputs
     assert isinstance(source, TensorType)
-    indices = tuple(t for t in types[2:] if isinstance(t, TensorType))
+    indices = tuple(t for t in types[first + 1 :] if isinstance(t, TensorType))
     independent = math.prod(source.shape[d] for d in range(source.ndim) if d in axes)
     colliding = source.numel // max(independent, 1)
     if colliding <= 1 or (colliding <= FEW and independent >= SIDE_BY_SIDE):
         return generic()
-    write = _taken_apart(source, out, indices, axes)
+    write = _taken_apart(source, out, indices, axes, first)
     if write.entries >= LONGEST:
         raise UnsupportedError(
             f"{write.entries} indexed writes into {out} are too many for one call on a GPU; "
@@ -91,23 +103,23 @@ def lower_put_cuda(
     temporaries = Temporaries()
     key = dtypes.uint32 if out.span < LONGEST - 1 else dtypes.uint64
     pair = (
-        temporaries.new(write.entries * key.itemsize), temporaries.new(write.entries * 4)
+        temporaries.new(write.indexed * key.itemsize), temporaries.new(write.indexed * 4)
     )  # fmt: skip
     calls: list[Bound] = [start(), _targets(write, pair, C_TYPES[key.name], wrap=wrap)]
-    keys = tensor_type(key, (write.entries,))
-    sorted_calls, pair = Sorter(temporaries, keys, pair[0], 0, descending=False).sort_pairs(pair)
+    keys = tensor_type(key, (write.indexed // write.entries, write.entries))
+    sorted_calls, pair = Sorter(temporaries, keys, pair[0], 1, descending=False).sort_pairs(pair)
     calls += sorted_calls
     calls += _combining(write, pair, C_TYPES[key.name], combine, temporaries)
     return Lowering((), tuple(temporaries.sizes), calls=tuple(calls))
 
 
 def _targets(write: _Write, pair: Pair, key: str, *, wrap: bool) -> Bound:
-    """The launch that finds the offset of each entry's target."""
+    """The launch that finds what the indices of each element give."""
     count = len(write.indices)
     steps = [t.strides for t in write.indices]
-    entries = write.over(write.entry_dims, *steps, write.direct, prefix="ENTRY")
+    dims = (*write.line_dims, *write.entry_dims) if write.per_line else write.entry_dims
+    elements = write.over(dims, *steps, prefix="ENTRY")
     numbers = range(count)
-    dims = indexed_dims(write.axes, count)
     defines = {
         "KEY": key,
         "INDEX_POINTERS": "".join(
@@ -115,15 +127,14 @@ def _targets(write: _Write, pair: Pair, key: str, *, wrap: bool) -> Bound:
         ),
         "INDEX_SIZES": "".join(f", long long size{n}, long long jump{n}" for n in numbers),
         "TARGETS_OF_ENTRY": " ".join(f"TARGET({n})" for n in numbers),
-        "DIRECT(e)": f"ENTRY{count}(e)",
     }
-    sizes = [write.entries, int(wrap)]
-    for d in dims:
+    sizes = [write.indexed, write.entries, int(wrap)]
+    for d in indexed_dims(write.axes, count):
         sizes += [write.out.shape[d], write.out.strides[d]]
-    operands = (*(Ref("input", n + 2) for n in numbers), *pair, Ref("error", 0))
+    operands = (*(Ref("input", write.first + 1 + n) for n in numbers), *pair, Ref("error", 0))
     return launch(
-        "writes", "find_targets", defines, operands, sizes, entries,
-        blocks=each(write.entries, THREADS), threads=THREADS,
+        "writes", "find_targets", defines, operands, sizes, elements,
+        blocks=each(write.indexed, THREADS), threads=THREADS,
     )  # fmt: skip
 
 
@@ -132,17 +143,18 @@ def _combining(
 ) -> list[Bound]:
     """The launches that write what the sorted entries give."""
     strides = write.source.strides
-    columns = write.over(write.column_dims, strides, write.direct)
+    columns = write.over(write.line_dims, strides, write.direct)
     entries = write.over(write.entry_dims, strides, prefix="ENTRY")
     dtype = write.out.dtype
     wide = compute_dtype(dtype)
     if dtype.kind == "b":  # or, and
         combine = {"add": "max", "mul": "min"}.get(combine, combine)
-    x, out = Ref("input", 1), Ref("output", 0)
-    count, width = write.entries, write.columns
+    x, out = Ref("input", write.first), Ref("output", 0)
+    count, width = write.entries, write.lines
     kinds = {"IN": dtype, "OUT": dtype}
-    if combine != "set" and width < WIDE_ROWS:
-        defines = scan_defines(SEGMENTS, wide, combine=combine, **kinds) | {"KEY": key}
+    here = {"KEY": key, "PER_LINE": int(write.per_line)}
+    if combine != "set" and (write.per_line or width < WIDE_ROWS):
+        defines = scan_defines(SEGMENTS, wide, combine=combine, **kinds) | here
         number = len(temporaries.sizes)
         calls, nbytes = scan_calls(
             defines, (x, *pair), (out,), (), count, columns, entries, number
@@ -151,7 +163,7 @@ def _combining(
             temporaries.new(nbytes)
         return calls
     code = {"set": 0, "add": 0, "mul": 1, "max": 2, "min": 3}[combine]
-    defines = {**number_defines(WIDE=wide, **kinds), "KEY": key, "COMBINE": code}
+    defines = {**number_defines(WIDE=wide, **kinds), **here, "COMBINE": code}
 
     def call(symbol: str, operands: tuple[Ref, ...], sizes: tuple[int, ...], blocks: int) -> Bound:
         return launch(

@@ -81,6 +81,16 @@ def test_gradients_of_embedding_and_gather() -> None:
         close(got, want, 1e-4)
 
 
+def test_gradient_of_max_pooling() -> None:
+    x = numbers(2, 3, 20, 20)
+    grads = []
+    for device in ("cpu", "cuda"):
+        given = flame.from_numpy(x).to(device).requires_grad_()
+        (flame.nn.functional.max_pool2d(given, 3, 1, 1) ** 2).sum().backward()
+        grads.append(given.grad)
+    close(grads[1], grads[0], 1e-4)
+
+
 def test_half_widths_are_summed_in_float32() -> None:
     ones = flame.ones(600, dtype=dtypes.bfloat16, device="cuda")
     index = flame.zeros(600, dtype=dtypes.int64, device="cuda")
