@@ -68,7 +68,9 @@ class Lines:
             made = [f"{small}_s{n}_{d}" for d in range(rank)]
             names += made
             self.sizes += steps
-            self.defines[f"{prefix}{n}(i)"] = _offset(index, [f"{small}_n{d}" for d in range(rank)], made)
+            self.defines[f"{prefix}{n}(i)"] = _offset(
+                index, [f"{small}_n{d}" for d in range(rank)], made
+            )
         self.defines[f"{prefix}_PARAMS"] = "".join(f", long long {name}" for name in names)
 
 

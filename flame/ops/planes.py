@@ -97,7 +97,8 @@ def _lower_add_on_gpu(
 ) -> Lowering:  # fmt: skip
     return lower_put_cuda(
         types, outputs, lambda: _lower_add(types, outputs, size=size),
-        lambda: beginning((None,), outputs).bind(), axes=(0, 1, -1), combine="add", wrap=False, first=0,
+        lambda: beginning((None,), outputs).bind(), axes=(0, 1, -1), combine="add", wrap=False,
+        first=0,
     )  # fmt: skip
 
 

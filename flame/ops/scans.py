@@ -280,7 +280,8 @@ _logcumsumexp = Op(
     infer=lambda types, *, dim, reverse=False: tensor_type(
         types[0].dtype, types[0].shape, None, types[0].device
     ),
-    lower=_lower_logcumsumexp, lower_cuda=_on_gpu(LOG_ADD_EXP, _lower_logcumsumexp), vjp=(_logcumsumexp_gradient,),
+    lower=_lower_logcumsumexp, lower_cuda=_on_gpu(LOG_ADD_EXP, _lower_logcumsumexp),
+    vjp=(_logcumsumexp_gradient,),
     reference=_running(lambda x, dim: np.logaddexp.accumulate(x, dim) if x.size else x),
     samples=[*_samples(reverse=False), *_samples(reverse=True)[:2]],
 )  # fmt: skip

@@ -6,7 +6,7 @@ on every run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from flame.core.dtypes import DType
@@ -28,8 +28,8 @@ _COMBINES: Final = {"add": 0, "mul": 1, "max": 2, "min": 3}
 
 
 def scan_defines(
-    operation: int, wide: DType, *, reverse: bool = False, largest: bool = False,
-    combine: str = "add", **dtypes: DType,
+    operation: int, wide: DType, *, dtypes: Mapping[str, DType], reverse: bool = False,
+    largest: bool = False, combine: str = "add",
 ) -> dict[str, Any]:  # fmt: skip
     """What scan.cu has to know; ``dtypes``: IN, OUT, and FACTOR of a recurrence."""
     return {
@@ -97,7 +97,7 @@ def lower_scan(
     if operation == RECURRENCE:
         kinds["FACTOR"] = given[1].dtype
     defines = scan_defines(
-        operation, compute_dtype(outputs[0].dtype), reverse=reverse, largest=largest, **kinds
+        operation, compute_dtype(outputs[0].dtype), reverse=reverse, largest=largest, dtypes=kinds
     )
     sources = [Ref("input", i) for i in range(len(given))]
     targets = [Ref("output", i) for i in range(len(outputs))]

@@ -318,10 +318,8 @@ def _unique_on_device(x: Tensor, dim: int | None) -> tuple[Tensor, ...]:
     count = lines.shape[0]
     if not count:
         return _no_runs(x, lines)
-    if lines.ndim == 1:
-        order = argsort(lines, 0)
-    else:
-        order = order_of_lines(reshape(lines, (count, -1)))
+    flat = lines.ndim == 1
+    order = argsort(lines, 0) if flat else order_of_lines(reshape(lines, (count, -1)))
     ordered = index_select(lines, 0, order)
     starts, running, counts = distinct(differs(ordered))
     values = index_select(ordered, 0, starts)
@@ -480,9 +478,7 @@ def searchsorted(
             raise ShapeError("searchsorted: a number can be searched for in a 1-d sequence only")
         input = constant(input, device=sorted_sequence.device)
     edges, x = same_numbers(sorted_sequence.detach(), input.detach())
-    found: Tensor = _search(
-        edges, x, right=right or side == "right"
-    )
+    found: Tensor = _search(edges, x, right=right or side == "right")
     return found.to(dtypes.int32) if out_int32 else found
 
 

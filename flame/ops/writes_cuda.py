@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from flame.core import dtypes
 from flame.core.errors import UnsupportedError
@@ -154,11 +154,9 @@ def _combining(
     kinds = {"IN": dtype, "OUT": dtype}
     here = {"KEY": key, "PER_LINE": int(write.per_line)}
     if combine != "set" and (write.per_line or width < WIDE_ROWS):
-        defines = scan_defines(SEGMENTS, wide, combine=combine, **kinds) | here
+        defines = scan_defines(SEGMENTS, wide, combine=combine, dtypes=kinds) | here
         number = len(temporaries.sizes)
-        calls, nbytes = scan_calls(
-            defines, (x, *pair), (out,), (), count, columns, entries, number
-        )
+        calls, nbytes = scan_calls(defines, (x, *pair), (out,), (), count, columns, entries, number)
         if nbytes:
             temporaries.new(nbytes)
         return calls
@@ -177,8 +175,8 @@ def _combining(
     chunk = min(max(16, 1 << (math.isqrt(count).bit_length() - 1)), 1024)
     blocks, chunks = each(width, ROW_THREADS), each(count, chunk)
     heads, tails = (temporaries.new(chunks * width * wide.itemsize) for _ in range(2))
-    sizes = (count, width, chunk, blocks)
+    cut = (count, width, chunk, blocks)
     return [
-        call("fold_rows", (x, *pair, out, heads, tails), sizes, blocks * chunks),
-        call("join_rows", (pair[0], out, heads, tails), sizes, blocks * chunks),
+        call("fold_rows", (x, *pair, out, heads, tails), cut, blocks * chunks),
+        call("join_rows", (pair[0], out, heads, tails), cut, blocks * chunks),
     ]
