@@ -204,7 +204,9 @@ class GpuProgram:
         ]
         self.graph = None
 
-    def _word(self, t: int, copy: Copy | None, ref: Ref) -> int:
+    def _word(self, t: int, copy: Copy | None, ref: Ref | None) -> int:
+        if ref is None:
+            return 0
         if copy is not None:
             return self._address(copy.source if ref.role == "input" else copy.target)
         task = self.schedule.tasks[t]
