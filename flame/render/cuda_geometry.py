@@ -12,6 +12,7 @@ from flame.kernel.builder import BoundKernel
 from flame.kernel.geometry import WARP, Geometry
 from flame.kernel.program import Kernel, Loop, LoopKind, Transpose
 from flame.render.cuda_index import Bounds, Indices, loops, walk
+from flame.render.cuda_packs import packs_of
 
 PROCESSORS: Final = 132  # of an H100; threads are spread over about so many multiprocessors
 RESIDENT: Final = 1024  # threads that keep one of them busy
@@ -43,8 +44,11 @@ def _team(bound: BoundKernel, bounds: Bounds) -> int:
     for loop in loops(bound.kernel.body):
         if loop.kind is LoopKind.VECTOR:
             extent = bounds.of(loop.extent)
-            longest = max(longest, UNKNOWN if extent is None else extent[1])
-            columns = columns or any(isinstance(s, Loop) for s in walk(loop.body))
+            steps = UNKNOWN if extent is None else extent[1]
+            if any(isinstance(s, Loop) for s in walk(loop.body)):
+                columns, packs = True, packs_of(loop)
+                steps = steps if packs is None else -(-steps // packs.width)
+            longest = max(longest, steps)
     if any(isinstance(s, Transpose) for s in walk(bound.kernel.body.body)):
         longest = max(longest, UNKNOWN)
     lanes = power_of_two(longest)

@@ -84,7 +84,7 @@ class Helpers:
         """Neighbours in memory that one access moves."""
         return self.add("Pack", (
             "template <typename T, int N>\n"
-            "struct alignas(sizeof(T) * N) Pack {\n"
+            "struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {\n"
             "  T item[N];\n"
             "};"
         ))  # fmt: skip
