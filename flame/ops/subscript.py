@@ -20,6 +20,7 @@ from flame.core.handle import is_tensor
 from flame.core.types import Shape
 from flame.ops.autocast import autocasts
 from flame.ops.conversion import convert
+from flame.ops.creation import zeros
 from flame.ops.indexed import take_at
 from flame.ops.indexed_writes import put_at
 from flame.ops.indexing import along, named
@@ -192,7 +193,12 @@ def _indices(entry: Any, shape: Shape, dim: int) -> Sequence[Any]:
             f"{dim + entry.ndim - 1} of a tensor of shape {shape}"
         )
     if not entry.ndim:
-        return [constant(np.zeros(1 if entry.item() else 0, np.int64))]
+        return [zeros(1 if entry.item() else 0, dtype=dtypes.int64, device=entry.device)]
+    if entry.is_cuda:
+        from flame.ops.masking import nonzero
+
+        found: Sequence[Any] = nonzero(entry, as_tuple=True)
+        return found
     return [constant(found) for found in np.nonzero(entry.numpy())]
 
 
@@ -223,6 +229,8 @@ def _arranged(
     spread = []
     for d in dims:
         index = indices[d]
+        if index.is_cpu and not x.is_cpu:  # lists, arrays, and index tensors of the host
+            index = index.to(x.device)
         if index.shape != common:
             index = expand(index, common)
         spread.append(along(index, shape, place))
