@@ -349,10 +349,15 @@ class Tensor(Handle, Methods):
             raise GradientError("DLPack cannot carry gradients; use .detach() first")
         if self.type.dtype is dtypes.bfloat16:
             raise DTypeError("bfloat16 cannot be shared through DLPack here; convert it first")
+        if self.type.device != "cpu":
+            raise DeviceError(
+                f"DLPack here shares memory of the CPU alone, this tensor is on "
+                f"{self.type.device}; use .cpu()"
+            )
         return self._array().__dlpack__(**options)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
+        return (1, 0) if self.type.device == "cpu" else (2, device_index(self.type.device))
 
     def __array_namespace__(self, *, api_version: str | None = None) -> Any:
         import flame
@@ -594,6 +599,11 @@ def _check_gradient(tensor: Tensor, value: Any) -> None:
         raise GradientError(
             f"a gradient of type {value.type!r} does not fit a tensor of type {tensor.type!r}; "
             "their shapes and dtypes must be equal"
+        )
+    if value.type.device != tensor.type.device:
+        raise DeviceError(
+            f"a gradient on {value.type.device} does not fit a tensor on {tensor.type.device}; "
+            "move it there"
         )
 
 
