@@ -106,8 +106,6 @@ _linear = Op(
 )
 
 
-@autocasts("lower")
-
 # --- products with an activation, for the compiler ------------------------------------------------
 
 
@@ -221,6 +219,7 @@ def _reference_slope(product: Any, z: Any) -> Any:
 # --- for users --------------------------------------------------------------------------------------
 
 
+@autocasts("lower")
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input @ weight.T + bias; input (..., in), weight (out, in) or (in,), bias (out,) or scalar.
 
