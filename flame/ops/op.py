@@ -112,6 +112,10 @@ class Op:
         layout. images: which operands are images (N, C, H, W) that are best channels-last.
         any_layout: it writes channels-last results as well as
         the row-major ones that it infers. flops(types, outputs): multiplications and additions.
+    materialize: whether its formula gets zeros for the gradient of a result that nobody used; else
+        None.
+    widens: its kernels compute half-width floats in float32, so they read them where float32 is
+        meant.
     moves: its result is on the device that `infer` says, not on that of its operands.
     autocast: what an autocast region does with floating operands, nothing if None; see `Policy`.
     """
@@ -141,6 +145,8 @@ class Op:
         any_layout: bool = False,
         flops: Callable[[Types, Sequence[TensorType]], int] | None = None,
         moves: bool = False,
+        materialize: bool = True,
+        widens: bool = False,
         autocast: Policy | None = None,
         register: bool = True,
     ) -> None:
@@ -154,7 +160,7 @@ class Op:
         self.lower_cuda = lower_cuda or lower
         self.of_memory, self.images, self.any_layout = of_memory, tuple(images), any_layout
         self.flops = flops
-        self.moves = moves
+        self.moves, self.materialize, self.widens = moves, materialize, widens
         self.autocast = autocast
         self.reference = reference
         self.samples = tuple(samples)

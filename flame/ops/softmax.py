@@ -193,7 +193,7 @@ softmax_backward: Op = Op(
             - grad * sum_of(mul(g, y), dim, keepdim=True)
         ),
     ),
-    reference=_reference_softmax_backward, samples=_samples(2),
+    reference=_reference_softmax_backward, samples=_samples(2), widens=True,
 )  # fmt: skip
 
 log_softmax_backward: Op = Op(
@@ -203,19 +203,19 @@ log_softmax_backward: Op = Op(
         lambda g, y, dim: g - sum_of(g * _exp(y), dim, keepdim=True),
         lambda g, grad, y, dim: neg(g * _exp(y)) * sum_of(grad, dim, keepdim=True),
     ),
-    reference=_reference_log_softmax_backward, samples=_samples(2),
+    reference=_reference_log_softmax_backward, samples=_samples(2), widens=True,
 )  # fmt: skip
 
 softmax_op = Op(
     "softmax", inputs=("x",), infer=_infer("softmax"), lower=_lower_softmax,
     vjp=(lambda g, out, dim: softmax_backward(g, out, dim=dim),),
-    reference=_reference_softmax, samples=_samples(1), autocast="float32",
+    reference=_reference_softmax, samples=_samples(1), autocast="float32", widens=True,
 )  # fmt: skip
 
 log_softmax_op = Op(
     "log_softmax", inputs=("x",), infer=_infer("log_softmax"), lower=_lower_log_softmax,
     vjp=(lambda g, out, dim: log_softmax_backward(g, out, dim=dim),),
-    reference=_reference_log_softmax, samples=_samples(1), autocast="float32",
+    reference=_reference_log_softmax, samples=_samples(1), autocast="float32", widens=True,
 )  # fmt: skip
 
 

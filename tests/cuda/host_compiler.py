@@ -35,6 +35,7 @@ _DYNAMIC = re.compile(
     r"^(?!\s*#)(.*)\bextern\s+__shared__\s+(?:__align__\(\d+\)\s*)?([\w\s]+?)\s*(\w+)\[\];",
     re.MULTILINE,
 )
+_JOINED = re.compile(r"^namespace (flame_text_\d+) \{$", re.MULTILINE)  # of `modules.join`
 _DEFINE = re.compile(r"^\s*#\s*define\s+(\w+)", re.MULTILINE)
 
 
@@ -67,6 +68,7 @@ def unit_of(texts: Sequence[str]) -> str:
         space = f"text_{number}"
         body = re.sub(r"^\s*#\s*include\s*[<\"].*$", "", text, flags=re.MULTILINE)
         body = re.sub(r'\bextern\s+"C"', "", body)
+        body = _JOINED.sub(r"inline namespace \1 {", body)  # what extern "C" does for launchers
         body = _DYNAMIC.sub(r"\1\2* \3 = (\2*)flame_host_dynamic_shared();", body)
         parts.append(
             "#undef __shared__\n"

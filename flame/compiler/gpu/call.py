@@ -41,7 +41,8 @@ class GpuCall:
         self.by_pointer = [not isinstance(b, BoundKernel) for b in bounds]
         self.temporaries = lowering.temporaries
         self.constants = [on_device(array, device) for array in lowering.constants]
-        checked = any(r.role == "error" for step in self.steps for r in step.operands)
+        operands = [r for step in self.steps for r in step.operands if r is not None]
+        checked = any(r.role == "error" for r in operands)
         self.slot = None
         if checked:
             assert failure is not None, name
@@ -76,7 +77,10 @@ class GpuCall:
             if number < skip:
                 continue
             by_pointer = self.by_pointer[number]
-            words = [word(r.role, r.position, by_pointer=by_pointer) for r in step.operands]
+            words = [
+                0 if r is None else word(r.role, r.position, by_pointer=by_pointer)
+                for r in step.operands
+            ]
             scratch = Storage.allocate(step.scratch, self.device) if step.scratch else None
             step.enqueue(words, 0 if scratch is None else scratch.pointer, stream)
 

@@ -1,4 +1,4 @@
-"""Where a program's time on a GPU goes: events before and after every launch, outside of a graph."""
+"""Where a program's time on a GPU goes: events around every launch, outside of a graph."""
 
 from __future__ import annotations
 

@@ -6,10 +6,9 @@
 as `flame.compiler.program.Program`, whose head says what arguments, state and results are.
 
 Invariants: all that the graph touches lies at addresses that do not change from run to run: arena,
-constants, scratch, state; arguments and numbers are copied into places of their own before each
-launch, small results out of theirs after it. Large results are written where the caller wants them,
-and the graph is captured again where that has moved. Nothing waits for the device; data that a task
-refuses is told at the next synchronisation.
+constants, scratch, state, and the words of numbers, which are copied in before each launch. Of
+arguments and results see `Port`; the graph is captured again where they have moved. Nothing waits
+for the device; data that a task refuses is told at the next synchronisation.
 """
 
 from __future__ import annotations
@@ -43,8 +42,34 @@ from flame.runtime.cuda.graphs import Graph as CudaGraph
 from flame.runtime.cuda.graphs import capture
 from flame.runtime.storage import Storage
 
-DIRECT: Final = 1 << 16  # bytes from which a result is written where the caller wants it
-MOVES: Final = 8  # captures for moved results, after which they are copied instead
+LARGE: Final = 1 << 20  # bytes from which copying is worth some captures to avoid
+MOVES: Final = (1, 6)  # how often memory may move from run to run before it is copied: small, large
+ALIGNED: Final = 16  # bytes: what libraries ask of operands
+
+
+class Port:
+    """An argument or result: at first the graph works where the caller has it; if that moves from
+    run to run, in a slot of its own, and it is copied. ``on_host``: it comes from the CPU."""
+
+    def __init__(self, nbytes: int, device: str, *, on_host: bool = False) -> None:
+        self.nbytes, self.device, self.on_host = nbytes, device, on_host
+        self.pointer = 0
+        self.slot: Storage | None = None
+        self.left = MOVES[nbytes >= LARGE]
+        if on_host:
+            self._settle()
+
+    def move(self, pointer: int) -> None:
+        """The caller has it at another address now."""
+        first, self.left = self.pointer == 0, self.left - (self.pointer != 0)
+        if pointer % ALIGNED or (not first and self.left < 0):
+            self._settle()
+        else:
+            self.pointer = pointer
+
+    def _settle(self) -> None:
+        self.slot = Storage.allocate(self.nbytes, self.device)
+        self.pointer = self.slot.pointer
 
 
 class Launch:
@@ -146,14 +171,17 @@ class GpuProgram:
             [on_device(np.ascontiguousarray(a), self.device) for a in task.lowering.constants]
             for task in self.schedule.tasks
         ]
-        self.slots: dict[int, Storage] = {}
-        self.uploads: list[tuple[int, int]] = []  # state on the CPU: (input, bytes)
+        self.arguments: dict[int, Port] = {}
+        self.uploads: dict[int, Storage] = {}  # state on the CPU, by input
         for i, symbol in enumerate(graph.inputs):
             type_ = symbol.type
-            if isinstance(type_, TensorType) and (i not in self.state or type_.device == "cpu"):
-                self.slots[i] = Storage.allocate(nbytes_of(type_), self.device)
-                if i in self.state:
-                    self.uploads.append((i, nbytes_of(type_)))
+            if not isinstance(type_, TensorType):
+                continue
+            if i not in self.state:
+                port = Port(nbytes_of(type_), self.device, on_host=type_.device == "cpu")
+                self.arguments[i] = port
+            elif type_.device == "cpu":
+                self.uploads[i] = Storage.allocate(nbytes_of(type_), self.device)
         self.numbers = {
             i: n
             for n, i in enumerate(
@@ -171,13 +199,7 @@ class GpuProgram:
         for (_, bits), place in self.literals.items():
             self.words[place] = bits
         self.word_memory = on_device(self.words, self.device)
-        self.direct = {k for k, (_, nbytes) in enumerate(plan.results) if nbytes >= DIRECT}
-        self.results = {
-            k: Storage.allocate(nbytes, self.device)
-            for k, (_, nbytes) in enumerate(plan.results)
-            if k not in self.direct
-        }
-        self.result_pointers = {k: s.pointer for k, s in self.results.items()}
+        self.results = [Port(nbytes, self.device) for _, nbytes in plan.results]
         self.error_slots = {
             t: errors.error_slot(self.index, task.failure)
             for t, task in enumerate(self.schedule.tasks)
@@ -189,11 +211,14 @@ class GpuProgram:
             base = self.arena.pointer
         elif place.space == "constant":
             base = self.constants[place.index].pointer
-        elif place.space == "input":
-            slot = self.slots.get(place.index)
-            base = self.state[place.index] if slot is None else slot.pointer
+        elif place.space == "result":
+            base = self.results[place.index].pointer
+        elif place.index in self.arguments:
+            base = self.arguments[place.index].pointer
+        elif place.index in self.uploads:
+            base = self.uploads[place.index].pointer
         else:
-            base = self.result_pointers.get(place.index, 0)
+            base = self.state[place.index]
         return base + place.offset
 
     def _bind(self) -> None:
@@ -204,7 +229,9 @@ class GpuProgram:
         ]
         self.graph = None
 
-    def _word(self, t: int, copy: Copy | None, ref: Ref) -> int:
+    def _word(self, t: int, copy: Copy | None, ref: Ref | None) -> int:
+        if ref is None:
+            return 0
         if copy is not None:
             return self._address(copy.source if ref.role == "input" else copy.target)
         task = self.schedule.tasks[t]
@@ -242,59 +269,50 @@ class GpuProgram:
                     streams.wait(stream, self.stream, self.index)
                 self.stream = stream
             results = words[len(self.given) :]
+            self._place(words, results)
             self._take(words, stream)
-            self._place_results(results)
             if self.graph is None:
                 with self._stage("capture"):
                     self.graph = capture(self.index, self.enqueue)
             self.graph.launch(stream)
-            self._give(results, stream)
+            for port, word in zip(self.results, results, strict=True):
+                if port.slot is not None:
+                    made.copy_on_device(word, port.pointer, port.nbytes, stream)
+
+    def _place(self, words: Sequence[int], results: Sequence[int]) -> None:
+        """See to it that the graph reads arguments and writes results where they are."""
+        moved = False
+        for i, word in zip(self.given, words, strict=False):
+            port = self.arguments.get(i)
+            if port is not None and port.slot is None and port.pointer != word:
+                port.move(word)
+                moved = True
+        for port, word in zip(self.results, results, strict=True):
+            if port.slot is None and port.pointer != word:
+                port.move(word)
+                moved = True
+        if moved:
+            self._bind()
 
     def _take(self, words: Sequence[Any], stream: int) -> None:
         """Arguments, numbers and state of the CPU into their places."""
         made = driver()
         changed = False
         for i, word in zip(self.given, words, strict=False):
-            type_ = self.inputs[i].type
-            if not isinstance(type_, TensorType):
+            port = self.arguments.get(i)
+            if port is None:
                 bits, place = bits_of(word), self.numbers[i]
                 if self.words[place] != bits:
                     self.words[place] = bits
                     changed = True
-                continue
-            nbytes = nbytes_of(type_)
-            if nbytes:
-                move = made.copy_to_device if type_.device == "cpu" else made.copy_on_device
-                move(self.slots[i].pointer, word, nbytes, stream)
-        for i, nbytes in self.uploads:
-            made.copy_to_device(self.slots[i].pointer, self.state[i], nbytes, stream)
+            elif port.slot is not None and port.nbytes:
+                move = made.copy_to_device if port.on_host else made.copy_on_device
+                move(port.pointer, word, port.nbytes, stream)
+        for i, storage in self.uploads.items():
+            made.copy_to_device(storage.pointer, self.state[i], storage.nbytes, stream)
         if changed:
             address, size = self.words.ctypes.data, 8 * len(self.numbers)
             made.copy_to_device(self.word_memory.pointer, address, size, stream)
-
-    def _place_results(self, results: Sequence[int]) -> None:
-        moved = [k for k in self.direct if self.result_pointers.get(k) != results[k]]
-        if not moved:
-            return
-        first = any(k not in self.result_pointers for k in moved)
-        self.moves += not first
-        if self.moves > MOVES:
-            log("compile", f"{len(moved)} results move from run to run: they are copied")
-            for k in moved:
-                self.direct.discard(k)
-                _, nbytes = self.plan.results[k]
-                self.results[k] = Storage.allocate(nbytes, self.device)
-                self.result_pointers[k] = self.results[k].pointer
-        else:
-            for k in moved:
-                self.result_pointers[k] = results[k]
-        self._bind()
-
-    def _give(self, results: Sequence[int], stream: int) -> None:
-        made = driver()
-        for k, storage in self.results.items():
-            if storage.nbytes:
-                made.copy_on_device(results[k], storage.pointer, storage.nbytes, stream)
 
     def enqueue(self, stream: int) -> None:
         """Queue every step on a stream."""

@@ -40,13 +40,13 @@ def head_of(program: GpuProgram) -> str:
     """Counts, memory, and the seconds of compiling."""
     calls = sum(not s.text for s in program.steps)
     plan = program.plan
-    return "\n".join(
-        [
-            f"{len(program.tasks)} tasks, {len(program.steps)} launches in one graph on "
-            f"{program.device}: {len(program.kernels)} kernels, {calls} library calls",
-            f"planned peak {readable(program.peak)}: arena {readable(plan.arena)}, results "
-            f"{readable(plan.peak - plan.arena)}, scratch {readable(program.scratch.nbytes)}; "
-            f"beside it constants {readable(program.constant_bytes)}",
-            stage_line(program.stages),
-        ]
+    counts = (
+        f"{len(program.tasks)} tasks, {len(program.steps)} launches in one graph on "
+        f"{program.device}: {len(program.kernels)} kernels, {calls} library calls"
     )
+    memory = (
+        f"planned peak {readable(program.peak)}: arena {readable(plan.arena)}, results "
+        f"{readable(plan.peak - plan.arena)}, scratch {readable(program.scratch.nbytes)}; "
+        f"beside it constants {readable(program.constant_bytes)}"
+    )
+    return "\n".join([counts, memory, stage_line(program.stages)])

@@ -26,10 +26,11 @@ class GpuStep(Protocol):
     name: str
     scratch: int
     text: str
-    operands: tuple[Ref, ...]
+    operands: tuple[Ref | None, ...]
 
     def enqueue(self, words: Sequence[int], scratch: int, stream: int) -> None:
-        """Queue it: a word (pointer or number) for each operand, and the address of scratch."""
+        """Queue it: a word (pointer or number; 0 for what is left out) for each operand, and the
+        address of scratch."""
 
 
 class KernelStep:
@@ -38,12 +39,13 @@ class KernelStep:
     def __init__(
         self, name: str, text: str, function: int, operands: tuple[Ref, ...], launch: _Launch
     ) -> None:
-        self.name, self.text, self.operands = name, text, operands
+        self.name, self.text = name, text
+        self.operands: tuple[Ref | None, ...] = operands
         self.scratch: int = launch.scratch
         self._count = len(operands)
         tail: list[int] = ([0] if launch.scratch else []) + list(launch.sizes)
         self._words: Any = (ctypes.c_int64 * max(self._count + len(tail), 1))()
-        self._words[self._count : self._count + len(tail)] = tail
+        self._words[self._count : self._count + len(tail)] = tail  # type: ignore[assignment]
         base = ctypes.addressof(self._words)
         self._addresses = (ctypes.c_void_p * max(len(self._words), 1))(
             *[base + 8 * i for i in range(len(self._words))]
@@ -99,7 +101,8 @@ class FillStep:
     scratch = 0
 
     def __init__(self, bound: BoundFill) -> None:
-        self.name, self.operands = bound.name, bound.operands
+        self.name = bound.name
+        self.operands: tuple[Ref | None, ...] = bound.operands
         self._byte, self._nbytes = bound.byte, bound.nbytes
         self._fill = driver().fill
 

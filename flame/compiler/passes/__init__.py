@@ -16,6 +16,7 @@ from flame.compiler.passes.cse import cse
 from flame.compiler.passes.dead import dead
 from flame.compiler.passes.fold import fold
 from flame.compiler.passes.layout import layout
+from flame.compiler.passes.narrow import narrow
 from flame.compiler.passes.order import order
 from flame.compiler.passes.products import products
 from flame.compiler.passes.readable import readable
@@ -47,7 +48,8 @@ FINISHING: Final[tuple[Pass, ...]] = (
     dead,
     release,  # what is computed twice on purpose may look equal from here on
     recompute,  # no cse may follow, which would merge both computations again
-    dead,  # views of what is not kept any more
+    narrow,  # leaves copies that nobody reads any more; no pass that infers types may follow
+    dead,  # those, and views of what is not kept any more
     readable,  # adds copies, so after all that changes layouts
     order,  # last: it needs all nodes, and a schedule keeps the order
 )

@@ -211,9 +211,16 @@ def attention_graph(problem: AttentionProblem, *, deterministic: bool) -> Attent
     - a gradient of log_sum; head dimensions that are no multiple of 8; empty tensors;
     - operands whose last stride is not 1, or that lie over themselves.
 
-    Gradients lie as what they are the gradients of.
+    - gradients of other shapes than what they are the gradients of.
     """
     types = (problem.query, problem.key, problem.value, problem.result)
+    sources = (problem.query, problem.key, problem.value)
+    made = problem.gradients or sources
+    grad = problem.grad or problem.result
+    if any(a.shape != b.shape for a, b in zip((*made, grad), (*sources, types[3]), strict=True)):
+        return None
+    if any(not _distinct(type_) for type_ in (*made, grad)):
+        return None
     dtype = problem.query.dtype
     if dtype not in HALVES or any(type_.dtype is not dtype for type_ in types):
         return None
@@ -245,8 +252,8 @@ def attention_graph(problem: AttentionProblem, *, deterministic: bool) -> Attent
         for uid in ((seed, seed + 1) if problem.dropout else ())
     )
     gradients = tuple(
-        Tensor(uid, tensor.dims, tensor.strides, dtype)
-        for uid, tensor in zip((9, 10, 11), (query, key, value) if backward else (), strict=False)
+        Tensor(uid, type_.shape, _outer_strides(type_), dtype)
+        for uid, type_ in zip((9, 10, 11), made if backward else (), strict=False)
     )
     return AttentionGraph(
         query,
@@ -259,7 +266,7 @@ def attention_graph(problem: AttentionProblem, *, deterministic: bool) -> Attent
         problem.scale,
         problem.dropout,
         random,
-        Tensor(1, result.dims, result.strides, dtype) if backward else None,
+        Tensor(1, grad.shape, _outer_strides(grad), dtype) if backward else None,
         gradients,
         # The forward direction gives the same bits either way: one plan serves both.
         deterministic=deterministic and backward,
@@ -323,6 +330,8 @@ def _mask(problem: AttentionProblem, uid: int) -> Tensor | None:
         return None
     if dims[3] != full[3] or (strides[3] != 1 and full[3] != 1):
         return None
+    if problem.backward and dims[2] != full[2]:
+        return None  # gradients are wrong there: cuDNN 9.19 with a mask that all queries share
     kept = [stride for dim, stride in zip(dims, strides, strict=True) if dim != 1]
     if kept != sorted(kept, reverse=True):
         return None

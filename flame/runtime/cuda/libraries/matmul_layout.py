@@ -137,6 +137,8 @@ def _describe(problem: MatmulProblem, empty_sum: bool) -> Description | None:
 
 
 def _epilogue_fits(problem: MatmulProblem) -> bool:
+    if problem.dtype is float64 and "gelu" in problem.epilogue:
+        return False
     return not problem.accumulate or problem.epilogue in ("none", "bias")
 
 
