@@ -106,6 +106,7 @@ def _like(
     if op is not draws.integers:
         _floating_only(op.name, dtype or input.dtype)
     strides = like_strides(input.shape, input.type)
+    device = input.device if device is None else device
     return _create(
         op, numbers, input.shape, dtype or input.dtype, device, generator, requires_grad,
         strides=strides, **attributes,
