@@ -13,7 +13,6 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable
 
-from flame.core import dtypes
 from flame.core.errors import CompileError
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-
 from flame.kernel.geometry import WARP, Geometry
 from flame.kernel.program import Kernel
 from flame.kernel.values import Buffer

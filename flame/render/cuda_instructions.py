@@ -226,7 +226,7 @@ def binary(helpers: Helpers, op: str, dtype: DType, a: str, b: str) -> str:
     if op in ("max", "min"):
         return f"{a} {'>' if op == 'max' else '<'} {b} ? {a} : {b}"
     if op == "shr":
-        return _converted(dtype, f"({a} >> {b})")
+        return _converted(dtype, f"({a} >> {b})" if dtype.bits < 32 else f"{a} >> {b}")
     if op == "mulhi":
         return _high_product(dtype, a, b)
     if op == "pow":

@@ -173,7 +173,7 @@ class ValueWriter:
     def named(self, value: Value) -> str:
         """As `value`, but what may change, or is long, gets a name now."""
         text = self.value(value)
-        if value.op in ("const", "param", "var") or text.isidentifier() and value.op != "read":
+        if value.op in ("const", "param", "var") or (text.isidentifier() and value.op != "read"):
             return text
         made = self.fresh()
         self.emit(f"const {self.type_of(value)} {made} = {text};")

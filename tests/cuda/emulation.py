@@ -28,7 +28,6 @@ from .host_compiler import (
     build,
     cache_folder,
     compiler_identity,
-    kernels_of,
 )
 from .library_emulation import prepare
 
@@ -268,7 +267,9 @@ class EmulatedDriver:
         """Milliseconds between two events."""
         first, last = (self._real_event("cuEventElapsedTime", e) for e in (begin, end))
         if first.when is None or last.when is None or not (first.timing and last.timing):
-            raise CudaError("cuEventElapsedTime: CUDA_ERROR_INVALID_HANDLE: not recorded, or untimed")
+            raise CudaError(
+                "cuEventElapsedTime: CUDA_ERROR_INVALID_HANDLE: not recorded, or untimed"
+            )
         return (last.when - first.when) * 1e3
 
     # --- kernels ----------------------------------------------------------------------------------
@@ -343,9 +344,7 @@ class EmulatedDriver:
         kept = [ctypes.create_string_buffer(v, max(len(v), 8)) for v in values]
         words = (ctypes.c_void_p * max(len(kept), 1))(*(ctypes.addressof(k) for k in kept))
         try:
-            function.library.launch(
-                function.symbol, grid, block, shared, ctypes.addressof(words)
-            )
+            function.library.launch(function.symbol, grid, block, shared, ctypes.addressof(words))
         except KernelFault as fault:
             raise CudaError(f"cuLaunchKernel: {fault}") from fault
         self.launches.append(function.symbol)

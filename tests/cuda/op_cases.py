@@ -180,9 +180,7 @@ def execute(case: Case, library: HostLibrary, *, descending: bool = False) -> li
     for memory in (*outputs, *temporaries):
         memory.check(case.label)
     assert not errors.any(), f"{case.label}: an error was reported"
-    return [
-        np.array(array_at(m.pointer, t)) for m, t in zip(outputs, case.outputs, strict=True)
-    ]
+    return [np.array(array_at(m.pointer, t)) for m, t in zip(outputs, case.outputs, strict=True)]
 
 
 def run_words(

@@ -88,9 +88,7 @@ def run(
     library: HostLibrary, name: str, block: int, *words: Any, grid: int = 1, shared: int = 0,
     descending: bool = False,
 ) -> None:  # fmt: skip
-    given = [
-        ctypes.c_int64(w.ctypes.data if isinstance(w, np.ndarray) else w) for w in words
-    ]
+    given = [ctypes.c_int64(w.ctypes.data if isinstance(w, np.ndarray) else w) for w in words]
     table = (ctypes.c_void_p * len(given))(*(ctypes.addressof(w) for w in given))
     library.launch(name, (grid, 1, 1), (block, 1, 1), shared, ctypes.addressof(table),
                    descending=descending)  # fmt: skip
@@ -147,11 +145,13 @@ def test_parts_of_a_warp_go_their_own_ways(library: HostLibrary) -> None:
     y = np.zeros(32, np.float32)
     run(library, "part_of_a_warp", 32, y)
     sums = np.arange(32).reshape(4, 8).sum(1)
-    np.testing.assert_array_equal(y.reshape(4, 8), (sums * 8.0 ** np.arange(4))[:, None].repeat(8, 1))
+    np.testing.assert_array_equal(
+        y.reshape(4, 8), (sums * 8.0 ** np.arange(4))[:, None].repeat(8, 1)
+    )
 
 
 def test_exchange_with_a_stranger_is_an_error(library: HostLibrary) -> None:
-    with pytest.raises(KernelFault, match="takes no part|mask lacks"):
+    with pytest.raises(KernelFault, match=r"takes no part|mask lacks"):
         run(library, "stranger", 32, np.zeros(32, np.int32))
 
 
