@@ -323,3 +323,16 @@ def test_calls_of_cpu_libraries_are_refused() -> None:
                c.matrix(const(0), const(0)))  # fmt: skip
     with pytest.raises(CompileError, match="Gemm"):
         render(k.bind())
+
+
+def test_products_are_kept_apart_from_sums() -> None:
+    """Else a compiler may join them, and a value would depend on what it stands beside."""
+    k = KernelBuilder("apart")
+    x = k.tensor("input", 0, tensor_type(F32, (64,)))
+    y = k.tensor("output", 0, tensor_type(F32, (64,)))
+    with k.parallel(64) as (p,):
+        product = k.register(x[p] * 3.0)
+        k.store(y, (p,), values.read(product) + (x[p] * 5.0) + values.fma(x[p], x[p], x[p]))
+    text = render(k.bind()).text
+    assert text.count("__fmul_rn(") == 2
+    assert text.count("fmaf(") == 1
