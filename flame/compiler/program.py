@@ -54,6 +54,7 @@ class Program:
     output_places: tuple[Place, ...]
     peak: int  # planned bytes: arena and results
     stages: dict[str, float]
+    device = "cpu"
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from flame.ops.op import Types
 from flame.ops.rows import COLUMNS, Index, RowLoops, Rows, rows_of, type_of, unroll_for
 
 PARTS: Final = 64  # runs of rows whose contributions to a parameter's gradient are summed apart
+GPU_PARTS: Final = 264  # on a GPU, where each run is a team's, two for each multiprocessor
 
 Load = Callable[[Operand, Index], Value]
 
@@ -152,12 +153,12 @@ def lower_layer_backward(
 ) -> Lowering:
     """Of (grad, x, weight, eps): dx, and the sums dweight and dbias, from one visit of each row.
 
-    Rows are taken in at most `PARTS` runs; each run sums its own dweight and dbias.
+    Rows are taken in at most `PARTS` (`GPU_PARTS`) runs; each sums its own dweight and dbias.
     """
     x = type_of(types[1])
     compute = compute_dtype(x.dtype)
     count = x.numel // length if length else 0
-    step = max(1, -(-count // PARTS))
+    step = max(1, -(-count // (PARTS if x.device == "cpu" else GPU_PARTS)))
     parts = max(1, -(-count // step))
     sums = tensor_type(compute, (parts, length))
     k = KernelBuilder("layer_norm_backward" if centred else "rms_norm_backward")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flame.core import dtypes
+from flame.core.autocast import Policy, plain
 from flame.core.dtypes import DType
 from flame.core.errors import ShapeError
 from flame.core.types import Shape, TensorType, tensor_type
@@ -38,6 +39,11 @@ METHODS = ("sum", "mean")
 COLUMNS = 64  # columns that one step of a parallel loop sums together
 SPLIT = 65536  # elements of one result from which its reduction is split over threads
 CHUNK = 16384  # elements of a part of a split reduction
+GPU_THREADS = 1 << 18  # threads, and teams of threads, that keep a GPU busy
+GPU_TEAMS = 1024
+GPU_PARTS = 512  # parts that one thread sums at most
+GPU_ROWS = 32  # elements of a part at least, of a thread and of a team
+GPU_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,24 @@ def _coalesce(x: TensorType, dims: Sequence[int], kept_strides: Shape) -> Plan:
     return Plan(tuple(sizes), tuple(source), tuple(target), tuple(reduced))
 
 
+def _chunk(count: int, kept: int, plan: Plan) -> int | None:
+    """Elements of a part of each of ``kept`` results over ``count``; None: not to be split."""
+    return CHUNK if count >= SPLIT and kept <= COLUMNS else None
+
+
+def _chunk_of_gpu(count: int, kept: int, plan: Plan) -> int | None:
+    """As `_chunk`: a GPU needs many more parts at once than a CPU.
+
+    Where the innermost dimension is kept a result is a thread's, else that of a team of threads.
+    """
+    if not kept or not plan.sizes:
+        return None
+    columns = not plan.reduced[-1]
+    parts = min(GPU_THREADS // kept, GPU_PARTS) if columns else GPU_TEAMS // kept
+    parts = min(parts, count // (GPU_ROWS if columns else GPU_CHUNK))
+    return None if parts < 2 else -(-count // parts)
+
+
 class Reduction(Op):
     """An op that folds ``prepare(x)`` by ``combine`` and stores ``finish(total, count)``."""
 
@@ -91,6 +115,7 @@ class Reduction(Op):
         finish: Callable[[Value, Value], Value] | None = None,
         empty: bool = True,
         samples: Sequence[Sample] | None = None,
+        autocast: Policy | None = None,
     ) -> None:
         self.combine, self.prepare, self.finish = combine, prepare, finish
         self.result, self.empty = result, empty
@@ -99,9 +124,11 @@ class Reduction(Op):
             inputs=("x",),
             infer=self._infer,
             lower=self._lower,
+            lower_cuda=self._lower_cuda,
             vjp=vjp,
             reference=lambda x, *, dims, keepdim: reference(x, axis=dims, keepdims=keepdim),
             samples=_samples(empty) if samples is None else samples,
+            autocast=autocast,
         )
 
     def _infer(self, types: Types, *, dims: tuple[int, ...], keepdim: bool) -> TensorType:
@@ -117,6 +144,21 @@ class Reduction(Op):
     def _lower(
         self, types: Types, outputs: tuple[TensorType, ...], *, dims: tuple[int, ...], keepdim: bool
     ) -> Lowering:
+        return self._lowered(types, outputs, dims, keepdim, _chunk)
+
+    def _lower_cuda(
+        self, types: Types, outputs: tuple[TensorType, ...], *, dims: tuple[int, ...], keepdim: bool
+    ) -> Lowering:
+        return self._lowered(types, outputs, dims, keepdim, _chunk_of_gpu)
+
+    def _lowered(
+        self,
+        types: Types,
+        outputs: tuple[TensorType, ...],
+        dims: tuple[int, ...],
+        keepdim: bool,
+        chunk_of: Callable[[int, int, Plan], int | None],
+    ) -> Lowering:
         (x,), (out,) = types, outputs
         assert isinstance(x, TensorType)
         count = math.prod(x.shape[d] for d in dims)
@@ -124,8 +166,9 @@ class Reduction(Op):
         plan = _coalesce(x, dims, strides)
         total = self.total_dtype(x.dtype, out.dtype)
         kept = math.prod(s for s, r in zip(plan.sizes, plan.reduced, strict=True) if not r)
-        if count >= SPLIT and kept <= COLUMNS:
-            return self._split(x, out, plan, total, count)
+        chunk = chunk_of(count, kept, plan)
+        if chunk is not None:
+            return self._split(x, out, plan, total, count, chunk)
         k = KernelBuilder(self.name)
         source = k.tensor("input", 0, _flat(x.dtype, plan.sizes, plan.source))
         target = k.tensor("output", 0, _flat(out.dtype, plan.sizes, plan.target))
@@ -160,12 +203,12 @@ class Reduction(Op):
         return cast(value, dtype)
 
     def _split(
-        self, x: TensorType, out: TensorType, plan: Plan, total: DType, count: int
+        self, x: TensorType, out: TensorType, plan: Plan, total: DType, count: int, chunk: int
     ) -> Lowering:
         """Two kernels: parts along the outermost reduced dimension, then the sum of the parts."""
         axis = max((i for i, r in enumerate(plan.reduced) if r), key=lambda i: plan.sizes[i])
         size = plan.sizes[axis]
-        step = max(1, CHUNK * size // count)
+        step = max(1, chunk * size // count)
         parts = -(-size // step)
         kept = [i for i, r in enumerate(plan.reduced) if not r]
         kept_sizes = tuple(plan.sizes[i] for i in kept)
@@ -406,6 +449,7 @@ _sum: Reduction = Reduction(
         lambda g, x_type, dims, keepdim: spread(g, shape=x_type.shape, dims=dims, keepdim=keepdim),
     ),
     reference=np.sum,
+    autocast="float32",
 )
 
 _mean = Reduction(
@@ -456,7 +500,7 @@ def sum(
 ) -> Tensor:
     """Sum over ``dim`` (all dimensions by default); integers give int64."""
     if dtype is not None:
-        input = convert(input, dtype=dtype)
+        return plain(sum, convert(input, dtype=dtype), dim, keepdim)
     result: Tensor = _sum(input, dims=dims_of("sum", input, dim), keepdim=keepdim)
     return result
 

@@ -37,6 +37,7 @@ _DYNAMIC = re.compile(
 )
 _BOUND = 'extern "C" char'  # where the linker puts the ends of a text's static shared memory
 _WEAK = '__attribute__((weak, visibility("hidden")))'
+_JOINED = re.compile(r"^namespace (flame_text_\d+) \{$", re.MULTILINE)  # of `modules.join`
 _DEFINE = re.compile(r"^\s*#\s*define\s+(\w+)", re.MULTILINE)
 
 
@@ -69,6 +70,7 @@ def unit_of(texts: Sequence[str]) -> str:
         space = f"text_{number}"
         body = re.sub(r"^\s*#\s*include\s*[<\"].*$", "", text, flags=re.MULTILINE)
         body = re.sub(r'\bextern\s+"C"', "", body)
+        body = _JOINED.sub(r"inline namespace \1 {", body)  # what extern "C" does for launchers
         body = _DYNAMIC.sub(r"\1\2* \3 = (\2*)flame_host_dynamic_shared();", body)
         parts.append(
             "#undef __shared__\n"
