@@ -38,7 +38,7 @@ from flame.render import cuda_instructions as instructions
 from flame.render.cuda_barriers import barriers, writes_of
 from flame.render.cuda_folds import Folds
 from flame.render.cuda_frame import frame
-from flame.render.cuda_geometry import geometry_of, grid_of, scratch_bytes
+from flame.render.cuda_geometry import SHARED_BYTES, geometry_of, grid_of, scratch_bytes
 from flame.render.cuda_index import carried, operands, walk
 from flame.render.cuda_packs import Packs, item_bytes, packs_of
 from flame.render.cuda_values import Scope, ValueWriter
@@ -55,18 +55,23 @@ def render(
     """
     if geometry is None:
         geometry = geometry_of(bound, by_pointer=by_pointer)
+    private = scratch_bytes(bound.kernel) * geometry.teams
+    if geometry.shared and private > SHARED_BYTES:
+        raise CompileError(
+            f"kernel {bound.kernel.name}: {private} bytes of scratch memory for {geometry.teams} "
+            f"teams are more than the {SHARED_BYTES} of shared memory; use device memory instead"
+        )
     body = Renderer(bound.kernel, geometry).text()
     digest = hashlib.sha256(body.encode()).hexdigest()[:20]
     symbol = f"flame_{re.sub(r'[^0-9A-Za-z_]', '_', bound.kernel.name)}_{digest}"
     blocks = grid_of(geometry, bound)
-    private = 0 if geometry.shared else scratch_bytes(bound.kernel) * geometry.teams * blocks
     return KernelLaunch(
         body.replace("@SYMBOL", symbol),
         symbol,
         (blocks, 1, 1),
         (geometry.block, 1, 1),
         shared=0,
-        scratch=private,
+        scratch=0 if geometry.shared else private * blocks,
     )
 
 
