@@ -78,11 +78,13 @@ def test_a_sequence_with_infinities(name: str, options: dict[str, Any], bad: flo
     ours, theirs = Run(flame, name, options), Run(torch, name, options)
     compiled = Run(flame, name, options)
     step = flame.compile(compiled.step)
+    scales = set()
     for i, x in enumerate(inputs(bad)):
         before = compiled.parameters()
         theirs.step(torch.from_numpy(x))
         ours.step(flame.from_numpy(x))
         step(flame.from_numpy(x))
+        scales.add(ours.scaler.get_scale())
         assert ours.scaler.get_scale() == theirs.scaler.get_scale()
         assert compiled.scaler.state_dict() == theirs.scaler.state_dict()
         assert_close(ours, theirs, f"eager, step {i}")
@@ -91,7 +93,7 @@ def test_a_sequence_with_infinities(name: str, options: dict[str, Any], bad: flo
             for a, b in zip(before, compiled.parameters(), strict=True):
                 np.testing.assert_array_equal(a, b)
     assert step.recordings == 1
-    assert ours.scaler.get_scale() != 65536.0 or name  # it moved on the way, see below
+    assert len(scales) > 2
 
 
 @pytest.mark.parametrize("compiled", [False, True])
