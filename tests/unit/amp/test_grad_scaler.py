@@ -17,6 +17,7 @@ from flame.core.errors import (
     FlameWarning,
     StateError,
     TraceError,
+    UnsupportedError,
 )
 
 STEPS = 14
@@ -270,6 +271,19 @@ def test_two_optimizers_share_a_scale() -> None:
 
     for a, b in zip(run(flame, flame.from_numpy), run(torch, torch.from_numpy), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_an_optimizer_that_does_not_say_how_it_counts_is_refused() -> None:
+    class Warming(optim.SGD):
+        def _scalars(self, group: Any, step: int) -> Any:
+            return (0.1 * step, *super()._scalars(group, step)[1:])
+
+    p = flame.ones(3).requires_grad_()
+    optimizer, scaler = Warming([p], lr=0.1), amp.GradScaler("cpu")
+    scaler.scale(p.sum()).backward()
+    with pytest.raises(UnsupportedError, match="define `_counted`"):
+        scaler.step(optimizer)
+    assert optimizer.found_inf is None
 
 
 def test_an_optimizer_with_a_step_of_its_own() -> None:
