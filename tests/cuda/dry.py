@@ -12,6 +12,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -59,7 +60,12 @@ def kernels_of(works: Iterable[Callable[[], Any]]) -> list[Request]:
     """
     before = install_driver(DryDriver())
     try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
+        comparisons = {"assert_allclose": _agree, "assert_array_equal": _agree}
+        with (
+            warnings.catch_warnings(),
+            np.errstate(all="ignore"),
+            mock.patch.multiple(np.testing, **comparisons),
+        ):
             warnings.simplefilter("ignore")
             for work in works:
                 with contextlib.suppress(Exception):
@@ -68,6 +74,10 @@ def kernels_of(works: Iterable[Callable[[], Any]]) -> list[Request]:
     finally:
         forget_plans()
         install_driver(before)
+
+
+def _agree(*_: Any, **__: Any) -> None:
+    """Comparisons of numbers that were never computed."""
 
 
 def forget_plans() -> None:
