@@ -37,7 +37,8 @@ from flame.kernel.values import Buffer, Register
 from flame.render import cuda_instructions as instructions
 from flame.render.cuda_barriers import barriers, writes_of
 from flame.render.cuda_frame import frame
-from flame.render.cuda_geometry import geometry_of, grid_of, scratch_bytes
+from flame.render.cuda_geometry import geometry_of, grid_of, scratch_bytes, without
+from flame.render.cuda_held import Held, held_of
 from flame.render.cuda_index import carried, operands, walk
 from flame.render.cuda_values import Scope
 from flame.render.cuda_vectors import VectorWriter
@@ -54,11 +55,13 @@ def render(
     """
     if geometry is None:
         geometry = geometry_of(bound, by_pointer=by_pointer)
-    body = Renderer(bound.kernel, geometry).text()
+    held = held_of(bound.kernel) if geometry.held else None
+    kernel = bound.kernel if held is None else without(bound.kernel, held)
+    body = Renderer(kernel, geometry, held).text()
     digest = hashlib.sha256(body.encode()).hexdigest()[:20]
     symbol = f"flame_{re.sub(r'[^0-9A-Za-z_]', '_', bound.kernel.name)}_{digest}"
-    blocks = grid_of(geometry, bound)
-    private = 0 if geometry.shared else scratch_bytes(bound.kernel) * geometry.teams * blocks
+    blocks = grid_of(geometry, kernel, bound.extent)
+    private = 0 if geometry.shared else scratch_bytes(kernel) * geometry.teams * blocks
     return KernelLaunch(
         body.replace("@SYMBOL", symbol),
         symbol,
@@ -72,13 +75,16 @@ def render(
 class Renderer(VectorWriter):
     """Writes one kernel; see `render`."""
 
-    def __init__(self, kernel: Kernel, geometry: Geometry) -> None:
+    def __init__(self, kernel: Kernel, geometry: Geometry, held: Held | None = None) -> None:
         everything = [kernel.body, *walk(kernel.body.body)]
         for statement in everything:
             operands(statement)  # raises for what has no form on a GPU
         written = {b for s in everything for b in writes_of(s)}
-        super().__init__(kernel, written, geometry)
-        self.barriers = barriers(kernel, folds=self.team > WARP) if self.team > 1 else set()
+        super().__init__(kernel, written, geometry, held)
+        own = frozenset() if held is None else held.local
+        self.barriers = (
+            barriers(kernel, folds=self.team > WARP, own=own) if self.team > 1 else set()
+        )
 
     def text(self) -> str:
         """All of the text; ``@SYMBOL`` stands for the kernel's name."""
@@ -87,6 +93,7 @@ class Renderer(VectorWriter):
         if teams > 1:
             first = f"{first} * {teams} + threadIdx.x / {self.team}"
         step = f"({index})gridDim.x" + (f" * {teams}" if teams > 1 else "")
+        self.declare_held()
         self._loop("p", first, "end", step, self.kernel.body.body)
         return frame(self.kernel, self.geometry, self.written, self, self.scopes[0].lines)
 
@@ -128,9 +135,7 @@ class Renderer(VectorWriter):
         inner = [f"  {line}" for line in scope.lines]
         self.scopes[-1].lines += [*scope.before, f"{head} {{", *inner, "}"]
 
-    def _loop(
-        self, var: str, begin: str, end: str, step: str, body: tuple[Statement, ...]
-    ) -> None:
+    def _loop(self, var: str, begin: str, end: str, step: str, body: tuple[Statement, ...]) -> None:
         """Count ``var`` from begin to end."""
         self._inside(Scope(var=var), body, self._head(var, begin, end, step))
 
