@@ -23,6 +23,7 @@ COLUMNS: Final = 64  # columns side by side that a step takes: packs that fill a
 PACK: Final = 8  # elements that a thread takes side by side, of bfloat16
 SHORTEST: Final = 16  # steps of a thread below which a cut costs more than it gives
 ROW_STEP: Final = 4096  # elements along memory that a team takes, at least
+LINE: Final = 256  # elements
 FLAT: Final = (BLOCK, 2048, 512)  # elements of a flat range that a step takes
 HELD: Final = 16384  # elements of the longest row that a block keeps in registers as float32
 
@@ -39,7 +40,7 @@ def block_of(count: int, type_: TensorType) -> int:
 
 
 def column_parts(rows: int, columns: int) -> int:
-    """Parts of the rows of a sum over rows, each of which a thread adds up for a pack of columns."""
+    """Parts of the rows of a sum over rows; a thread adds one up for a pack of columns."""
     across = max(1, columns // PACK)
     return max(1, min(THREADS // across, rows // SHORTEST))
 
@@ -47,6 +48,12 @@ def column_parts(rows: int, columns: int) -> int:
 def row_parts(length: int, count: int) -> int:
     """Parts of each of ``count`` rows that are summed along memory."""
     return max(1, min(PROCESSORS * 8 // max(count, 1), length // ROW_STEP))
+
+
+def part_step(size: int, parts: int) -> int:
+    """Steps of a dimension in each of about so many parts; long parts begin on whole lines."""
+    step = -(-size // parts)
+    return step if step < ROW_STEP else -(-step // LINE) * LINE
 
 
 def across_parts(parts: int, kept: Shape) -> Shape:
@@ -59,10 +66,14 @@ def power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def row_runs(count: int, length: int) -> int:
-    """Runs of rows, each of which a team takes one after the other, summing over them."""
-    team = min(1024, max(32, power_of_two(length // (3 * PACK))))
-    return max(1, min(count, PROCESSORS * 768 // team))
+def row_runs(count: int, nbytes: int) -> int:
+    """Runs of rows, each of which a team takes one after the other, summing over them.
+
+    nbytes: of a row, of which a thread has about three packs. The runs all fit on the device at
+    once, as one more would take as long as all others.
+    """
+    team = min(1024, max(32, power_of_two(nbytes // 48)))
+    return max(1, min(count, PROCESSORS * 512 // team))
 
 
 def sum_runs(

@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Iterable
 
 from flame.core.errors import CompileError
-from flame.kernel import values
 from flame.kernel.builder import BoundKernel
 from flame.kernel.geometry import WARP, Geometry, KernelLaunch
 from flame.kernel.program import (
@@ -29,11 +28,9 @@ from flame.kernel.program import (
     SplitProduct,
     Statement,
     Store,
-    Target,
     Transpose,
-    identity,
 )
-from flame.kernel.values import Buffer, Register
+from flame.kernel.values import Register
 from flame.render import cuda_instructions as instructions
 from flame.render.cuda_barriers import barriers, writes_of
 from flame.render.cuda_frame import frame

@@ -123,13 +123,12 @@ def _siblings(body: Sequence[Statement]) -> Iterator[list[Loop]]:
 
 def _flat_loops(everything: Iterable[Statement]) -> Iterator[Loop]:
     for statement in everything:
-        if isinstance(statement, Loop) and statement.kind is LoopKind.VECTOR:
-            if _is_flat(statement):
-                yield statement
+        if isinstance(statement, Loop) and _is_flat(statement):
+            yield statement
 
 
 def _is_flat(loop: Loop) -> bool:
-    return all(isinstance(s, (Declare, Assign, Accumulate, Store)) for s in loop.body)
+    return loop.kind is LoopKind.VECTOR and all(isinstance(s, (Declare, Assign, Accumulate, Store)) for s in loop.body)
 
 
 def simple(loop: Loop) -> list[Simple]:
@@ -176,10 +175,7 @@ def _is_own(buffer: Buffer, kernel: Kernel) -> bool:
                         target.index is not counter or target.where is not None
                     ):
                         return False
-    for statement in walk(kernel.body.body):
-        if statement not in inside and buffer in _touches(statement):
-            return False
-    return True
+    return not any(s not in inside and buffer in _touches(s) for s in walk(kernel.body.body))
 
 
 def _buffers(loop: Loop) -> set[Buffer]:

@@ -304,7 +304,8 @@ class VectorWriter(ValueWriter):
                 self.emit(f"{type_} {name};")
                 stores.append(f"*({type_}*)({place} + {pack}) = {name};")
                 self.packed[target] = f"{name}.item[j]"
-        self.arrays = arrays = []
+        arrays: list[str] = []
+        self.arrays = arrays
         with self.scope(Scope(var=loop.var, known=known)) as made:
             self.statements(run)
         self.arrays = None
