@@ -165,7 +165,13 @@ def lower_layer_backward(
     compute = compute_dtype(x.dtype)
     count = x.numel // length if length else 0
     gpu = schedules.on_gpu(outputs[0])
-    most = PARTS if not gpu else schedules.row_runs(count, length * x.dtype.itemsize) if len(outputs) > 1 else count
+    most = (
+        PARTS
+        if not gpu
+        else schedules.row_runs(count, length * x.dtype.itemsize)
+        if len(outputs) > 1
+        else count
+    )
     step = max(1, -(-count // max(most, 1)))
     parts = max(1, -(-count // step))
     sums = tensor_type(compute, (parts, length))

@@ -21,6 +21,7 @@ PROCESSORS: Final = 132  # of an H100
 THREADS: Final = PROCESSORS * 512  # that hide the latency of memory, with a few loads each
 COLUMNS: Final = 64  # columns side by side that a step takes: packs that fill a line of memory
 PACK: Final = 8  # elements that a thread takes side by side, of bfloat16
+STORING: Final = 4  # times as many threads where stores stand between the loads of one
 SHORTEST: Final = 16  # steps of a thread below which a cut costs more than it gives
 ROW_STEP: Final = 4096  # elements along memory that a team takes, at least
 LINE: Final = 256  # elements

@@ -128,7 +128,8 @@ def _flat_loops(everything: Iterable[Statement]) -> Iterator[Loop]:
 
 
 def _is_flat(loop: Loop) -> bool:
-    return loop.kind is LoopKind.VECTOR and all(isinstance(s, (Declare, Assign, Accumulate, Store)) for s in loop.body)
+    simple_kinds = (Declare, Assign, Accumulate, Store)
+    return loop.kind is LoopKind.VECTOR and all(isinstance(s, simple_kinds) for s in loop.body)
 
 
 def simple(loop: Loop) -> list[Simple]:

@@ -152,8 +152,4 @@ def _four(type_: TensorType, batch: Shape, strides: Shape) -> TensorType:
         0 if n == 1 and d == 0 else s
         for d, (n, s) in enumerate(zip(type_.shape[-2:], type_.strides[-2:], strict=True))
     )
-    return tensor_type(
-        type_.dtype, (*batch, *type_.shape[-2:]), (*strides, *rows), type_.device
-    )
-
-
+    return tensor_type(type_.dtype, (*batch, *type_.shape[-2:]), (*strides, *rows), type_.device)

@@ -205,9 +205,7 @@ def _infer_backward(types: Types, *, causal: bool, scale: float) -> tuple[Tensor
     for operand, wanted in pairs:
         found = wanted if operand is None else type_of(operand).shape
         if found != wanted:
-            raise ShapeError(
-                f"attention_backward: an operand of shape {found} instead of {wanted}"
-            )
+            raise ShapeError(f"attention_backward: an operand of shape {found} instead of {wanted}")
     return tuple(ordered((*batch, *t.shape[-2:]), t) for t in (query, key, value))
 
 
