@@ -134,7 +134,10 @@ class ValueWriter:
 
     def level(self, value: Value) -> int:
         """The outermost scope in which ``value`` may be computed."""
-        uses = self.uses(value)
+        return self.level_of(self.uses(value))
+
+    def level_of(self, uses: Uses) -> int:
+        """The outermost scope in which all that a value depends on is known."""
         if uses.buffers & self.written:
             return self.level_here
         level = 0
