@@ -16,7 +16,6 @@ from unittest import mock
 
 import numpy as np
 
-from flame.core.errors import CudaError
 from flame.eager import Eager
 from flame.ops.op import interpreter
 from flame.runtime.cuda import modules

@@ -68,7 +68,9 @@ class Run:
     def _batch(self, arrays: Sequence[Any]) -> list[Any]:
         return [
             flame.from_numpy(
-                np.ascontiguousarray(a.astype(np.float64) if self.double and a.dtype.kind == "f" else a)
+                np.ascontiguousarray(
+                    a.astype(np.float64) if self.double and a.dtype.kind == "f" else a
+                )
             ).to(self.device)
             for a in arrays
         ]
