@@ -63,7 +63,7 @@ class RawKernel:
         self.name, self.code, self.options = name, code, tuple(options)
         self.strided = strided
         contraction = () if any("fmad" in o for o in options) else ("--fmad=true",)
-        self._text = with_options(code, (*contraction, *options))
+        self.text = with_options(code, (*contraction, *options))
         self.parameters = parameters(code, name)
         self._sizes: dict[int, tuple[int, ...]] = {}
 
@@ -79,13 +79,7 @@ class RawKernel:
         memory. Raises ArgumentError, DTypeError and DeviceError for arguments that do not fit, and
         GradientError for tensors with a history, which the kernel would cut."""
         self._refuse_recording()
-        blocks, threads = self._dims("grid", grid), self._dims("block", block)
-        if threads[0] * threads[1] * threads[2] > _MOST_THREADS:
-            raise ArgumentError(
-                f"RawKernel {self.name}: block {threads} has more than {_MOST_THREADS} threads"
-            )
-        if any(size > most for size, most in zip(blocks, _MOST_BLOCKS, strict=True)):
-            raise ArgumentError(f"RawKernel {self.name}: grid {blocks} exceeds {_MOST_BLOCKS}")
+        blocks, threads = self.dims(grid, block)
         tensors = [a for a in args if is_tensor(a)]
         device = self._device(tensors)
         written = self._check(args)
@@ -102,7 +96,7 @@ class RawKernel:
             tensor.storage.version += 1
 
     def _function(self, device: int, shared: int) -> int:
-        function = modules.load(device, self._text, self.name, shared)
+        function = modules.load(device, self.text, self.name, shared)
         if function not in self._sizes:
             self._sizes[function] = driver().parameter_sizes(function)
         return function
@@ -112,8 +106,19 @@ class RawKernel:
         if current.recording and getattr(current, "thread", None) == threading.get_ident():
             raise TraceError(
                 f"RawKernel {self.name} cannot be a part of a function under flame.compile, which "
-                "records operations only; leave it out of the compiled function"
+                "records operations only; make one of it by flame.cuda.raw_op"
             )
+
+    def dims(self, grid: Any, block: Any) -> tuple[Dim, Dim]:
+        """Grid and block as three numbers each. Raises ArgumentError."""
+        blocks, threads = self._dims("grid", grid), self._dims("block", block)
+        if threads[0] * threads[1] * threads[2] > _MOST_THREADS:
+            raise ArgumentError(
+                f"RawKernel {self.name}: block {threads} has more than {_MOST_THREADS} threads"
+            )
+        if any(size > most for size, most in zip(blocks, _MOST_BLOCKS, strict=True)):
+            raise ArgumentError(f"RawKernel {self.name}: grid {blocks} exceeds {_MOST_BLOCKS}")
+        return blocks, threads
 
     def _dims(self, what: str, given: Any) -> Dim:
         sizes = tuple(given) if isinstance(given, (tuple, list)) else (given,)
@@ -136,14 +141,19 @@ class RawKernel:
             )
         return device_index(names[0])
 
-    def _check(self, args: Sequence[Any]) -> list[Any]:
-        """The tensors that the kernel may write."""
+    def check_count(self, args: Sequence[Any]) -> None:
+        """Raises ArgumentError where the text declares another number of parameters."""
         declared = self.parameters
         if declared is not None and len(args) != len(declared):
             raise ArgumentError(
                 f"RawKernel {self.name} takes {len(declared)} arguments "
                 f"({', '.join(p.text for p in declared)}), got {len(args)}"
             )
+
+    def _check(self, args: Sequence[Any]) -> list[Any]:
+        """The tensors that the kernel may write."""
+        declared = self.parameters
+        self.check_count(args)
         written = []
         for position, a in enumerate(args):
             parameter = None if declared is None else declared[position]

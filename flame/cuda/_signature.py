@@ -46,10 +46,12 @@ _TYPES: dict[str, tuple[DType | None, str]] = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """text: as written. dtype: of tensors, where the type is a pointer and known. number: NumPy's
-    name, where it is a number and known. written: whether the kernel may write through it."""
+    """text: as written, type: without the name. dtype: of tensors, where the type is a pointer and
+    known. number: NumPy's name, where it is a number and known. written: whether the kernel may
+    write through it."""
 
     text: str
+    type: str
     pointer: bool
     written: bool
     dtype: DType | None = None
@@ -90,9 +92,22 @@ def _parameter(text: str) -> Parameter:
         constant = re.search(r"\bconst\b[^*]*\*", text) is not None or (
             "*" not in plain and "const" in text
         )
-        single = plain.count("*") + plain.count("[") == 1
-        dtype = _TYPES.get(kind, (None, ""))[0] if single else None
-        return Parameter(text, pointer=True, written=not constant, dtype=dtype)
+        depth = plain.count("*") + plain.count("[")
+        dtype = _TYPES.get(kind, (None, ""))[0] if depth == 1 else None
+        type_ = f"{'const ' if constant else ''}{kind}{'*' * depth}"
+        return Parameter(text, type_, pointer=True, written=not constant, dtype=dtype)
     kind = plain if plain in _TYPES else plain.rpartition(" ")[0]
     number = _TYPES[kind][1] if kind in _TYPES else None
-    return Parameter(text, pointer=False, written=False, number=number)
+    return Parameter(text, kind, pointer=False, written=False, number=number)
+
+
+def as_device_function(source: str, name: str) -> tuple[str, str]:
+    """The text with the kernel ``name`` as a function for other kernels, and its launch bounds."""
+    found = re.search(rf"__global__\b([^;{{}}]*?)\b{re.escape(name)}\s*\(", source)
+    if found is None:
+        return source, ""
+    bounds = re.search(r"__launch_bounds__\s*\([^()]*\)", found.group(1))
+    between = found.group(1) if bounds is None else found.group(1).replace(bounds.group(), "")
+    head = f"__device__ __forceinline__{between}{name}("
+    made = source[: found.start()] + head + source[found.end() :]
+    return made, "" if bounds is None else bounds.group()

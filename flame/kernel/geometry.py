@@ -1,7 +1,7 @@
 """How a kernel is launched on a GPU.
 
-A *team* of threads runs one iteration of the kernel's parallel loop at a time: its threads share the
-vector loops, and compute everything else alike. A team is a power of two: 1 thread, a part of a
+A *team* of threads runs one iteration of the kernel's parallel loop at a time: its threads share
+the vector loops, and compute everything else alike. A team is a power of two: 1 thread, a part of a
 warp, or a whole block. Teams take iterations in turn, so any grid is right.
 """
 

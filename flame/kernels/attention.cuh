@@ -1,7 +1,7 @@
 // What all attention kernels share: how a product of query and key becomes a score, and which
 // probabilities are dropped.
 //
-//   score(i, j)  = scale q_i . k_j + mask(i, j), -inf where masked, behind the end, or j > i (causal)
+//   score(i, j)  = scale q_i . k_j + mask(i, j); -inf where masked, and if causal where j > i
 //   P(i, j)      = exp(score(i, j) - log_sum(i)),  log_sum(i) = log sum_j exp score(i, j)
 //   result(i)    = sum_j P(i, j) Z(i, j) v_j,      Z = 0 where dropped, else 1 / (1 - p)
 // A row that is masked throughout gives 0, and its log_sum is 0.
@@ -9,8 +9,8 @@
 // Defined in front of the text: ELEMENT (numbers.cuh); HEAD and HEAD_V, the widths E and Ev; CAUSAL
 // and DROPOUT, 0 or 1; MASK, one of the codes below; HOLDS, the sizes of the launch's tiles.
 //
-// Query heads share key heads: head h reads key head h / (heads / key_heads). Masks are addressed by
-// strides, 0 where they broadcast. Offsets of rows are 64-bit.
+// Query heads share key heads: head h reads key head h / (heads / key_heads). Masks are addressed
+// by strides, 0 where they broadcast. Offsets of rows are 64-bit.
 #include "philox.cuh"
 
 #define NO_MASK 0
@@ -46,8 +46,14 @@ struct Scores {
 #endif
   }
 
+  // How many columns a row may see, from `column` on.
+  __device__ __forceinline__ int seen(int row, int column) const {
+    const int behind = columns - column, own = row + 1 - column;
+    return CAUSAL && own < behind ? own : behind;
+  }
+
   __device__ __forceinline__ bool inside(int row, int column) const {
-    return row < rows && column < columns && !(CAUSAL && column > row);
+    return row < rows && seen(row, column) > 0;
   }
 
   // Whether a tile has columns that are not `inside` for some of its rows. Rows behind the end are
@@ -57,8 +63,8 @@ struct Scores {
   }
 };
 
-// Which elements of one head's (L, S) are dropped. Its rows are padded to `pitch`, S rounded up to a
-// multiple of 64, so that the four words of a block belong to columns c, c + 16, c + 32, c + 48.
+// Which elements of one head's (L, S) are dropped. Its rows are padded to `pitch`, S rounded up to
+// a multiple of 64, so that the four words of a block belong to columns c, c + 16, c + 32, c + 48.
 struct Dropout {
   u64 seed, offset;
   u64 first;      // position of (0, 0)

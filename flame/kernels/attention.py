@@ -1,7 +1,7 @@
 """Attention by own kernels: which of them solves an AttentionProblem, and its launches.
 
-Two families: on tensor cores, for 16-bit elements whose rows are contiguous (``flash_attention_*``),
-and in plain arithmetic for everything else (``attention_*``): float32, float64, odd widths, strided
+Two families: on tensor cores, for 16-bit elements in contiguous rows (``flash_attention_*``), and
+in plain arithmetic for everything else (``attention_*``): float32, float64, odd widths, strided
 elements. Both hold no (L, S) matrix, add nothing in an order that depends on timing, and draw the
 same random bits.
 
@@ -69,15 +69,17 @@ def _flash_bytes(rows: int, width: int) -> int:
     return rows * _round_up(width, 32) * 2
 
 
-def _flash_forward_tiles(head: int, head_v: int) -> Iterator[Tiles]:
-    """Candidates, best first."""
+def _flash_forward_tiles(head: int, head_v: int, *, extras: bool) -> Iterator[Tiles]:
+    """Candidates, best first. ``extras``: masks and dropout, whose registers half the rows make
+    room for; warps of 32 rows read each key from shared memory half as often.
+    """
     widest = max(head, head_v)
-    if widest <= 64:
-        shapes = [(4, 2, 64, 2, 1)]
-    elif widest <= 128:
-        shapes = [(4, 2, 64, 2, 0)]
-    else:
+    if widest > 128:
         shapes = [(4, 1, 32, 2, 0)]
+    elif extras:
+        shapes = [(8, 1, 64, 1, 0)]
+    else:
+        shapes = [(4, 2, 64, 2, int(widest <= 64))]
     for warps, m_tiles, columns, blocks, keep in shapes:
         rows = warps * m_tiles * 16
         shared = _flash_bytes(rows, head)
@@ -90,7 +92,7 @@ def _flash_forward_tiles(head: int, head_v: int) -> Iterator[Tiles]:
 
 
 def _flash_backward_tiles(
-    head: int, head_v: int, *, keys: bool, first: bool, second: bool
+    head: int, head_v: int, *, keys: bool, first: bool, second: bool, dropout: bool
 ) -> Iterator[Tiles]:
     """Candidates, best first; fewer warps need less shared memory."""
     widest = max(head, head_v)
@@ -99,7 +101,9 @@ def _flash_backward_tiles(
         rows = warps * 16
         shared = _flash_bytes(rows, head) + (_flash_bytes(rows, head_v) if first else 0)
         stage = _flash_bytes(columns, head) + _flash_bytes(columns, head_v)
-        shared += 2 * (stage + (8 * columns if keys else 0))
+        if keys:  # log_sum and delta of the queries, and a bit for each probability
+            stage += 8 * columns + (rows // 16 * columns * 2 if dropout else 0)
+        shared += 2 * stage
         defines = {
             "KEYS": int(keys), "FIRST": int(first), "SECOND": int(second), "WARPS": warps,
             "M_TILES": 1, "COLUMNS": columns, "BLOCKS": 1,
@@ -112,7 +116,9 @@ def _plain_tiles(
 ) -> Iterator[Tiles]:
     """Candidates, best first; accumulators of 256 columns leave registers for half the rows."""
     size = _wide(dtype).itemsize
-    shapes = [(4, 2), (2, 2), (1, 1)] if max(head, head_v) <= 128 and size == 4 else [(2, 2), (1, 1)]
+    shapes = (
+        [(4, 2), (2, 2), (1, 1)] if max(head, head_v) <= 128 and size == 4 else [(2, 2), (1, 1)]
+    )
     for m_tiles, n_tiles in shapes:
         rows, columns = 16 * m_tiles, 16 * n_tiles
         if backward:
@@ -281,7 +287,9 @@ class _Launcher:
         )  # fmt: skip
         head, head_v = _widths(problem)
         if self.tensor_cores:
-            symbol, tiles = "flash_attention_forward", _flash_forward_tiles(head, head_v)
+            extras = problem.mask is not None or problem.dropout > 0
+            symbol = "flash_attention_forward"
+            tiles = _flash_forward_tiles(head, head_v, extras=extras)
         else:
             symbol = "attention_forward"
             tiles = _plain_tiles(head, head_v, problem.query.dtype, backward=False)
@@ -317,7 +325,9 @@ class _Launcher:
         head, head_v = _widths(problem)
         if self.tensor_cores:
             symbol = "flash_attention_backward"
-            tiles = _flash_backward_tiles(head, head_v, keys=keys, first=first, second=second)
+            tiles = _flash_backward_tiles(
+                head, head_v, keys=keys, first=first, second=second, dropout=problem.dropout > 0
+            )
         else:
             symbol = "attention_backward"
             tiles = _plain_tiles(head, head_v, problem.query.dtype, backward=True, keys=keys)
@@ -355,14 +365,10 @@ def _backward(
         operands = (*_inputs_and_outputs(8, 3), Ref("input", 8), Ref("input", 9))
     grad_ref, shift, q, k, v, mask, result, log_sum, dq, dk, dv = operands[:11]
     delta = Ref("temporary", 0)
-    before = _present(
-        grad_ref, q, k, v, mask if problem.mask is not None else None, log_sum, delta
-    )
+    before = _present(grad_ref, q, k, v, mask if problem.mask is not None else None, log_sum, delta)
     after = tuple(operands[11:13]) if problem.dropout else ()
-    sums = launcher.delta(
-        grad, _present(grad_ref, result, shift if problem.shift else None, delta)
-    )
-    of_keys = (*before, dk, dv, *after)
+    sums = launcher.delta(grad, _present(grad_ref, result, shift if problem.shift else None, delta))
+    of_keys = _present(*before, dk, dv, *after)
     # Two wide sums do not fit the registers of a thread: one kernel each, which repeats a product.
     split = launcher.tensor_cores and max(_widths(problem)) > 128
     parts = [(True, False), (False, True)] if split else [(True, True)]
@@ -372,7 +378,7 @@ def _backward(
             launcher.backward(grad, gradients[1:], of_keys, keys=True, first=first, second=second)
             for first, second in parts
         ),
-        launcher.backward(grad, gradients[:1], (*before, dq, *after), keys=False),
+        launcher.backward(grad, gradients[:1], _present(*before, dq, *after), keys=False),
     )
     rows = math.prod(problem.query.shape[:3])
     return Lowering((), (rows * _wide(problem.query.dtype).itemsize,), calls=calls)
@@ -391,8 +397,8 @@ def flash_attention(
     ``operands``: in the problem's order (`AttentionProblem`); by default inputs and outputs of the
     ops `attention` and `attention_backward`, with seed and offset as the inputs behind. ``grad``:
     type of the gradient of the result (B, H, L, Ev), by default the result's. ``gradients``: types
-    of dq (B, H, L, E), dk (B, G or H, S, E) and dv (B, G or H, S, Ev), by default of q, k and v; with
-    H heads each query head has its own, with G the heads that share a key are summed in order.
+    of dq (B, H, L, E), dk (B, G or H, S, E) and dv (B, G or H, S, Ev), by default of q, k and v;
+    with H heads each query head has its own, with G the heads that share a key are summed in order.
     log_sum and shift are (B, H, L) contiguous, float32 (float64 for float64).
     Raises UnsupportedError where `takes` gives a reason.
     """

@@ -1,8 +1,8 @@
 // Attention, backward, in plain multiplications and additions; see attention_forward.cu for what it
 // serves and flash_attention_backward.cu for the mathematics. KEYS 1 gives dk and dv, KEYS 0 dq.
 //
-// Defined in front: what attention.cuh lists; KEYS; M_TILES, N_TILES of plain_tiles.cuh. Operands as
-// in flash_attention_backward.cu, with four strides each; log_sum and delta are Wide.
+// Defined in front: what attention.cuh lists; KEYS; M_TILES, N_TILES of plain_tiles.cuh. Operands
+// as in flash_attention_backward.cu, with four strides each; log_sum and delta are Wide.
 #include "plain_tiles.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS) attention_backward(
@@ -20,9 +20,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward(
     const i64* seed, const i64* offset,
 #endif
     i64 heads, i64 key_heads, i64 gradient_heads, i64 length, i64 key_length, i64 scale_bits,
-    i64 grad_batch, i64 grad_head, i64 grad_row, i64 grad_column, i64 q_batch, i64 q_head, i64 q_row,
-    i64 q_column, i64 k_batch, i64 k_head, i64 k_row, i64 k_column, i64 v_batch, i64 v_head,
-    i64 v_row, i64 v_column,
+    i64 grad_batch, i64 grad_head, i64 grad_row, i64 grad_column, i64 q_batch, i64 q_head,
+    i64 q_row, i64 q_column, i64 k_batch, i64 k_head, i64 k_row, i64 k_column, i64 v_batch,
+    i64 v_head, i64 v_row, i64 v_column,
 #if KEYS
     i64 dk_batch, i64 dk_head, i64 dk_row, i64 dk_column, i64 dv_batch, i64 dv_head, i64 dv_row,
     i64 dv_column
@@ -46,7 +46,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward(
   const int stream_end = (int)(KEYS ? length : key_length);
   const int tiles = (own_end + ROWS - 1) / ROWS;
   const int number = (int)(blockIdx.x / tiles), first = (int)(blockIdx.x % tiles) * ROWS;
-  const i64 owners = KEYS ? gradient_heads : heads, batch = number / owners, owner = number % owners;
+  const i64 owners = KEYS ? gradient_heads : heads;
+  const i64 batch = number / owners, owner = number % owners;
   const int group = (int)(heads / owners);  // query heads that this block sums over
   const i64 key_head = owner * group / (heads / key_heads);
   const Matrix keys{k + batch * k_batch + key_head * k_head, k_row, k_column};
@@ -94,7 +95,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward(
           const int query = KEYS ? x : y, key = KEYS ? y : x;
           Wide found = 0, slope = 0;
           if (scores.inside(query, key)) {
-            found = exponential(score_of(scores, tile[i][j], query, key) - log_sum[row_base + query]);
+            const Wide score = score_of(scores, tile[i][j], query, key);
+            found = exponential(score - log_sum[row_base + query]);
             Wide factor = 1;
 #if DROPOUT
             factor = dropout.keeps(query, key) ? gain : (Wide)0;

@@ -4,8 +4,8 @@
 // The same recurrence: a block owns ROWS queries of one head and streams keys and values by. Keys
 // and values of a tile follow each other in one place of shared memory.
 //
-// Defined in front: what attention.cuh lists, and M_TILES, N_TILES of plain_tiles.cuh. Operands as in
-// flash_attention_forward.cu, with four strides each; log_sum is Wide.
+// Defined in front: what attention.cuh lists, and M_TILES, N_TILES of plain_tiles.cuh. Operands as
+// in flash_attention_forward.cu, with four strides each; log_sum is Wide.
 #include "plain_tiles.cuh"
 
 constexpr int WIDEST = HEAD > HEAD_V ? HEAD : HEAD_V;

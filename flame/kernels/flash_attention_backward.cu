@@ -1,12 +1,13 @@
 // Attention, backward, on tensor cores, for 16-bit elements: with P, Z of attention.cuh and
 //   delta(i) = grad_i . result_i - shift(i)                       (attention_delta.cu)
 //   dS(i, j) = P(i, j) (Z(i, j) grad_i . v_j - delta(i))
-//   dq_i = scale sum_j dS(i, j) k_j;  dk_j = scale sum_i dS(i, j) q_i;  dv_j = sum_i P Z(i, j) grad_i
-// P is computed again from log_sum (Dao, "FlashAttention-2", 2023). One text makes two kernels, each
-// of which owns what it sums up, so the result does not depend on the order in which blocks run:
+//   dq_i = scale sum_j dS(i, j) k_j,  dk_j = scale sum_i dS(i, j) q_i,
+//   dv_j = sum_i P(i, j) Z(i, j) grad_i
+// P is computed again from log_sum (Dao, "FlashAttention-2", 2023). One text makes two kernels. A
+// block owns what it sums up, so the result does not depend on the order in which blocks run:
 //   KEYS 1: a block owns ROWS keys and streams queries by; gives dk and dv.
 //   KEYS 0: a block owns ROWS queries and streams keys by; gives dq.
-// In both, the tile that stays is the pair (own, own_v), the one that streams by (stream, stream_v):
+// The tile that stays is the pair (own, own_v), the one that streams by (stream, stream_v):
 // k, v and q, grad, or the other way round. With rows of the owner,
 //   P = exp(scale own stream^T - log_sum),  dS = P (Z own_v stream_v^T - delta),
 //   first += dS stream,  second += P Z stream_v (KEYS only).
@@ -18,8 +19,8 @@
 //
 // Defined in front: what attention.cuh lists; KEYS, FIRST and SECOND (1: compute dq or dk; dv),
 // WARPS, M_TILES, COLUMNS, BLOCKS. Operands: grad (B, H, L, Ev), q, k, v, [mask], log_sum and delta
-// (B, H, L) contiguous, dq or dk and dv, [seed, offset]; strides in elements, innermost 1. dk and dv
-// have as many heads as the keys or as the queries.
+// (B, H, L) contiguous, dq or dk and dv, [seed, offset]; strides in elements, innermost 1. dk and
+// dv have as many heads as the keys or as the queries.
 #include "flash_dropout.cuh"
 
 constexpr int THREADS = WARPS * 32;
@@ -31,7 +32,9 @@ constexpr int OWN_BYTES = tile_bytes(ROWS, HEAD);
 constexpr int OWN_V_BYTES = FIRST ? tile_bytes(ROWS, HEAD_V) : 0;
 constexpr int STREAM_BYTES = tile_bytes(COLUMNS, HEAD);
 constexpr int STREAM_V_BYTES = tile_bytes(COLUMNS, HEAD_V);
-constexpr int STAGE_BYTES = STREAM_BYTES + STREAM_V_BYTES + (KEYS ? 2 * COLUMNS * 4 : 0);
+constexpr int QUERY_BYTES = KEYS ? 2 * COLUMNS * 4 : 0;  // log_sum and delta of the columns
+constexpr int DRAWN_BYTES = KEYS && DROPOUT ? ROWS / 16 * COLUMNS * 2 : 0;
+constexpr int STAGE_BYTES = STREAM_BYTES + STREAM_V_BYTES + QUERY_BYTES + DRAWN_BYTES;
 constexpr bool ADDED = MASK == ELEMENT_MASK || MASK == FLOAT32_MASK;
 
 // log_sum and delta of the queries: of a thread's own rows, or of the columns in shared memory.
@@ -139,7 +142,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
   const int number = (int)(blockIdx.x / tiles), turn = (int)(blockIdx.x % tiles);
   // Causal: the longest first, which are the last queries, or the first keys.
   const int first = (CAUSAL && !KEYS ? tiles - 1 - turn : turn) * ROWS;
-  const i64 owners = KEYS ? gradient_heads : heads, batch = number / owners, owner = number % owners;
+  const i64 owners = KEYS ? gradient_heads : heads;
+  const i64 batch = number / owners, owner = number % owners;
   const int group = (int)(heads / owners);  // query heads that this block sums over
   const i64 first_head = owner * group, key_head = first_head / (heads / key_heads);
   const int own_row = (int)(threadIdx.x / 32) * M_TILES * 16, lane = (int)(threadIdx.x % 32);
@@ -160,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
   scores.column_step = mask_column;
 #endif
 #if DROPOUT
-  Dropout dropout = dropout_of(seed, offset, batch * heads + first_head, length, key_length,
+  const Dropout dropout = dropout_of(seed, offset, batch * heads + first_head, length, key_length,
                                threshold, gain_bits);
 #endif
 
@@ -170,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
   const int per_head = last > begin ? (last - begin + COLUMNS - 1) / COLUMNS : 0;
   const int passes = per_head * group;
 
-  // Starts to copy one pass's tiles.
+  // Starts to copy one pass's tiles, and draws what it drops.
   auto load_stage = [&](int pass) {
     unsigned char* stage = stages + pass % 2 * STAGE_BYTES;
     const int member = KEYS ? pass / per_head : 0;
@@ -190,6 +194,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
         copy_4(shared_address(stage + STREAM_BYTES + STREAM_V_BYTES + 4 * i),
                source + (valid ? place : 0), valid);
       }
+#if DROPOUT
+      Dropout own = dropout;
+      own.first += (u64)member * length * dropout.pitch;
+      draw_by_columns<ROWS, COLUMNS, THREADS>(
+          (u16*)(stage + STAGE_BYTES - DRAWN_BYTES), own, first, column);
+#endif
     }
     copy_commit();
   };
@@ -236,15 +246,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
 #endif
 
     float tile[M_TILES][N_TILES][4];
-    clear(tile);
     multiply_rows<HEAD>(tile, shared_address(memory), own_row, stream);
     probabilities(tile, scores, queries, first + own_row, column);
 #if DROPOUT
     KeepBits<M_TILES, N_TILES> bits;
     if (KEYS) {
-      Dropout own = dropout;
-      own.first += (u64)member * length * dropout.pitch;
-      bits.draw_by_columns(own, first + own_row, column);
+      bits.read_columns<ROWS>((const u16*)(stage + STAGE_BYTES - DRAWN_BYTES), own_row);
     } else {
       bits.draw_by_rows(dropout, first + own_row, column);
     }
@@ -263,7 +270,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
     }
     if (FIRST) {
       float slopes[M_TILES][N_TILES][4];
-      clear(slopes);
       multiply_rows<HEAD_V>(slopes, shared_address(own_v), own_row, stream_v);
 #if DROPOUT
       drop(slopes, bits, dropout.gain);

@@ -1,9 +1,9 @@
 // Tiles of attention on tensor cores, for 16-bit elements.
 //
 // A tile is ROWS rows of E elements in shared memory, padded to WIDTH, the next multiple of 32.
-// Rows are cut into chunks of 16 bytes, and chunk c of row r stands at chunk c ^ f(r) of it, with f
-// such that chunk c of 8 neighbouring rows lies in 8 different groups of 4 banks: neither copies nor
-// matrix loads meet a bank conflict. Columns E .. up to a multiple of 16 hold zeros.
+// Rows are cut into chunks of 16 bytes, and chunk c of row r stands at chunk c ^ f(r) of it, with
+// f such that chunk c of 8 neighbouring rows lies in 8 different groups of 4 banks: neither copies
+// nor matrix loads meet a bank conflict. Columns E .. up to a multiple of 16 hold zeros.
 //
 // A warp owns M_TILES x 16 rows of the tile that stays, and meets all columns of the tile that
 // streams by: accumulators are [M_TILES][columns / 8][4], see tensor_core.cuh for their layout.
@@ -11,7 +11,9 @@
 
 __host__ __device__ constexpr int padded_width(int width) { return (width + 31) / 32 * 32; }
 __host__ __device__ constexpr int steps_of_16(int width) { return (width + 15) / 16; }
-__host__ __device__ constexpr int tile_bytes(int rows, int width) { return rows * padded_width(width) * 2; }
+__host__ __device__ constexpr int tile_bytes(int rows, int width) {
+  return rows * padded_width(width) * 2;
+}
 
 // Byte offset of a chunk in a tile.
 template <int WIDTH>
@@ -35,29 +37,48 @@ __device__ __forceinline__ Rows rows_of(const u16* base, i64 step) {
   return Rows{base, step, fits_16_bytes(base, step)};
 }
 
+// A thread's share of an aligned tile. Where chunks divide the threads it keeps its column, and goes
+// from row to row by additions. WHOLE: no row is behind the end.
+template <int ROWS, int E, int THREADS, bool WHOLE>
+__device__ __forceinline__ void load_chunks(
+    SharedAddress target, const Rows& rows, int first, int end) {
+  constexpr int CHUNKS = E / 8, WIDTH = padded_width(E);
+  constexpr int PASSES = (ROWS * CHUNKS + THREADS - 1) / THREADS;
+  constexpr bool COLUMN_STAYS = THREADS % CHUNKS == 0;
+  constexpr int STEP = COLUMN_STAYS ? THREADS / CHUNKS : 1;  // rows
+  const int start = thread_anew();
+  const u16* source =
+      rows.base + (i64)(first + start / CHUNKS) * rows.step + start % CHUNKS * 8;
+#pragma unroll
+  for (int i = 0; i < PASSES; ++i) {
+    const int number = i * THREADS + start;
+    const int row = COLUMN_STAYS ? start / CHUNKS + i * STEP : number / CHUNKS;
+    const int chunk = COLUMN_STAYS ? start % CHUNKS : number % CHUNKS;
+    if (!COLUMN_STAYS) source = rows.base + (i64)(first + row) * rows.step + chunk * 8;
+    if (ROWS * CHUNKS % THREADS == 0 || row < ROWS) {
+      const SharedAddress place = target + chunk_offset<WIDTH>(row, chunk);
+      if (WHOLE) copy_16(place, source);
+      else copy_16(place, source, first + row < end);
+    }
+    if (COLUMN_STAYS) source += STEP * rows.step;
+  }
+}
+
 // Starts to copy rows first .. first + ROWS into a tile, zeros from row `end` on. Complete after
 // copy_wait and a barrier.
 template <int ROWS, int E, int THREADS>
-__device__ __forceinline__ void load_tile(unsigned char* tile, const Rows& rows, int first, int end) {
-  constexpr int CHUNKS = E / 8, WIDTH = padded_width(E);
-  const SharedAddress target = shared_address(tile);
-  if (rows.aligned) {
-#pragma unroll
-    for (int i = 0; i < (ROWS * CHUNKS + THREADS - 1) / THREADS; ++i) {
-      const int number = i * THREADS + (int)threadIdx.x;
-      const int row = number / CHUNKS, chunk = number % CHUNKS;
-      if (ROWS * CHUNKS % THREADS == 0 || row < ROWS) {
-        const bool valid = first + row < end;
-        const u16* source = rows.base + (valid ? (first + row) * rows.step + chunk * 8 : 0);
-        copy_16(target + chunk_offset<WIDTH>(row, chunk), source, valid);
-      }
-    }
+__device__ __forceinline__ void load_tile(
+    unsigned char* tile, const Rows& rows, int first, int end) {
+  if (rows.aligned && first + ROWS <= end) {
+    load_chunks<ROWS, E, THREADS, true>(shared_address(tile), rows, first, end);
+  } else if (rows.aligned) {
+    load_chunks<ROWS, E, THREADS, false>(shared_address(tile), rows, first, end);
   } else {
 #pragma unroll 1
-    for (int number = (int)threadIdx.x; number < ROWS * E; number += THREADS) {
+    for (int number = thread_anew(); number < ROWS * E; number += THREADS) {
       const int row = number / E, column = number % E;
-      u16* place = (u16*)(tile + chunk_offset<WIDTH>(row, column / 8)) + column % 8;
-      *place = first + row < end ? rows.base[(first + row) * rows.step + column] : (u16)0;
+      u16* place = (u16*)(tile + chunk_offset<padded_width(E)>(row, column / 8)) + column % 8;
+      *place = first + row < end ? rows.base[(i64)(first + row) * rows.step + column] : (u16)0;
     }
   }
 }
@@ -73,27 +94,41 @@ __device__ __forceinline__ void clear_padding(unsigned char* tile) {
   }
 }
 
-// Rows row .. row + 15, columns 16 step .. of a tile, as A.
+// A lane's address of chunk `half` (0 or 1) of a row of a tile; `moved` leads from there to other
+// steps of 16 columns and other multiples of 16 rows, by constants: tiles are aligned to 128
+// bytes.
 template <int E>
-__device__ __forceinline__ void load_a(u32 (&a)[4], SharedAddress tile, int row, int step) {
-  const int lane = (int)(threadIdx.x % 32);
-  load_matrices(a, tile + chunk_offset<padded_width(E)>(row + lane % 16, 2 * step + lane / 16));
+__device__ __forceinline__ SharedAddress lane_start(SharedAddress tile, int row, int half) {
+  return tile + chunk_offset<padded_width(E)>(row, half);
 }
 
-// As B, the transpose of rows row .. row + 15, columns 16 step ..: two tiles of 8 of its columns.
 template <int E>
-__device__ __forceinline__ void load_b_of_rows(u32 (&b)[4], SharedAddress tile, int row, int step) {
-  const int lane = (int)(threadIdx.x % 32);
-  const int place = row + lane / 16 * 8 + lane % 8;
-  load_matrices(b, tile + chunk_offset<padded_width(E)>(place, 2 * step + lane / 8 % 2));
+__device__ __forceinline__ SharedAddress moved(SharedAddress start, int row, int step) {
+  constexpr int TURNED = padded_width(E) % 64 ? 3 : 7;  // bits of a chunk's number that turn
+  const int kept = 2 * step & ~TURNED, turned = 2 * step & TURNED;
+  return (SharedAddress)((AddressBits)start ^ (AddressBits)(turned << 4)) + (kept << 4) +
+         row * padded_width(E) * 2;
 }
 
-// As B, rows row .. row + 15 themselves, columns 16 step ..: two tiles of 8 columns.
+// Rows row .. row + 15 of a tile, as A.
 template <int E>
-__device__ __forceinline__ void load_b(u32 (&b)[4], SharedAddress tile, int row, int step) {
+__device__ __forceinline__ SharedAddress start_of_a(SharedAddress tile, int row) {
   const int lane = (int)(threadIdx.x % 32);
-  load_matrices_transposed(
-      b, tile + chunk_offset<padded_width(E)>(row + lane % 16, 2 * step + lane / 16));
+  return lane_start<E>(tile, row + lane % 16, lane / 16);
+}
+
+// The transpose of 16 rows of a tile, as two B of 8 of its columns.
+template <int E>
+__device__ __forceinline__ SharedAddress start_of_rows(SharedAddress tile) {
+  const int lane = (int)(threadIdx.x % 32);
+  return lane_start<E>(tile, lane / 16 * 8 + lane % 8, lane / 8 % 2);
+}
+
+// 16 rows of a tile, as two B of 8 columns: to be loaded transposed.
+template <int E>
+__device__ __forceinline__ SharedAddress start_of_columns(SharedAddress tile) {
+  const int lane = (int)(threadIdx.x % 32);
+  return lane_start<E>(tile, lane % 16, lane / 16);
 }
 
 template <int M, int N>
@@ -106,23 +141,31 @@ __device__ __forceinline__ void clear(float (&sums)[M][N][4]) {
       for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.0f;
 }
 
-// sums (rows, columns) += own (rows from `row` on, E) stream (columns, E)^T.
+// One step of a sum of products, which the first begins.
+__device__ __forceinline__ void multiply_step(
+    float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1, int step) {
+  if (step == 0) multiply<true>(sums, a, b0, b1);
+  else multiply(sums, a, b0, b1);
+}
+
+// sums (rows, columns) = own (rows from `row` on, E) stream (columns, E)^T.
 template <int E, int M, int N>
 __device__ __forceinline__ void multiply_rows(
     float (&sums)[M][N][4], SharedAddress own, int row, SharedAddress stream) {
+  const SharedAddress a_start = start_of_a<E>(own, row), b_start = start_of_rows<E>(stream);
 #pragma unroll
   for (int step = 0; step < steps_of_16(E); ++step) {
     u32 a[M][4];
 #pragma unroll
-    for (int m = 0; m < M; ++m) load_a<E>(a[m], own, row + 16 * m, step);
+    for (int m = 0; m < M; ++m) load_matrices(a[m], moved<E>(a_start, 16 * m, step));
 #pragma unroll
     for (int n = 0; n < N / 2; ++n) {
       u32 b[4];
-      load_b_of_rows<E>(b, stream, 16 * n, step);
+      load_matrices(b, moved<E>(b_start, 16 * n, step));
 #pragma unroll
       for (int m = 0; m < M; ++m) {
-        multiply(sums[m][2 * n], a[m], b[0], b[1]);
-        multiply(sums[m][2 * n + 1], a[m], b[2], b[3]);
+        multiply_step(sums[m][2 * n], a[m], b[0], b[1], step);
+        multiply_step(sums[m][2 * n + 1], a[m], b[2], b[3], step);
       }
     }
   }
@@ -134,6 +177,7 @@ __device__ __forceinline__ void multiply_columns(
     float (&sums)[M][E_TILES][4], const float (&weights)[M][N][4],
     SharedAddress stream) {
   static_assert(E_TILES == 2 * steps_of_16(E), "accumulators cover the padded width");
+  const SharedAddress start = start_of_columns<E>(stream);
 #pragma unroll
   for (int step = 0; step < N / 2; ++step) {
     u32 a[M][4];
@@ -148,7 +192,7 @@ __device__ __forceinline__ void multiply_columns(
 #pragma unroll
     for (int n = 0; n < E_TILES / 2; ++n) {
       u32 b[4];
-      load_b<E>(b, stream, 16 * step, n);
+      load_matrices_transposed(b, moved<E>(start, 16 * step, n));
 #pragma unroll
       for (int m = 0; m < M; ++m) {
         multiply(sums[m][2 * n], a[m], b[0], b[1]);

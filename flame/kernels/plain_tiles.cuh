@@ -1,8 +1,8 @@
 // Tiles of attention in plain multiplications and additions: any element type, any strides.
 //
 // A block is 16 x 16 threads; thread (y, x) owns rows y + 16 i and columns x + 16 j of the block's
-// (16 M, 16 N) scores. Tiles in shared memory are rows of Wide numbers with one more column, so that
-// a column of 16 rows, which the threads x read at once, lies in different banks.
+// (16 M, 16 N) scores. Tiles in shared memory are rows of Wide numbers with one more column, so
+// that a column of 16 rows, which the threads x read at once, lies in different banks.
 #include "attention.cuh"
 
 constexpr int THREADS = 256;

@@ -23,6 +23,8 @@ from flame.ops.joining import cat
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types, constant
 from flame.ops.shapes import reshape, slice_dim, wrap_dim
 from flame.ops.slicing import diagonal
+from flame.ops.sorting import same_numbers
+from flame.ops.sorting_cuda import lower_isin
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -129,6 +131,10 @@ def unravel_index(indices: Tensor, shape: Any) -> tuple[Tensor, ...]:
 
 def nonzero_static(input: Tensor, *, size: int, fill_value: int = -1) -> Tensor:
     """The first ``size`` rows of `nonzero`, filled up with ``fill_value``."""
+    if input.is_cuda:
+        from flame.ops.compaction import places
+
+        return places(input, size, fill_value)
     found = np.argwhere(input.detach().numpy())[:size]
     made = np.full((size, input.ndim), fill_value, np.int64)
     made[: len(found)] = found
@@ -164,6 +170,7 @@ _isin = Op(
     inputs=("x", "tests"),
     infer=_infer_isin,
     lower=_lower_isin,
+    lower_cuda=lower_isin,
     vjp=NOT_DIFFERENTIABLE,
     reference=_members,
     samples=[
@@ -176,6 +183,11 @@ def isin(
     elements: Any, test_elements: Any, *, assume_unique: bool = False, invert: bool = False
 ) -> Tensor:
     """Whether each element is among ``test_elements``."""
-    x, tests = (e.detach() if is_tensor(e) else constant(e) for e in (elements, test_elements))
+    device = next((e.device for e in (elements, test_elements) if is_tensor(e)), None)
+    x, tests = (
+        e.detach() if is_tensor(e) else constant(e, device=device)
+        for e in (elements, test_elements)
+    )  # fmt: skip
+    x, tests = same_numbers(x, reshape(tests, (-1,)))
     result: Tensor = _isin(x, tests, invert=bool(invert))
     return result

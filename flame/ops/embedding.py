@@ -127,7 +127,7 @@ def one_hot(input: Tensor, num_classes: int = -1) -> Tensor:
     if num_classes == -1:
         if not input.numel():
             raise ArgumentError("one_hot: an empty tensor does not say how many classes there are")
-        num_classes = int(input.numpy().max()) + 1
+        num_classes = int(input.max().item()) + 1
     shape = (*input.shape, num_classes)
     index = unsqueeze(input, -1)
     ones = expand(full((), 1, device=index.device), index.shape)

@@ -24,6 +24,7 @@ from flame.ops.conversion import convert
 from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import by_stride, coalesce
 from flame.ops.op import Arg, Op, Sample, Types, Vjp
+from flame.ops.scans_cuda import ADD, LAST_EXTREME, LOG_ADD_EXP, MULTIPLY, RECURRENCE, lower_scan
 from flame.ops.shapes import reshape, slice_dim, wrap_dim
 
 if TYPE_CHECKING:
@@ -110,6 +111,25 @@ def _folding(name: str, combine: str) -> Callable[..., Lowering]:
     return lower
 
 
+def _on_gpu(operation: int, generic: Callable[..., Lowering]) -> Callable[..., Lowering]:
+    """The lowering of a scan on a GPU; ``generic``: that of the CPU."""
+
+    def lower(
+        types: Types, outputs: tuple[TensorType, ...], *, dim: int, reverse: bool = False,
+        **attributes: Any,
+    ) -> Lowering:  # fmt: skip
+        def slow() -> Lowering:
+            given = attributes or {"reverse": reverse}
+            return generic(types, outputs, dim=dim, **given)
+
+        return lower_scan(
+            operation, types, outputs, dim, slow, reverse=reverse,
+            largest=attributes.get("largest", False),
+        )  # fmt: skip
+
+    return lower
+
+
 def _wide(v: Value) -> Value:
     return cast(v, compute_dtype(v.dtype))
 
@@ -131,8 +151,10 @@ def _running(function: Any) -> Callable[..., Any]:
 
 
 def _op(name: str, combine: str, vjp: Vjp, function: Any) -> Op:
+    lower = _folding(name, combine)
     return Op(
-        name, inputs=("x",), infer=_infer, lower=_folding(name, combine), vjp=vjp,
+        name, inputs=("x",), infer=_infer, lower=lower, vjp=vjp,
+        lower_cuda=_on_gpu({"add": ADD, "mul": MULTIPLY}[combine], lower),
         reference=_running(function),
         samples=[*_samples(reverse=False), *_samples(reverse=True)[:3]], autocast="float32",
     )  # fmt: skip
@@ -190,6 +212,7 @@ def _recurrence_reference(x: Any, factor: Any, *, dim: int, reverse: bool) -> An
 recurrence: Op = Op(
     # y[i] = x[i] + factor[i] * y[i - 1] along dim (i + 1 where reversed), starting from 0
     "recurrence", inputs=("x", "factor"), infer=_infer_recurrence, lower=_lower_recurrence,
+    lower_cuda=_on_gpu(RECURRENCE, _lower_recurrence),
     vjp=(
         lambda g, factor, dim, reverse: recurrence(
             g, _neighbours(factor, dim, later=not reverse, fill=0), dim=dim, reverse=not reverse
@@ -254,8 +277,11 @@ def _logcumsumexp_gradient(g: Any, out: Any, x: Any, dim: int, reverse: bool) ->
 
 _logcumsumexp = Op(
     "logcumsumexp", inputs=("x",),
-    infer=lambda types, *, dim, reverse=False: tensor_type(types[0].dtype, types[0].shape),
-    lower=_lower_logcumsumexp, vjp=(_logcumsumexp_gradient,),
+    infer=lambda types, *, dim, reverse=False: tensor_type(
+        types[0].dtype, types[0].shape, None, types[0].device
+    ),
+    lower=_lower_logcumsumexp, lower_cuda=_on_gpu(LOG_ADD_EXP, _lower_logcumsumexp),
+    vjp=(_logcumsumexp_gradient,),
     reference=_running(lambda x, dim: np.logaddexp.accumulate(x, dim) if x.size else x),
     samples=[*_samples(reverse=False), *_samples(reverse=True)[:2]],
 )  # fmt: skip
@@ -305,6 +331,7 @@ def _extreme_reference(x: Any, *, dim: int, largest: bool) -> Any:
 
 _extreme = Op(
     "running_extreme", inputs=("x",), infer=_infer_extreme, lower=_lower_extreme,
+    lower_cuda=_on_gpu(LAST_EXTREME, _lower_extreme),
     vjp=(_extreme_gradient,), reference=_extreme_reference,
     samples=[Sample((Arg(shape, distinct=True),), {"dim": dim, "largest": largest})
              for largest in (True, False)

@@ -34,7 +34,13 @@ from flame.kernel.values import Register
 from flame.render import cuda_instructions as instructions
 from flame.render.cuda_barriers import barriers, writes_of
 from flame.render.cuda_frame import frame
-from flame.render.cuda_geometry import geometry_of, grid_of, scratch_bytes, without
+from flame.render.cuda_geometry import (
+    SHARED_BYTES,
+    geometry_of,
+    grid_of,
+    scratch_bytes,
+    without,
+)
 from flame.render.cuda_held import Held, held_of
 from flame.render.cuda_index import carried, operands, walk
 from flame.render.cuda_values import Scope
@@ -54,18 +60,23 @@ def render(
         geometry = geometry_of(bound, by_pointer=by_pointer)
     held = held_of(bound.kernel) if geometry.held else None
     kernel = bound.kernel if held is None else without(bound.kernel, held)
+    private = scratch_bytes(kernel) * geometry.teams
+    if geometry.shared and private > SHARED_BYTES:
+        raise CompileError(
+            f"kernel {kernel.name}: {private} bytes of scratch memory for {geometry.teams} teams "
+            f"are more than the {SHARED_BYTES} of shared memory; use device memory instead"
+        )
     body = Renderer(kernel, geometry, held).text()
     digest = hashlib.sha256(body.encode()).hexdigest()[:20]
     symbol = f"flame_{re.sub(r'[^0-9A-Za-z_]', '_', bound.kernel.name)}_{digest}"
     blocks = grid_of(geometry, kernel, bound.extent)
-    private = 0 if geometry.shared else scratch_bytes(kernel) * geometry.teams * blocks
     return KernelLaunch(
         body.replace("@SYMBOL", symbol),
         symbol,
         (blocks, 1, 1),
         (geometry.block, 1, 1),
         shared=0,
-        scratch=private,
+        scratch=0 if geometry.shared else private * blocks,
     )
 
 

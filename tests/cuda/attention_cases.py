@@ -1,4 +1,4 @@
-"""Problems of attention with their operands, their meaning in float64, and what the kernels give."""
+"""Problems of attention with their operands, and their meaning in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flame.core.dtypes import DType
 from flame.core.types import TensorType, tensor_type
 from flame.kernel.builder import BoundSource, Lowering
 from flame.kernel.library import AttentionProblem
-from flame.kernels.attention import flash_attention
+from flame.kernels.attention import HOPPER_SHARED, flash_attention
 from flame.ops.attention import references
 from flame.ops.philox import reference_shared
 
@@ -32,7 +32,7 @@ Launcher = Callable[[BoundSource, Sequence[Array | None]], None]
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a problem; ``gap``: elements between rows, ``rows_first``: (B, L, H, E) in memory."""
+    """Sizes of a problem. gap: elements between rows; rows_first: (B, L, H, E) in memory."""
 
     batch: int
     heads: int
@@ -50,6 +50,7 @@ class Case:
     gap: int = 0
     rows_first: bool = False
     shift: bool = True
+    shared_limit: int = HOPPER_SHARED
 
     def __str__(self) -> str:
         sizes = "x".join(
@@ -113,9 +114,12 @@ class Run:
     def lowering(self, *, backward: bool) -> Lowering:
         problem = self.problem(backward=backward)
         if not backward:
-            return flash_attention(problem)
+            return flash_attention(problem, shared_limit=self.case.shared_limit)
         gradients = [type_of(d) for d in self.gradients]
-        return flash_attention(problem, grad=type_of(self.grad), gradients=gradients)
+        return flash_attention(
+            problem, grad=type_of(self.grad), gradients=gradients,
+            shared_limit=self.case.shared_limit,
+        )  # fmt: skip
 
     def forward(self, launch: Launcher) -> None:
         inputs = (self.query, self.key, self.value, self.mask, self.seed, self.offset)

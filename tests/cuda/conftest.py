@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from flame.ops.op import interpreter
 from flame.runtime.cuda.driver import install_driver
 
 from .emulation import EmulatedDriver
@@ -29,3 +30,13 @@ def make_emulated_cuda() -> Iterator[Callable[..., EmulatedDriver]]:
 def emulated_cuda(make_emulated_cuda: Callable[..., EmulatedDriver]) -> EmulatedDriver:
     """One emulated device of a GiB, as the driver of this process."""
     return make_emulated_cuda()
+
+
+@pytest.fixture(scope="module")
+def eager_cuda() -> Iterator[None]:
+    """One emulated device for the eager calls of a module: their plans hold on to the driver."""
+    before = install_driver(EmulatedDriver())
+    interpreter().plans.clear()
+    yield
+    interpreter().plans.clear()
+    install_driver(before)

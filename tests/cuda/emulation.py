@@ -284,6 +284,15 @@ class EmulatedDriver:
                 raise CompileError(f"{name}: {error}") from None
         return found
 
+    def compile_together(
+        self, texts: Sequence[str], name: str, capability: tuple[int, int]
+    ) -> bytes:
+        """One library of several texts, each in a namespace of its own."""
+        if not all(text in self.images for text in texts):
+            return build(texts).read_bytes()
+        images = {self.images[text] for text in texts}
+        return images.pop() if len(images) == 1 else build(texts).read_bytes()
+
     def precompile(self, texts: Sequence[str]) -> None:
         """Compile many texts by one call of g++: `compile` then has them."""
         distinct = list(dict.fromkeys(t for t in texts if t not in self.images))

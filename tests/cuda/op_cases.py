@@ -6,7 +6,7 @@ import ctypes
 import importlib
 import pkgutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ from flame.core.dtypes import DType
 from flame.core.types import TensorType
 from flame.graph import one_op
 from flame.kernel.builder import BoundKernel, Lowering
-from flame.kernel.geometry import KernelLaunch
+from flame.kernel.geometry import Geometry, KernelLaunch
 from flame.kernel.program import Gemm, SplitProduct
 from flame.ops.op import OPS, Op, Sample
 from flame.ops.views import ViewOp
 from flame.render.cuda import render
+from flame.render.cuda_geometry import SHARED_BYTES, scratch_bytes
 from flame.render.cuda_index import walk
 from flame.tensor import Tensor
 from flame.testing import LAYOUTS, dtypes_of, make_inputs
@@ -33,6 +34,15 @@ from .host_compiler import HostLibrary
 for module in pkgutil.walk_packages(flame.ops.__path__, "flame.ops."):
     importlib.import_module(module.name)
 
+# Every geometry is right for every kernel. None: the one that the sizes suggest.
+GEOMETRIES = (
+    None,
+    Geometry(32, 64),
+    Geometry(128, 128),
+    Geometry(4, 64, wide=True),
+    Geometry(64, 64, shared=False, by_pointer=True),
+    Geometry(1, 32),
+)
 GUARD = 64  # bytes around what a kernel writes
 POISON = 0xFF
 
@@ -45,13 +55,14 @@ class Case:
     sample: Sample
     dtype: DType
     layout: str
+    geometry: Geometry | None
     outputs: tuple[TensorType, ...]
     lowering: Lowering
     launches: tuple[KernelLaunch | None, ...]  # None: nothing to do
 
     @property
     def label(self) -> str:
-        return f"{self.op.name} {self.dtype.name} {self.layout}"
+        return f"{self.op.name} {self.dtype.name} {self.layout} {self.geometry or ''}"
 
     @property
     def texts(self) -> list[str]:
@@ -68,27 +79,31 @@ def is_for_cpu_alone(bound: BoundKernel) -> bool:
     return any(isinstance(s, (Gemm, SplitProduct)) for s in walk(bound.kernel.body.body))
 
 
-def choices(op: Op, *, thorough: bool) -> Iterator[tuple[Sample, DType, str]]:
-    """Samples with dtypes and layouts: all dtypes of the first sample, one of each later one."""
+def choices(op: Op) -> Iterator[tuple[Sample, DType, str]]:
+    """Samples with dtypes and layouts: three dtypes of the first sample, one of each later one, so
+    that all dtypes and layouts come up over the table."""
     for number, sample in enumerate(op.samples):
-        dtypes = dtypes_of(sample)
-        if thorough:
-            yield from ((sample, d, layout) for d in dtypes for layout in LAYOUTS)
-        elif number == 0:
-            yield from ((sample, d, "contiguous") for d in dtypes)
-            yield sample, dtypes[0], LAYOUTS[1 + len(op.name) % 4]
+        dtypes, turn = dtypes_of(sample), number + len(op.name)
+        if number == 0:
+            few = dict.fromkeys((dtypes[0], dtypes[turn % len(dtypes)], dtypes[-1]))
+            yield from ((sample, d, "contiguous") for d in few)
+            yield sample, dtypes[0], LAYOUTS[1 + turn % 4]
         else:
-            dtype = dtypes[(number + len(op.name)) % len(dtypes)]
-            yield sample, dtype, LAYOUTS[(number + len(op.name)) % len(LAYOUTS)]
+            yield sample, dtypes[turn % len(dtypes)], LAYOUTS[turn % len(LAYOUTS)]
 
 
-def cases_of(op: Op, *, thorough: bool = False) -> list[Case]:
+def cases_of(op: Op) -> list[Case]:
     """The cases of an op, for those samples whose kernels run on a GPU."""
-    made = (make_case(op, *choice) for choice in choices(op, thorough=thorough))
+    made = (
+        make_case(op, *choice, GEOMETRIES[(number + len(op.name)) % len(GEOMETRIES)])
+        for number, choice in enumerate(choices(op))
+    )
     return [case for case in made if case is not None]
 
 
-def make_case(op: Op, sample: Sample, dtype: DType, layout: str) -> Case | None:
+def make_case(
+    op: Op, sample: Sample, dtype: DType, layout: str, geometry: Geometry | None
+) -> Case | None:
     operands, _ = make_inputs(sample, dtype, layout=layout)
     types = tuple(_type_of(x) for x in operands)
     if unreadable(op, types):  # such operands are copied before the op sees them
@@ -98,8 +113,14 @@ def make_case(op: Op, sample: Sample, dtype: DType, layout: str) -> Case | None:
     lowering = lower(graph, outputs)
     if lowering.host is not None or any(is_for_cpu_alone(b) for b in lowering.kernels):
         return None
-    launches = tuple(render(b) if b.extent else None for b in lowering.kernels)
-    return Case(op, sample, dtype, layout, outputs, lowering, launches)
+    if geometry is not None and any(not _fits(b, geometry) for b in lowering.kernels):
+        geometry = replace(geometry, shared=False)
+    launches = tuple(render(b, geometry) if b.extent else None for b in lowering.kernels)
+    return Case(op, sample, dtype, layout, geometry, outputs, lowering, launches)
+
+
+def _fits(bound: BoundKernel, geometry: Geometry) -> bool:
+    return scratch_bytes(bound.kernel) * geometry.teams <= SHARED_BYTES
 
 
 def _type_of(x: Any) -> Any:
@@ -134,9 +155,15 @@ def execute(case: Case, library: HostLibrary, *, descending: bool = False) -> li
         if launch is None:
             continue
         words: list[Any] = []
+        kept: list[Any] = []  # numbers that words point to
         for ref in bound.operands:
             if ref.role == "input":
-                words.append(_word(operands[ref.position]))
+                word = _word(operands[ref.position])
+                kept.append(word)
+                number = isinstance(operands[ref.position], (bool, int, float))
+                if number and case.geometry is not None and case.geometry.by_pointer:
+                    word = ctypes.c_int64(ctypes.addressof(word))
+                words.append(word)
             elif ref.role == "output":
                 words.append(ctypes.c_int64(outputs[ref.position].pointer))
             elif ref.role == "temporary":
@@ -165,6 +192,18 @@ def run_words(
         launch.symbol, launch.grid, launch.block, launch.shared, ctypes.addressof(addresses),
         descending=descending,
     )  # fmt: skip
+
+
+def run_bound(
+    launch: KernelLaunch, bound: BoundKernel, *arrays: Any, library: HostLibrary | None = None,
+    descending: bool = False,
+) -> None:  # fmt: skip
+    """Run a kernel on arrays in the order of its operands."""
+    words = [ctypes.c_int64(a.ctypes.data) for a in arrays]
+    scratch = np.full(max(launch.scratch, 1), 0xFF, np.uint8)
+    words += [ctypes.c_int64(scratch.ctypes.data)] if launch.scratch else []
+    words += [ctypes.c_int64(n) for n in (*bound.sizes, bound.extent)]
+    run_words(library or HostLibrary.of([launch.text]), launch, words, descending=descending)
 
 
 def _word(x: Any) -> Any:

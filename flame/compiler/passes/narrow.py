@@ -1,8 +1,8 @@
 """Kernels that compute half-width floats in float32 read them as they are, not as widened copies.
 
 Mixed precision converts operands of norms, softmax and losses to float32, as PyTorch does. Their
-kernels widen every element that they load anyway (`Op.widens`), so the copy is memory traffic alone.
-Results keep the dtype that they had. Runs after the passes that ask ops for their results' types.
+kernels widen every element that they load anyway (`Op.widens`), so the copy would be memory traffic
+alone. Results keep their dtype. Runs after the passes that ask ops for the types of results.
 """
 
 from __future__ import annotations

@@ -112,6 +112,11 @@ class Driver(Protocol):
         """Machine code of CUDA C++ text. Raises CompileError with the compiler's words and the
         lines around the fault. Several threads may call it at once."""
 
+    def compile_together(
+        self, texts: Sequence[str], name: str, capability: tuple[int, int]
+    ) -> bytes:
+        """As `compile`, one image of several texts, whose kernels have different names."""
+
     def compiler_identity(self) -> str:
         """Changes whenever `compile` might give something else for the same text."""
 
@@ -147,7 +152,7 @@ class Driver(Protocol):
 
 class Lifetime:
     """Whether handles of drivers are still good: not while the interpreter exits, whose end gives
-    everything back, and not in a process that was forked."""
+    everything back, not in a process that was forked, and not after a kernel broke the context."""
 
     over = False
 

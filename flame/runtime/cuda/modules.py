@@ -3,8 +3,8 @@ ends; modules are never unloaded.
 
 Machine code depends on text, compiler and compute capability, so it is shared by devices and kept
 on disk; modules and functions belong to one device. Texts that are compiled together are joined
-into few programs, as NVRTC takes as long to begin as to compile a few kernels: each stands in a
-namespace of its own, and the disk holds an entry for each text that names the joint one.
+into few programs, as NVRTC takes as long to begin as to compile a few kernels; the disk then holds
+an entry for each text that names the joint one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ _JOINT: Final = "joint"  # marks an entry that names another one
 
 Request = tuple[str, str, int]  # text, symbol, bytes of dynamic shared memory
 
-_INCLUDE = re.compile(r"^\s*#\s*include\b.*$", re.MULTILINE)
 _DIRECTIVE = re.compile(r"^\s*#\s*(?!include\b|pragma\b)", re.MULTILINE)
 
 
@@ -137,7 +136,7 @@ class Modules:
         texts = [text for text, _ in group]
         if len(group) > 1:
             try:
-                return [(texts, self.driver.compile(join(texts), group[0][1], capability))]
+                return [(texts, self.driver.compile_together(texts, group[0][1], capability))]
             except CompileError as error:
                 # Either a text is wrong, which the next lines tell in its own words, or texts do
                 # not go together, which costs time alone.
@@ -167,16 +166,6 @@ class Modules:
     def _key(self, capability: tuple[int, int], text: str) -> str:
         identity = self.driver.compiler_identity()
         return _digest(str(FORMAT_VERSION), identity, f"{capability[0]}.{capability[1]}", text)
-
-
-def join(texts: Sequence[str]) -> str:
-    """One text that defines what all texts define, each in a namespace of its own."""
-    includes = dict.fromkeys(line.strip() for text in texts for line in _INCLUDE.findall(text))
-    parts = [
-        f"namespace flame_text_{number} {{\n{_INCLUDE.sub('', text)}\n}}"
-        for number, text in enumerate(texts)
-    ]
-    return "\n".join((*includes, *parts)) + "\n"
 
 
 def joined_groups(texts: Sequence[tuple[str, str]], threads: int) -> list[list[tuple[str, str]]]:

@@ -10,18 +10,37 @@ from __future__ import annotations
 import importlib
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from flame.core.errors import CudaError, DeviceError, OutOfMemoryError
 from flame.kernel.library import Problem
 from flame.runtime.cuda import nvrtc
-from flame.runtime.cuda.driver import DeviceProperties, Dim, Prepared
+from flame.runtime.cuda.driver import DeviceProperties, Dim, Lifetime, Prepared
 from flame.runtime.cuda.packages import bindings
 
 MINIMUM_CAPABILITY: Final = (8, 0)
 MINIMUM_DRIVER: Final = 13000  # of CUDA 13, as cuDriverGetVersion counts
 STATIC_SHARED_LIMIT: Final = 48 << 10  # bytes a kernel may ask for without saying so before
+
+# Statuses after which every call of the process fails.
+_BROKEN: Final = frozenset(
+    f"CUDA_ERROR_{name}"
+    for name in (
+        "ILLEGAL_ADDRESS",
+        "MISALIGNED_ADDRESS",
+        "LAUNCH_FAILED",
+        "LAUNCH_TIMEOUT",
+        "ILLEGAL_INSTRUCTION",
+        "INVALID_ADDRESS_SPACE",
+        "INVALID_PC",
+        "HARDWARE_STACK_ERROR",
+        "ECC_UNCORRECTABLE",
+        "ASSERT",
+        "CONTAINED",
+    )
+)
 
 # What to do about statuses that mean more than a call that was wrong.
 _HINTS: Final = {
@@ -126,6 +145,8 @@ class NvidiaDriver:
         words = described[1].decode() if not described[0] and described[1] else "no description"
         if name == "CUDA_ERROR_OUT_OF_MEMORY":
             raise OutOfMemoryError(f"{call}: {name} ({words})")
+        if name in _BROKEN:
+            Lifetime.over = True  # nothing can be freed, and what tried would hide this error
         hint = _HINTS.get(name)
         raise CudaError(f"{call}: {name} ({words})" + (f": {hint}" if hint else ""))
 
@@ -370,6 +391,11 @@ class NvidiaDriver:
 
     def compile(self, text: str, name: str, capability: tuple[int, int]) -> bytes:
         return nvrtc.compile_text(text, name, capability)
+
+    def compile_together(
+        self, texts: Sequence[str], name: str, capability: tuple[int, int]
+    ) -> bytes:
+        return nvrtc.compile_text(nvrtc.join(texts), name, capability)
 
     def compiler_identity(self) -> str:
         return nvrtc.identity()

@@ -24,6 +24,7 @@ from flame.runtime.cuda.packages import (
 _OPTIONS = ("--std=c++17", "--fmad=false")
 _MARK = "// nvrtc:"
 _SHOWN_LINES = 3  # before and after a fault
+_INCLUDE = re.compile(r"^\s*#\s*include\b.*$", re.MULTILINE)
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -55,6 +56,8 @@ def compile_text(text: str, name: str, capability: tuple[int, int]) -> bytes:
     arch = architecture(capability)
     options = [f"--gpu-architecture={arch}", *_OPTIONS, *text_options(text)]
     options += [f"--include-path={path}" for path in include_directories()]
+    if text.startswith(_MARK):
+        text = text.partition("\n")[2]  # so that lines are counted as their author does
     file = f"{name}.cu"
     program = _value(
         calling(nvrtc.nvrtcCreateProgram, text.encode(), file.encode(), 0, [], []), name
@@ -72,6 +75,16 @@ def compile_text(text: str, name: str, capability: tuple[int, int]) -> bytes:
         return image
     finally:
         nvrtc.nvrtcDestroyProgram(program)
+
+
+def join(texts: Sequence[str]) -> str:
+    """One text that defines what all texts define, each in a namespace of its own."""
+    includes = dict.fromkeys(line.strip() for text in texts for line in _INCLUDE.findall(text))
+    parts = [
+        f"namespace flame_text_{number} {{\n{_INCLUDE.sub('', text)}\n}}"
+        for number, text in enumerate(texts)
+    ]
+    return "\n".join((*includes, *parts)) + "\n"
 
 
 @functools.cache

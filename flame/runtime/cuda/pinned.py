@@ -10,6 +10,7 @@ import threading
 from collections import defaultdict, deque
 from typing import Final
 
+from flame.core.errors import OutOfMemoryError
 from flame.runtime.cuda.driver import Driver, Lifetime, per_driver
 
 SMALLEST: Final = 4096
@@ -47,7 +48,11 @@ class PinnedMemory:
                     self.driver.synchronize_event(event)
                     self.driver.destroy_event(event)
                 return pointer
-            pointer = self.driver.allocate_pinned(size)
+            try:
+                pointer = self.driver.allocate_pinned(size)
+            except OutOfMemoryError:
+                self.empty_cache()
+                pointer = self.driver.allocate_pinned(size)
             self.held += size
             return pointer
 

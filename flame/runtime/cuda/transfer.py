@@ -80,19 +80,30 @@ def _on_devices(target: CudaStorage, to: int, source: CudaStorage, of: int, nbyt
 def _upload(
     target: CudaStorage, to: int, source: Storage, of: int, nbytes: int, non_blocking: bool
 ) -> None:
-    refuse_capture("a copy from the host")
-    made, device = driver(), target.device_index
-    made.use(device)
+    device = target.device_index
     stream = current_handle(device)
     target.record_stream(stream)
-    if isinstance(source, PinnedStorage):
-        made.copy_to_device(to, of, nbytes, stream)
-        if non_blocking:
-            source.uses.add((device, stream))
-        else:
-            made.synchronize(stream)
-            errors.check(device)
-    elif nbytes <= SMALL:
+    if not isinstance(source, PinnedStorage):
+        from_host(device, to, of, nbytes, stream)
+        return
+    refuse_capture("a copy from the host")
+    made = driver()
+    made.use(device)
+    made.copy_to_device(to, of, nbytes, stream)
+    if non_blocking:
+        source.uses.add((device, stream))
+    else:
+        made.synchronize(stream)
+        errors.check(device)
+
+
+def from_host(device: int, to: int, of: int, nbytes: int, stream: int) -> None:
+    """Queue a copy of ordinary memory of the host, by address, on a stream. The source may be
+    changed when this returns; nothing waits for what the stream has to do before."""
+    refuse_capture("a copy from the host")
+    made = driver()
+    made.use(device)
+    if nbytes <= SMALL:
         made.copy_to_device(to, of, nbytes, stream)
     else:
         _upload_staged(made, device, stream, to, of, nbytes)
@@ -126,16 +137,30 @@ def _upload_staged(made: Driver, device: int, stream: int, to: int, of: int, nby
 def _download(
     target: Storage, to: int, source: CudaStorage, of: int, nbytes: int, non_blocking: bool
 ) -> None:
-    refuse_capture("a copy to the host")
-    made, device = driver(), source.device_index
-    made.use(device)
+    device = source.device_index
     stream = current_handle(device)
     source.record_stream(stream)
-    if isinstance(target, PinnedStorage) and non_blocking:
-        made.copy_to_host(to, of, nbytes, stream)
-        target.uses.add((device, stream))
+    if not isinstance(target, PinnedStorage):
+        to_host(device, to, of, nbytes, stream)
         return
-    if isinstance(target, PinnedStorage) or nbytes <= SMALL:
+    refuse_capture("a copy to the host")
+    made = driver()
+    made.use(device)
+    made.copy_to_host(to, of, nbytes, stream)
+    if non_blocking:
+        target.uses.add((device, stream))
+    else:
+        made.synchronize(stream)
+        errors.check(device)
+
+
+def to_host(device: int, to: int, of: int, nbytes: int, stream: int) -> None:
+    """Copy to ordinary memory of the host, by address, behind all that a stream has to do. The
+    bytes are there when this returns; raises what kernels found wrong."""
+    refuse_capture("a copy to the host")
+    made = driver()
+    made.use(device)
+    if nbytes <= SMALL:
         made.copy_to_host(to, of, nbytes, stream)
         made.synchronize(stream)
     else:

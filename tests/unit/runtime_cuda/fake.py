@@ -4,7 +4,7 @@ every call, and can be told to have little memory. Kernels are Python functions 
 
 import ctypes
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flame.core.errors import CompileError, CudaError, OutOfMemoryError
@@ -19,6 +19,7 @@ class FakeDriver:
         self.calls: list[tuple[Any, ...]] = []
         self.blocks: dict[int, tuple[int, Any, int]] = {}  # pointer -> device, memory, bytes
         self.pinned: dict[int, Any] = {}
+        self.most_pinned = 1 << 40
         self.kept = [0] * devices  # bytes that a pool holds and nobody uses
         self.numbers = itertools.count(0x1000, 16)
         self.events: dict[int, bool] = {}  # event -> whether it has happened
@@ -82,6 +83,8 @@ class FakeDriver:
 
     def allocate_pinned(self, nbytes: int) -> int:
         self.note("allocate_pinned", nbytes)
+        if sum(map(ctypes.sizeof, self.pinned.values())) + nbytes > self.most_pinned:
+            raise OutOfMemoryError("fake: no pinned memory")
         memory = (ctypes.c_char * (nbytes + 64))()
         pointer = (ctypes.addressof(memory) + 63) & ~63
         self.pinned[pointer] = memory
@@ -174,6 +177,11 @@ class FakeDriver:
             raise CompileError(f"fake: kernel {name} is wrong")
         self.programs.append(text)
         return MAGIC + f"{capability}{text}".encode()
+
+    def compile_together(
+        self, texts: Sequence[str], name: str, capability: tuple[int, int]
+    ) -> bytes:
+        return self.compile("\n".join(texts), name, capability)
 
     def compiler_identity(self) -> str:
         return self.identity

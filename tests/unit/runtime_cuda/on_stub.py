@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from flame.core.errors import CudaError, DeviceError, OutOfMemoryError
+from flame.runtime.cuda.driver import Lifetime, install_driver
 from flame.runtime.cuda.nvidia import NvidiaDriver
+from flame.runtime.storage import Storage
 
 IMAGE = b"\x7fELF"
 
@@ -130,8 +132,20 @@ def threads(made: NvidiaDriver) -> None:
     assert done
 
 
+def faults(made: NvidiaDriver) -> None:
+    """After a kernel broke the context nothing is freed, whose failure would hide the fault."""
+    install_driver(made)
+    held = Storage.allocate(100, "cuda:0")
+    function = made.function(made.load_module(0, IMAGE), "fault", 0)
+    words = (ctypes.c_void_p * 1)()
+    with pytest.raises(CudaError, match=r"ILLEGAL_ADDRESS .*compute-sanitizer python .* names the"):
+        made.launch(function, (1, 1, 1), (1, 1, 1), 0, held.stream, ctypes.addressof(words))
+    assert Lifetime.over
+    del held
+
+
 pooled = os.environ.get("FLAME_CUDA_POOL") != "0"
 driver = NvidiaDriver()
-for check in (devices, memory, streams, kernels, graphs, threads):
+for check in (devices, memory, streams, kernels, graphs, threads, faults):
     check(driver)
 print("all well")

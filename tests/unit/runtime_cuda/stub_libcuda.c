@@ -146,8 +146,8 @@ STUB(cuModuleLoadData, CUmodule *module, const void *image) {
   return MAKE((void **)module);
 }
 STUB(cuModuleGetFunction, CUfunction *function, CUmodule module, const char *name) {
-  if (strcmp(name, "add")) return CUDA_ERROR_NOT_FOUND;
-  *function = (CUfunction)0xadd0;
+  if (strcmp(name, "add") && strcmp(name, "fault")) return CUDA_ERROR_NOT_FOUND;
+  *function = (CUfunction)(size_t)(*name == 'a' ? 0xadd0 : 0xfa10);
   return CUDA_SUCCESS;
 }
 static int most_shared = 48 << 10;
@@ -166,6 +166,7 @@ STUB(cuFuncGetParamInfo, CUfunction function, size_t index, size_t *offset, size
 // add(const float* x, float* y, float a): y[i] = x[i] + a for all threads of the grid.
 STUB(cuLaunchKernel, CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
      unsigned by, unsigned bz, unsigned shared, CUstream stream, void **arguments, void **extra) {
+  if ((size_t)function == 0xfa10) return CUDA_ERROR_ILLEGAL_ADDRESS;
   if ((size_t)function != 0xadd0 || bx * by * bz > 1024 || (int)shared > most_shared || extra)
     return CUDA_ERROR_INVALID_VALUE;
   const float *x = *(const float **)arguments[0];

@@ -7,7 +7,7 @@ import pytest
 from flame.core.errors import CompileError
 from flame.runtime.cpu.cache import DiskCache
 from flame.runtime.cuda import modules
-from flame.runtime.cuda.modules import Modules, join, joined_groups
+from flame.runtime.cuda.modules import Modules, joined_groups
 
 from .fake import FakeDriver
 
@@ -93,14 +93,6 @@ def test_one_wrong_text_is_named_and_the_others_are_not_to_blame(
     with pytest.raises(CompileError, match="kernel bad is wrong"):
         modules.load_many(0, [good, (text("bad") + "wrong", "bad", 0)])
     assert modules.load_many(0, [good])
-
-
-def test_joined_texts_stand_in_namespaces_behind_all_includes() -> None:
-    joined = join([text("a"), "#include <cuda_bf16.h>\n" + text("b")])
-    assert joined.splitlines()[:2] == ["#include <cuda_fp16.h>", "#include <cuda_bf16.h>"]
-    assert joined.count("#include") == 2
-    assert joined.index("namespace flame_text_0 {") < joined.index("void a(")
-    assert joined.index("namespace flame_text_1 {") < joined.index("void b(")
 
 
 def test_texts_that_do_not_join_stand_alone() -> None:

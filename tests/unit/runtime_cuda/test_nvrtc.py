@@ -1,5 +1,6 @@
 """Real compilation, which needs no GPU."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,12 @@ def test_a_fault_is_shown_in_its_lines() -> None:
     assert "     2 |     int a = 1;" in words
 
 
+def test_the_line_with_options_is_not_counted() -> None:
+    text = with_options("__device__ int a;\n__device__ int b = c;\n", ["-DN=4"])
+    with pytest.raises(CompileError, match=r">    2 \| __device__ int b = c;"):
+        compile_text(text, "k", (9, 0))
+
+
 def test_an_architecture_that_the_compiler_does_not_know() -> None:
     with pytest.raises(CompileError, match=r"sm_750.*arch"):
         compile_text(KERNEL.replace("NAME", "k"), "k", (75, 0))
@@ -68,12 +75,27 @@ def test_the_identity_names_versions_and_options() -> None:
     assert "--fmad=false" in nvrtc.identity()
 
 
+def test_joined_texts_stand_in_namespaces_behind_all_includes() -> None:
+    joined = nvrtc.join(
+        [KERNEL.replace("NAME", "a"), "#include <cuda_bf16.h>\n" + KERNEL.replace("NAME", "b")]
+    )
+    assert joined.splitlines()[:2] == ["#include <cuda_fp16.h>", "#include <cuda_bf16.h>"]
+    assert joined.count("#include") == 2
+    assert joined.index("namespace flame_text_0 {") < joined.index("void a(")
+    assert joined.index("namespace flame_text_1 {") < joined.index("void b(")
+
+
 class _Compiling(FakeDriver):
-    """Compiles in earnest, and checks what it is to load."""
+    """Compiles in earnest, and loads what is no text."""
 
     def compile(self, text: str, name: str, capability: tuple[int, int]) -> bytes:
         self.programs.append(text)
         return MAGIC + compile_text(text, name, capability)
+
+    def compile_together(
+        self, texts: Sequence[str], name: str, capability: tuple[int, int]
+    ) -> bytes:
+        return self.compile(nvrtc.join(texts), name, capability)
 
     def load_module(self, device: int, image: bytes) -> int:
         module = next(self.numbers)

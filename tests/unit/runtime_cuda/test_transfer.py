@@ -6,7 +6,7 @@ import gc
 import numpy as np
 import pytest
 
-from flame.core.errors import DeviceError, IndexRangeError, StateError
+from flame.core.errors import DeviceError, IndexRangeError, OutOfMemoryError, StateError
 from flame.runtime.cuda import errors, transfer
 from flame.runtime.cuda.graphs import capture
 from flame.runtime.cuda.pinned import PATIENCE, pinned_memory
@@ -88,6 +88,19 @@ def test_pinned_memory_does_not_grow_without_end(fake: FakeDriver) -> None:
     fake.happen()
     memory.empty_cache()
     assert memory.held == 0
+
+
+def test_a_shortage_of_pinned_memory_is_met_by_what_is_kept(fake: FakeDriver) -> None:
+    memory = pinned_memory()
+    memory.free(memory.allocate(1 << 20), 1 << 20, set())
+    fake.most_pinned = 3 << 19
+    pointer = memory.allocate(1 << 14)
+    assert fake.named("free_pinned") == []
+    memory.free(pointer, 1 << 14, set())
+    assert memory.allocate(1 << 19)
+    assert len(fake.named("free_pinned")) == 2
+    with pytest.raises(OutOfMemoryError):
+        memory.allocate(1 << 21)
 
 
 def test_pinned_storages(fake: FakeDriver) -> None:
