@@ -246,7 +246,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
 #endif
 
     float tile[M_TILES][N_TILES][4];
-    clear(tile);
     multiply_rows<HEAD>(tile, shared_address(memory), own_row, stream);
     probabilities(tile, scores, queries, first + own_row, column);
 #if DROPOUT
@@ -271,7 +270,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
     }
     if (FIRST) {
       float slopes[M_TILES][N_TILES][4];
-      clear(slopes);
       multiply_rows<HEAD_V>(slopes, shared_address(own_v), own_row, stream_v);
 #if DROPOUT
       drop(slopes, bits, dropout.gain);

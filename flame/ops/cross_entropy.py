@@ -215,6 +215,7 @@ cross_entropy_backward: Op = Op(
     "cross_entropy_backward", inputs=("grad", "x", "target", "weight", "log_sum", "total"),
     infer=infer_backward, lower=_lower_backward, vjp=Joint(_second),
     reference=_reference_backward, samples=[backward_sample(s) for s in SAMPLES], widens=True,
+    overlays=(1,),
 )  # fmt: skip
 
 cross_entropy_op = Op(

@@ -114,6 +114,8 @@ class Op:
         the row-major ones that it infers. flops(types, outputs): multiplications and additions.
     materialize: whether its formula gets zeros for the gradient of a result that nobody used; else
         None.
+    overlays: operands that its first result may lie over, where their types are equal: an element
+        is read for the last time by the thread that writes the same element of the result.
     widens: its kernels compute half-width floats in float32, so they read them where float32 is
         meant.
     moves: its result is on the device that `infer` says, not on that of its operands.
@@ -147,6 +149,7 @@ class Op:
         moves: bool = False,
         materialize: bool = True,
         widens: bool = False,
+        overlays: Sequence[int] = (),
         autocast: Policy | None = None,
         register: bool = True,
     ) -> None:
@@ -161,6 +164,7 @@ class Op:
         self.of_memory, self.images, self.any_layout = of_memory, tuple(images), any_layout
         self.flops = flops
         self.moves, self.materialize, self.widens = moves, materialize, widens
+        self.overlays = tuple(overlays)
         self.autocast = autocast
         self.reference = reference
         self.samples = tuple(samples)

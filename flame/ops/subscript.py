@@ -28,6 +28,7 @@ from flame.ops.loops import broadcast_shapes
 from flame.ops.op import constant
 from flame.ops.shapes import expand, reshape, view_strides
 from flame.ops.slicing import Item, part
+from flame.ops.transfer import move
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -213,6 +214,8 @@ def _arranged(
 ) -> tuple[tuple[int, ...], list[Any], Shape, list[int]]:
     """(axes, expanded index tensors, result shape, dimensions of x that are indexed)."""
     dims = sorted(indices)
+    # index tensors may be on the CPU, as in PyTorch
+    indices = {d: move(index, x.type.device) for d, index in indices.items()}
     common = broadcast_shapes("a subscript", [indices[d].shape for d in dims])
     rest = [d for d in range(x.ndim) if d not in indices]
     together = dims[-1] - dims[0] == len(dims) - 1

@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Iterable
 
 from flame.core.errors import CompileError
-from flame.kernel import values
 from flame.kernel.builder import BoundKernel
 from flame.kernel.geometry import WARP, Geometry, KernelLaunch
 from flame.kernel.program import (
@@ -29,15 +28,20 @@ from flame.kernel.program import (
     SplitProduct,
     Statement,
     Store,
-    Target,
     Transpose,
-    identity,
 )
-from flame.kernel.values import Buffer, Register
+from flame.kernel.values import Register
 from flame.render import cuda_instructions as instructions
 from flame.render.cuda_barriers import barriers, writes_of
 from flame.render.cuda_frame import frame
-from flame.render.cuda_geometry import geometry_of, grid_of, scratch_bytes
+from flame.render.cuda_geometry import (
+    SHARED_BYTES,
+    geometry_of,
+    grid_of,
+    scratch_bytes,
+    without,
+)
+from flame.render.cuda_held import Held, held_of
 from flame.render.cuda_index import carried, operands, walk
 from flame.render.cuda_values import Scope
 from flame.render.cuda_vectors import VectorWriter
@@ -54,31 +58,41 @@ def render(
     """
     if geometry is None:
         geometry = geometry_of(bound, by_pointer=by_pointer)
-    body = Renderer(bound.kernel, geometry).text()
+    held = held_of(bound.kernel) if geometry.held else None
+    kernel = bound.kernel if held is None else without(bound.kernel, held)
+    private = scratch_bytes(kernel) * geometry.teams
+    if geometry.shared and private > SHARED_BYTES:
+        raise CompileError(
+            f"kernel {kernel.name}: {private} bytes of scratch memory for {geometry.teams} teams "
+            f"are more than the {SHARED_BYTES} of shared memory; use device memory instead"
+        )
+    body = Renderer(kernel, geometry, held).text()
     digest = hashlib.sha256(body.encode()).hexdigest()[:20]
     symbol = f"flame_{re.sub(r'[^0-9A-Za-z_]', '_', bound.kernel.name)}_{digest}"
-    blocks = grid_of(geometry, bound)
-    private = 0 if geometry.shared else scratch_bytes(bound.kernel) * geometry.teams * blocks
+    blocks = grid_of(geometry, kernel, bound.extent)
     return KernelLaunch(
         body.replace("@SYMBOL", symbol),
         symbol,
         (blocks, 1, 1),
         (geometry.block, 1, 1),
         shared=0,
-        scratch=private,
+        scratch=0 if geometry.shared else private * blocks,
     )
 
 
 class Renderer(VectorWriter):
     """Writes one kernel; see `render`."""
 
-    def __init__(self, kernel: Kernel, geometry: Geometry) -> None:
+    def __init__(self, kernel: Kernel, geometry: Geometry, held: Held | None = None) -> None:
         everything = [kernel.body, *walk(kernel.body.body)]
         for statement in everything:
             operands(statement)  # raises for what has no form on a GPU
         written = {b for s in everything for b in writes_of(s)}
-        super().__init__(kernel, written, geometry)
-        self.barriers = barriers(kernel, folds=self.team > WARP) if self.team > 1 else set()
+        super().__init__(kernel, written, geometry, held)
+        own = frozenset() if held is None else held.local
+        self.barriers = (
+            barriers(kernel, folds=self.team > WARP, own=own) if self.team > 1 else set()
+        )
 
     def text(self) -> str:
         """All of the text; ``@SYMBOL`` stands for the kernel's name."""
@@ -87,6 +101,7 @@ class Renderer(VectorWriter):
         if teams > 1:
             first = f"{first} * {teams} + threadIdx.x / {self.team}"
         step = f"({index})gridDim.x" + (f" * {teams}" if teams > 1 else "")
+        self.declare_held()
         self._loop("p", first, "end", step, self.kernel.body.body)
         return frame(self.kernel, self.geometry, self.written, self, self.scopes[0].lines)
 
@@ -128,9 +143,7 @@ class Renderer(VectorWriter):
         inner = [f"  {line}" for line in scope.lines]
         self.scopes[-1].lines += [*scope.before, f"{head} {{", *inner, "}"]
 
-    def _loop(
-        self, var: str, begin: str, end: str, step: str, body: tuple[Statement, ...]
-    ) -> None:
+    def _loop(self, var: str, begin: str, end: str, step: str, body: tuple[Statement, ...]) -> None:
         """Count ``var`` from begin to end."""
         self._inside(Scope(var=var), body, self._head(var, begin, end, step))
 

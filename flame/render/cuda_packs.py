@@ -72,9 +72,9 @@ def runs_of(body: Iterable[Statement]) -> Iterator[list[Simple] | Loop | If]:
         yield run
 
 
-def packs_of(loop: Loop) -> Packs | None:
-    """The packs of a vector loop; None where it has none."""
-    return _Finder(loop).packs()
+def packs_of(loop: Loop, width: int = 0) -> Packs | None:
+    """The packs of a vector loop, of ``width`` elements if given; None where it has none."""
+    return _Finder(loop).packs(width)
 
 
 class _Finder:
@@ -93,10 +93,12 @@ class _Finder:
         self.stores: dict[Target, Place] = {}
         self.sizes: dict[bool, list[int]] = {True: [], False: []}  # inside of serial loops, or not
 
-    def packs(self) -> Packs | None:
+    def packs(self, width: int) -> Packs | None:
         if not self.uniform:
             return None
         self._visit(self.loop.body, ())
+        if width:
+            return Packs(width, self.loads, self.stores)
         if self.sizes[True]:
             width = min(MOST, BYTES // max(self.sizes[True]))
         elif self.sizes[False]:
@@ -177,4 +179,3 @@ def loads_of(statement: Simple) -> Iterator[Value]:
             waiting += value.args
             if value.op == "load":
                 yield value
-

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 from flame.core.errors import CompileError
 from flame.kernel import values
@@ -17,6 +18,7 @@ from flame.kernel.geometry import WARP, Geometry
 from flame.kernel.program import (
     Accumulate,
     Assign,
+    Declare,
     If,
     Kernel,
     Loop,
@@ -28,6 +30,7 @@ from flame.kernel.program import (
 from flame.kernel.values import Buffer, Register, Value
 from flame.render import cuda_instructions as instructions
 from flame.render.cuda_folds import Folds
+from flame.render.cuda_held import Held, Key
 from flame.render.cuda_index import carried, walk
 from flame.render.cuda_packs import (
     BYTES,
@@ -41,11 +44,15 @@ from flame.render.cuda_packs import (
 )
 from flame.render.cuda_values import Scope, Uses, ValueWriter
 
+AHEAD: Final = 4  # packs on their way in a serial loop
+
 
 class VectorWriter(ValueWriter):
     """The part of the renderer that writes vector loops."""
 
-    def __init__(self, kernel: Kernel, written: set[Buffer], geometry: Geometry) -> None:
+    def __init__(
+        self, kernel: Kernel, written: set[Buffer], geometry: Geometry, held: Held | None
+    ) -> None:
         super().__init__(kernel, written, wide=geometry.wide)
         self.geometry, self.team = geometry, geometry.team
         self.folds = Folds(geometry, self.helpers)
@@ -54,6 +61,9 @@ class VectorWriter(ValueWriter):
         self.arrays: list[str] | None = None  # declarations of a run's registers
         self.many: set[Register] = set()  # registers that are arrays now
         self.width = 1
+        self.held = held
+        self.rows: dict[Key, str] = {}  # the arrays of held operands
+        self.kept: dict[Value, str] = {}  # what stands for a load in the loop at hand
 
     @abstractmethod
     def statements(self, body: Iterable[Statement]) -> None: ...
@@ -98,10 +108,13 @@ class VectorWriter(ValueWriter):
         self.in_vector = True
         lane = "lane" if self.team > 1 else "0"
         packs = packs_of(loop)
-        if packs is not None and self.team >= _fewest(loop):
-            lane = self._packed_loop(loop, packs, extent, lane)
-        head = self._head(loop.var, lane, extent, str(self.team))
-        self._inside(Scope(var=loop.var), loop.body, head)
+        if self.held is not None and loop in self.held.loops:
+            self._held_loop(loop, self.held, extent, lane)
+        else:
+            if packs is not None and self.team >= _fewest(loop):
+                lane = self._packed_loop(loop, packs, extent, lane)
+            head = self._head(loop.var, lane, extent, str(self.team))
+            self._inside(Scope(var=loop.var), loop.body, head)
         self.in_vector = False
         self.registers.update(outer)
         for line in self.folds.fold(parts):
@@ -133,18 +146,128 @@ class VectorWriter(ValueWriter):
     def _packed_loop(self, loop: Loop, packs: Packs, extent: str, lane: str) -> str:
         """The part of a loop that moves packs, where memory is aligned; returns where the rest
         begins."""
-        index, width, number = self.index_type, packs.width, self.fresh("")
+        self.width = width = packs.width
+        index, number = self.index_type, self.fresh("")
         aligned, begin, pack = f"aligned{number}", f"begin{number}", f"k{number}"
         self.emit(f"const bool {aligned} = {self._alignment(packs)};")
         whole = f"{aligned} ? {extent} / {width} * {width} : 0"
         self.emit(f"const {index} {begin} = {whole};")
         first = lane if lane == "0" else f"{lane} * {width}"
         head = self._head(pack, first, begin, str(self.team * width))
-        self.width = width
         self._inside(
             Scope(), loop.body, head, write=lambda: self._runs(loop, loop.body, packs, pack)
         )
         return begin if lane == "0" else f"{begin} + {lane}"
+
+    # --- held rows --------------------------------------------------------------------------------
+
+    def declare_held(self) -> None:
+        """The registers of held buffers."""
+        if self.held is not None:
+            size = self.geometry.held * self.held.width
+            for buffer in sorted(self.held.local, key=lambda b: b.name):
+                self.emit(f"{instructions.memory_type(buffer.dtype)} {buffer.name}[{size}];")
+
+    def _held_loop(self, loop: Loop, held: Held, extent: str, lane: str) -> None:
+        """A loop whose packs a thread takes in fixed turns: whole packs, or element by element."""
+        self.width = width = held.width
+        packs = packs_of(loop, width) or Packs(width)
+        keys = held.keys.get(loop, {})
+        mine = {v: p for v, p in packs.loads.items() if v not in keys and v.attr not in held.local}
+        stores = {t: p for t, p in packs.stores.items() if t.buffer not in held.local}
+        moved = Packs(width, mine, stores)
+        fills = [key for key in dict.fromkeys(keys.values()) if held.first[key] is loop]
+        for key in fills:
+            name = self.rows[key] = f"{key[0].name}_held{self.fresh('')}"
+            self.emit(f"{self._pack(key[0])} {name}[{self.geometry.held}];")
+        self.kept = {value: f"{self.rows[key]}[c].item[j]" for value, key in keys.items()}
+        counter = values.var(loop.var)
+        for buffer in held.local:
+            item = f"{buffer.name}[c * {width} + j]"
+            self.kept[values.load(buffer, counter)] = instructions.from_memory(item, buffer.dtype)
+        own = {
+            t: f"{t.buffer.name}[c * {width} + j]"
+            for s in loop.body if isinstance(s, Store) for t in s.targets
+            if t.buffer in held.local
+        }  # fmt: skip
+        places = [*moved.places(), *(self._start(key) for key in fills)]
+        tests = self._alignment_of(places)
+        whole = self.fresh("whole")
+        self.emit(f"const bool {whole} = {' && '.join((*tests, f'{extent} % {width} == 0'))};")
+        self.packed.update(own)
+        self._inside(
+            Scope(), loop.body, f"if ({whole})",
+            write=lambda: self._held_packs(loop, moved, fills, extent, lane),
+        )  # fmt: skip
+        self.packed.update(own)
+        self._inside(
+            Scope(), loop.body, "else",
+            write=lambda: self._held_elements(loop, fills, extent, lane),
+        )  # fmt: skip
+        self.kept = {}
+        for target in own:
+            self.packed.pop(target, None)
+
+    def _start(self, key: Key) -> Place:
+        return Place(key[0], key[1], key[1], ())
+
+    def _turns(self, body: tuple[Statement, ...], lane: str, write: Callable[[], None]) -> None:
+        """Statements for each pack ``k`` of a thread."""
+        first = "c" if lane == "0" else f"(c * {self.team} + lane)"
+
+        def inner() -> None:
+            self.emit(f"const {self.index_type} k = {first} * {self.width};")
+            write()
+
+        self.emit("#pragma unroll")
+        head = f"for (int c = 0; c < {self.geometry.held}; ++c)"
+        self._inside(Scope(), body, head, write=inner)
+
+    def _held_packs(
+        self, loop: Loop, packs: Packs, fills: list[Key], extent: str, lane: str
+    ) -> None:
+        starts = {key: self._address(*key) for key in fills}
+
+        def fill() -> None:
+            for key in fills:
+                type_ = self._pack(key[0])
+                place = f"*(const {type_}*)({starts[key]} + k)"
+                self.emit(f"if (k < {extent}) {self.rows[key]}[c] = {place};")
+
+        if fills:
+            self._turns((), lane, fill)
+        self._turns(
+            loop.body, lane,
+            lambda: self._inside(
+                Scope(guards=True), loop.body, f"if (k < {extent})",
+                write=lambda: self._runs(loop, loop.body, packs, "k"),
+            ),
+        )  # fmt: skip
+
+    def _held_elements(self, loop: Loop, fills: list[Key], extent: str, lane: str) -> None:
+        """As `_held_packs`, where packs cannot be moved."""
+        starts = {key: self.value(key[1]) for key in fills}
+
+        def one() -> None:
+            for key in fills:
+                place = f"{key[0].name}[{starts[key]} + {loop.var}]"
+                self.emit(f"{self.rows[key]}[c].item[j] = {place};")
+            self.scopes[-1].known.update(self.kept)
+            self.statements(loop.body)
+
+        def each() -> None:
+            self.emit(f"const {self.index_type} {loop.var} = k + j;")
+            guard = Scope(guards=True, var=loop.var)
+            self._inside(guard, loop.body, f"if ({loop.var} < {extent})", write=one)
+
+        def elements() -> None:
+            self.emit("#pragma unroll")
+            head = f"for (int j = 0; j < {self.width}; ++j)"
+            self._inside(Scope(), loop.body, head, write=each)
+
+        self._turns(loop.body, lane, elements)
+
+    # --- runs -------------------------------------------------------------------------------------
 
     def _runs(self, loop: Loop, body: tuple[Statement, ...], packs: Packs, pack: str) -> None:
         for part in runs_of(body):
@@ -156,32 +279,88 @@ class VectorWriter(ValueWriter):
                     write=lambda inner=inner: self._runs(loop, inner, packs, pack),  # type: ignore[misc]
                 )  # fmt: skip
             elif isinstance(part, Loop):
-                head = self._head(part.var, "0", self.named(part.extent), "1")
-                inner = part.body
-                self._inside(
-                    Scope(var=part.var), inner, head,
-                    write=lambda inner=inner: self._runs(loop, inner, packs, pack),  # type: ignore[misc]
-                )  # fmt: skip
+                self._serial(loop, part, packs, pack)
             else:
                 self._run(loop, part, packs, pack)
+
+    def _serial(self, loop: Loop, part: Loop, packs: Packs, pack: str) -> None:
+        """A serial loop; where it stores, which would keep loads from going ahead of it, the packs
+        of several steps are loaded first."""
+        extent = self.named(part.extent)
+        ahead = _ahead(loop, part, packs)
+        if not ahead:
+            self._inside(
+                Scope(var=part.var), part.body, self._head(part.var, "0", extent, "1"),
+                write=lambda: self._runs(loop, part.body, packs, pack),
+            )  # fmt: skip
+            return
+        steps = max(1, AHEAD // len(ahead))
+        first, step = f"{part.var}_first", self.fresh("u")
+
+        def several() -> None:
+            names = {}
+            for value, place in ahead.items():
+                names[value] = f"{place.buffer.name}_{self.fresh('pack')}"
+                self.emit(f"{self._pack(place.buffer)} {names[value]}[{steps}];")
+
+            def load() -> None:
+                for value, place in ahead.items():
+                    type_, start = (
+                        self._pack(place.buffer),
+                        self._address(place.buffer, place.index),
+                    )
+                    self.emit(f"{names[value]}[{step}] = *(const {type_}*)({start} + {pack});")
+
+            def work() -> None:
+                self.kept = {
+                    value: instructions.from_memory(f"{name}[{step}].item[j]", value.dtype)
+                    for value, name in names.items()
+                }
+                self._runs(loop, part.body, packs, pack)
+                self.kept = {}
+
+            for body, write in (((), load), (part.body, work)):
+                self._each_step(body, part.var, first, step, steps, extent, write)
+
+        head = self._head(first, "0", extent, str(steps))
+        self._inside(Scope(), part.body, head, write=several)
+
+    def _each_step(
+        self, body: tuple[Statement, ...], var: str, first: str, step: str, steps: int,
+        extent: str, write: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """Statements for each of several steps of a serial loop, as far as there are any."""
+
+        def one() -> None:
+            self.emit(f"const {self.index_type} {var} = {first} + {step};")
+            guard = Scope(guards=True, var=var)
+            self._inside(guard, body, f"if ({var} < {extent})", write=write)
+
+        self.emit("#pragma unroll")
+        self._inside(Scope(), body, f"for (int {step} = 0; {step} < {steps}; ++{step})", write=one)
 
     def _run(self, loop: Loop, run: Sequence[Simple], packs: Packs, pack: str) -> None:
         """Loads of packs, a loop over their elements, then a store of packs."""
         width = packs.width
-        known: dict[Value, str] = {}
+        known = dict(self.kept)
         for value in dict.fromkeys(v for s in run for v in loads_of(s)):
-            if value in packs.loads and not any(value in s.known for s in self.scopes):
+            if (
+                value in packs.loads
+                and value not in known
+                and not any(value in s.known for s in self.scopes)
+            ):
                 known[value] = self._load_pack(value, packs.loads[value], pack)
         stores = []
         for target in (t for s in run if isinstance(s, Store) for t in s.targets):
-            if target in packs.stores:
+            if target in packs.stores and target not in self.packed:
                 type_ = self._pack(target.buffer)
                 name = f"{target.buffer.name}_{self.fresh('pack')}"
                 place = self._address(target.buffer, packs.stores[target].index)
                 self.emit(f"{type_} {name};")
                 stores.append(f"*({type_}*)({place} + {pack}) = {name};")
                 self.packed[target] = f"{name}.item[j]"
-        self.arrays = arrays = []
+        arrays: list[str] = []
+        self.arrays = arrays
         with self.scope(Scope(var=loop.var, known=known)) as made:
             self.statements(run)
         self.arrays = None
@@ -226,10 +405,13 @@ class VectorWriter(ValueWriter):
 
     def _alignment(self, packs: Packs) -> str:
         """Whether packs may be moved at all of their places."""
+        return " && ".join(self._alignment_of(packs.places()))
+
+    def _alignment_of(self, places: Iterable[Place]) -> list[str]:
         tests: dict[str, None] = {}
         by_size: dict[int, dict[str, None]] = {}
-        for place in packs.places():
-            nbytes = min(item_bytes(place.buffer.dtype) * packs.width, BYTES)
+        for place in places:
+            nbytes = min(item_bytes(place.buffer.dtype) * self.width, BYTES)
             address = self._address(place.buffer, place.start)
             whole = address if address.isidentifier() else f"({address})"
             by_size.setdefault(nbytes, {})[f"(unsigned long long){whole}"] = None
@@ -241,7 +423,28 @@ class VectorWriter(ValueWriter):
         for nbytes, addresses in by_size.items():
             joined = " | ".join(addresses)
             found.append(f"{f'({joined})' if len(addresses) > 1 else joined} % {nbytes} == 0")
-        return " && ".join((*found, *tests))
+        return [*found, *tests]
+
+
+def _ahead(loop: Loop, part: Loop, packs: Packs) -> dict[Value, Place]:
+    """The packs that a serial loop with stores can load some steps ahead: of what is not stored.
+
+    An output may be the memory of an input: of the same element, which is loaded before.
+    """
+    if any(not isinstance(s, (Declare, Assign, Accumulate, Store)) for s in part.body):
+        return {}
+    inner = [s for s in walk(loop.body) if isinstance(s, Store)]
+    stored = {t.buffer for s in inner for t in s.targets}
+    if not any(isinstance(s, Store) for s in part.body):
+        return {}
+    return {
+        value: packs.loads[value]
+        for s in part.body
+        if isinstance(s, (Declare, Assign, Accumulate, Store))
+        for value in loads_of(s)
+        if value in packs.loads and value.attr not in stored and len(value.args) == 1
+        and values.depends(value, part.var)
+    }  # fmt: skip
 
 
 def _fewest(loop: Loop) -> int:

@@ -27,9 +27,7 @@ Array = np.ndarray[Any, Any]
 Function = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
-def check_gradients(
-    op: Op, sample: Sample, layout: str = "contiguous", device: str = "cpu"
-) -> int:
+def check_gradients(op: Op, sample: Sample, layout: str = "contiguous", device: str = "cpu") -> int:
     """Check an op's derivatives on a sample; returns how many operands were checked (maybe 0)."""
     operands, _ = make_inputs(sample, dtypes.float64, layout=layout, device=device)
     places = [i for i, x in enumerate(sample.inputs) if is_differentiable(op, x)]
@@ -183,8 +181,7 @@ def _gradients(
         [o for o, _ in used], leaves, [w for _, w in used], None, differentiable, allow_unused=True
     )
     return [
-        np.zeros(p.shape) if g is None else _array(g)
-        for g, p in zip(grads, points, strict=True)
+        np.zeros(p.shape) if g is None else _array(g) for g, p in zip(grads, points, strict=True)
     ]
 
 

@@ -1,7 +1,7 @@
 """What vendor libraries do, by NumPy: plain definitions of the problems of `flame.kernel.library`.
 
-Invariants: computed in float64, rounded once to the result's dtype; operands are read and written at
-the addresses and strides that the problem gives.
+Invariants: computed in float64, rounded once to the result's dtype; operands are read and written
+at the addresses and strides that the problem gives.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def wide(x: Array) -> Array:
     return x.astype(np.float64)
 
 
-# --- products --------------------------------------------------------------------------------------
+# --- products -------------------------------------------------------------------------------------
 
 
 def gelu(x: Array) -> Array:
@@ -98,7 +98,7 @@ def _matmul(p: MatmulProblem, given: Sequence[int]) -> None:
     d[...] = made.astype(p.result.numpy)
 
 
-# --- convolution -----------------------------------------------------------------------------------
+# --- convolution ----------------------------------------------------------------------------------
 
 
 def _convolution(p: ConvolutionProblem, given: Sequence[int]) -> None:
@@ -108,12 +108,9 @@ def _convolution(p: ConvolutionProblem, given: Sequence[int]) -> None:
     groups, space = p.groups, range(len(p.stride))
     n, channels = p.x.shape[:2]
     outputs = p.y.shape[1]
-    padded = (n, groups, channels // groups) + tuple(
-        size + 2 * pad for size, pad in zip(p.x.shape[2:], p.padding, strict=True)
-    )
-    inside = (...,) + tuple(
-        slice(pad, pad + size) for size, pad in zip(p.x.shape[2:], p.padding, strict=True)
-    )
+    sizes = list(zip(p.x.shape[2:], p.padding, strict=True))
+    padded = (n, groups, channels // groups, *(size + 2 * pad for size, pad in sizes))
+    inside = (..., *(slice(pad, pad + size) for size, pad in sizes))
     x, y = np.zeros(padded), np.zeros((n, groups, outputs // groups, *p.y.shape[2:]))
     weight = np.zeros((groups, outputs // groups, *p.weight.shape[1:]))
     if "x" in order[:2]:
@@ -123,14 +120,9 @@ def _convolution(p: ConvolutionProblem, given: Sequence[int]) -> None:
     if "w" in order[:2]:
         weight[...] = wide(known["w"]).reshape(weight.shape)
     for at in itertools.product(*(range(size) for size in p.weight.shape[2:])):
-        seen = (...,) + tuple(
-            slice(
-                at[i] * p.dilation[i],
-                at[i] * p.dilation[i] + p.stride[i] * (p.y.shape[2 + i] - 1) + 1,
-                p.stride[i],
-            )
-            for i in space
-        )
+        begins = [at[i] * p.dilation[i] for i in space]
+        ends = [begins[i] + p.stride[i] * (p.y.shape[2 + i] - 1) + 1 for i in space]
+        seen = (..., *(slice(begins[i], ends[i], p.stride[i]) for i in space))
         if p.direction == "forward":
             y += np.einsum("ngc...,gkc->ngk...", x[seen], weight[(..., *at)])
         elif p.direction == "input_gradient":
@@ -149,7 +141,7 @@ def _convolution(p: ConvolutionProblem, given: Sequence[int]) -> None:
     target[...] = made.astype(target.dtype)
 
 
-# --- attention -------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def _scores(p: AttentionProblem, q: Array, k: Array, mask: int) -> Array:

@@ -51,5 +51,7 @@ def test_kernels_on_the_host(op: Op, libraries: Libraries) -> None:
         made = execute(case, library)
         again = execute(case, library, descending=True)
         for x, y in zip(made, again, strict=True):
-            np.testing.assert_array_equal(x, y, err_msg=f"{case.label}: the order of threads matters")
+            np.testing.assert_array_equal(
+                x, y, err_msg=f"{case.label}: the order of threads matters"
+            )
         compare(case, made, expected(case))

@@ -60,7 +60,16 @@ def lower_head(head: Node, space: Space) -> tuple[Lowering, frozenset[tuple[int,
         epilogue = GroupEpilogue(head, space)
         lowering = head.op.lower_fused(head.types, types, epilogue, **head.attributes)
         return lowering, frozenset() if epilogue.repeatable else _in_place(head, space)
-    return _rewritten(head, space), frozenset()
+    return _rewritten(head, space), _over_operands(head, space)
+
+
+def _over_operands(head: Node, space: Space) -> frozenset[tuple[int, int]]:
+    """Pairs of results that stand where the head's stood, and operands that it may lie over."""
+    if len(space.stores) != 1 or space.accesses:
+        return frozenset()
+    (store,) = space.stores
+    others = len(head.outputs) - 1
+    return frozenset((others, i) for i in head.op.overlays if head.types[i] is store.type)
 
 
 def _in_place(head: Node, space: Space) -> frozenset[tuple[int, int]]:

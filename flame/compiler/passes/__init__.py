@@ -14,6 +14,7 @@ from flame.compiler.passes.assemble import assemble
 from flame.compiler.passes.canonicalize import canonicalize
 from flame.compiler.passes.cse import cse
 from flame.compiler.passes.dead import dead
+from flame.compiler.passes.epilogues import epilogues
 from flame.compiler.passes.fold import fold
 from flame.compiler.passes.layout import layout
 from flame.compiler.passes.narrow import narrow
@@ -46,6 +47,8 @@ SIMPLIFYING: Final[tuple[Pass, ...]] = (
 )
 FINISHING: Final[tuple[Pass, ...]] = (
     dead,
+    epilogues,  # products have found their final form
+    dead,  # products that became a part of another node
     release,  # what is computed twice on purpose may look equal from here on
     recompute,  # no cse may follow, which would merge both computations again
     narrow,  # leaves copies that nobody reads any more; no pass that infers types may follow

@@ -2,7 +2,7 @@
 
 Mixed precision converts operands of norms, softmax and losses to float32, as PyTorch does. Their
 kernels widen every element that they load anyway (`Op.widens`), so the copy would be memory traffic
-alone. Results keep the dtype that they had. Runs after the passes that ask ops for their results' types.
+alone. Results keep their dtype. Runs after the passes that ask ops for the types of results.
 """
 
 from __future__ import annotations

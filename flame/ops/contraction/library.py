@@ -6,12 +6,14 @@ other one is copied first (`matrix_readable`).
 
 from __future__ import annotations
 
+from flame.core.device import device_index
 from flame.core.dtypes import DType
 from flame.core.precision import get_float32_matmul_precision
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.kernel.builder import BoundCall, BoundFill, Lowering, Ref
 from flame.kernel.library import Batch, Epilogue, MatmulProblem
 from flame.ops.loops import coalesce
+from flame.runtime.cuda.driver import driver
 
 
 def matrix_readable(type_: TensorType) -> bool:
@@ -66,6 +68,13 @@ def product_call(
         return Lowering((), calls=(BoundFill((operands[2],), out.numel * out.dtype.itemsize),))
     problem = problem_of(a, b, out, epilogue=epilogue, accumulate=accumulate)
     return Lowering((), calls=(BoundCall(problem, operands),))
+
+
+def taken(lowering: Lowering, out: TensorType) -> bool:
+    """Whether the library takes all calls of a lowering."""
+    device = device_index(out.device)
+    calls = [c for c in lowering.calls if isinstance(c, BoundCall)]
+    return all(driver().prepare(c.problem, device) is not None for c in calls)
 
 
 def problem_of(

@@ -333,7 +333,10 @@ def _infer_weight_gradient(
         raise ShapeError(
             f"convolution_weight_gradient: {g.shape} and {x.shape} do not fit with {groups} groups"
         )
-    return tensor_type(x.dtype, (g.shape[1], x.shape[1] // groups, *size), None, x.device)
+    shape = (g.shape[1], x.shape[1] // groups, *size)
+    if x.device != "cpu":  # the library wants the weight in the images' memory order
+        return result_type(x, shape)
+    return tensor_type(x.dtype, shape, None, x.device)
 
 
 def _lower_weight_gradient(

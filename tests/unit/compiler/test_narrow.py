@@ -46,7 +46,10 @@ def test_no_copy_is_made(function) -> None:
     halves = [t for n in readers for t in n.types if getattr(t, "dtype", None) is flame.bfloat16]
     assert halves
     widening = [
-        n for n in nodes if n.op.name == "copy" and n.outputs[0].type.shape[-1:] == (6,)
+        n
+        for n in nodes
+        if n.op.name == "copy"
+        and n.outputs[0].type.shape[-1:] == (6,)
         and n.outputs[0].type.dtype is flame.float32
         and any(n.outputs[0] in r.inputs for r in readers)
     ]
