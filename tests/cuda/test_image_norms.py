@@ -171,3 +171,22 @@ def test_variances_beside_large_means(monkeypatch: pytest.MonkeyPatch) -> None:
     wide, there = x.to(dtypes.float64), x.to("cuda")
     for how in (batch_norm, grouped(32)):
         close(how(there, None, None).to(dtypes.float64), how(wide, None, None), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((3, 64, 12, 10), dtypes.bfloat16), ((40, 5, 7, 7), dtypes.float32),
+     ((2, 3, 300), dtypes.float64), ((1, 1100, 2, 2), dtypes.float16)],
+    ids=str,
+)  # fmt: skip
+def test_batch_norm_of_row_major_images(shape: tuple[int, ...], dtype: DType) -> None:
+    rng = np.random.default_rng(0)
+    x, grad = (image(rng, shape, dtype).contiguous() for _ in range(2))
+    weight, bias = (
+        flame.from_numpy(rng.uniform(0.5, 1.5, shape[1]).astype(np.float32)) for _ in range(2)
+    )
+    if dtype is dtypes.float64:
+        weight, bias = weight.to(dtype), bias.to(dtype)
+    compare(x, weight, bias, grad, batch_norm, TOLERANCE[dtype])
+    if dtype is dtypes.float32:
+        compare(x, None, None, grad, batch_norm, TOLERANCE[dtype])
