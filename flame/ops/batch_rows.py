@@ -19,7 +19,9 @@ from flame.ops.norm_kernels import inverse_root
 from flame.ops.op import Types
 from flame.ops.rows import type_of
 
-TEAMS: Final = 132 * 8  # runs of all channels together, about
+PACK: Final = 16  # bytes that a thread moves at once
+WIDEST: Final = 256  # threads of a team, about
+THREADS: Final = 132 * 2048  # of the runs of all channels together, about
 
 
 def fits(*images: TensorType) -> bool:
@@ -36,7 +38,9 @@ class _Rows:
         self.batch, self.channels = x.shape[:2]
         self.positions = math.prod(x.shape[2:])
         self.compute = compute_dtype(x.dtype)
-        self.step = -(-self.batch // max(1, min(self.batch, TEAMS // self.channels)))
+        team = min(-(-self.positions * x.dtype.itemsize // PACK), WIDEST)
+        wanted = max(1, min(self.batch, THREADS // (self.channels * team)))
+        self.step = -(-self.batch // wanted)
         self.runs = -(-self.batch // self.step)
         self.sums = tensor_type(self.compute, (self.channels, self.runs))
         self.each = tensor_type(self.compute, (self.channels,))
