@@ -70,7 +70,9 @@ def _lower_place(
     offset = k.number(1, int)
     part = k.tensor("output", 0, tensor_type(x.dtype, nest.sizes, nest.strides[1]))
     target = Shifted(part, offset)
-    walk(k, nest, lambda index: k.store(target, index, source[index]), light=True)
+    walk(
+        k, nest, lambda index: k.store(target, index, source[index]), light=True, device=out.device
+    )
     return Lowering((zeroing(out).bind(), k.bind()))
 
 
@@ -79,7 +81,13 @@ def zeroing(out: TensorType) -> KernelBuilder:
     k = KernelBuilder("zero")
     nest = coalesce((out.numel,), [(1,)])
     target = k.tensor("output", 0, tensor_type(out.dtype, nest.sizes, nest.strides[0]))
-    walk(k, nest, lambda index: k.store(target, index, const(0, out.dtype)), light=True)
+    walk(
+        k,
+        nest,
+        lambda index: k.store(target, index, const(0, out.dtype)),
+        light=True,
+        device=out.device,
+    )
     return k
 
 
@@ -170,7 +178,7 @@ def _copies(
         for source, target in zip(sources, targets, strict=True):
             k.store(target, index, cast(source[index], wide))
 
-    walk(k, nest, body, light=len(sources) == 1)
+    walk(k, nest, body, light=len(sources) == 1, device=out.device)
     return k
 
 

@@ -33,9 +33,9 @@ def on_gpu(type_: TensorType) -> bool:
     return type_.device != "cpu"
 
 
-def block_of(count: int, type_: TensorType) -> int:
+def block_of(count: int, device: str) -> int:
     """Elements of a flat range that a step takes: fewer where there would be few steps."""
-    if not on_gpu(type_):
+    if device == "cpu":
         return BLOCK
     return next((size for size in FLAT if count >= size * PROCESSORS * 4), FLAT[-1])
 

@@ -44,7 +44,8 @@ from flame.render.cuda_packs import (
 )
 from flame.render.cuda_values import Scope, Uses, ValueWriter
 
-AHEAD: Final = 4  # packs on their way in a serial loop
+AHEAD: Final = 8  # packs on their way in a serial loop
+AHEAD_STORING: Final = 4  # the same where it stores
 
 
 class VectorWriter(ValueWriter):
@@ -284,8 +285,8 @@ class VectorWriter(ValueWriter):
                 self._run(loop, part, packs, pack)
 
     def _serial(self, loop: Loop, part: Loop, packs: Packs, pack: str) -> None:
-        """A serial loop; where it stores, which would keep loads from going ahead of it, the packs
-        of several steps are loaded first."""
+        """A serial loop, the packs of several steps loaded first, so that they are on their way
+        together; stores between them would forbid the compiler to do so."""
         extent = self.named(part.extent)
         ahead = _ahead(loop, part, packs)
         if not ahead:
@@ -294,7 +295,8 @@ class VectorWriter(ValueWriter):
                 write=lambda: self._runs(loop, part.body, packs, pack),
             )  # fmt: skip
             return
-        steps = max(1, AHEAD // len(ahead))
+        storing = any(isinstance(s, Store) for s in part.body)
+        steps = max(1, (AHEAD_STORING if storing else AHEAD) // len(ahead))
         first, step = f"{part.var}_first", self.fresh("u")
 
         def several() -> None:
@@ -427,7 +429,7 @@ class VectorWriter(ValueWriter):
 
 
 def _ahead(loop: Loop, part: Loop, packs: Packs) -> dict[Value, Place]:
-    """The packs that a serial loop with stores can load some steps ahead: of what is not stored.
+    """The packs that a serial loop can load some steps ahead: of what is not stored.
 
     An output may be the memory of an input: of the same element, which is loaded before.
     """
@@ -435,8 +437,8 @@ def _ahead(loop: Loop, part: Loop, packs: Packs) -> dict[Value, Place]:
         return {}
     inner = [s for s in walk(loop.body) if isinstance(s, Store)]
     stored = {t.buffer for s in inner for t in s.targets}
-    if not any(isinstance(s, Store) for s in part.body):
-        return {}
+    if values.is_const(part.extent):
+        return {}  # the compiler unrolls it
     return {
         value: packs.loads[value]
         for s in part.body
