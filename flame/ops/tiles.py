@@ -24,7 +24,7 @@ from flame.kernel.values import Value, const
 PACK: Final = 16  # bytes that a thread moves at once
 TILE: Final = 256 * PACK
 BLOCKS: Final = 132 * 4  # runs of all images together: blocks that are resident at a time
-FEWEST: Final = 32  # positions of a run, at least: its sums are written, and read again
+FEWEST: Final = 16  # positions of a run, at least: its sums are written, and read again
 SHORTEST: Final = 4  # tiles of a run, at least
 TOGETHER: Final = 8  # channels whose runs are folded by one block: a sector of memory
 FOLDERS: Final = 32  # threads for each of them
