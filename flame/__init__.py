@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from flame import linalg, special
 from flame.api import attach
+from flame.autograd.autocasting import autocast, get_autocast_dtype, is_autocast_enabled
 from flame.autograd.mode import (
     enable_grad,
     inference_mode,
@@ -107,7 +108,7 @@ if _TYPE_CHECKING:
     from flame.recording import compile
 
 _LATE = {"compile": "flame.recording"}
-_PACKAGES = ("autograd", "checkpoint", "data", "nn", "optim", "testing")
+_PACKAGES = ("amp", "autograd", "checkpoint", "cuda", "data", "nn", "optim", "testing")
 
 
 def __getattr__(name: str) -> object:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import FunctionType, ModuleType
 from typing import Any, Final
 
+from flame.core.autocast import plain
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, FlameError
 from flame.ops import (
@@ -60,6 +61,7 @@ from flame.ops import (
     sorting,
     statistics,
     subscript,
+    transfer,
     trigonometry,
 )
 from flame.tensor import Tensor
@@ -111,6 +113,7 @@ MODULES: Final[tuple[ModuleType, ...]] = (
     slicing,
     sorting,
     subscript,
+    transfer,
 )
 
 
@@ -130,7 +133,7 @@ def _check_kind(name: str, made: DType, held: DType) -> None:
 
 def _writing_back(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     def method(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        made = function(self, *args, **kwargs)
+        made = plain(function, self, *args, **kwargs)  # autocast leaves what is in place alone
         _check_kind(name, made.dtype, self.dtype)
         return self.copy_(made)
 

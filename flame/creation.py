@@ -10,6 +10,7 @@ from flame.core import dtypes
 from flame.core.device import check_device
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, FlameError, ShapeError
+from flame.ops.transfer import move
 from flame.tensor import Tensor, check_dtype, from_array
 
 
@@ -27,12 +28,14 @@ def tensor(
     ShapeError where nested sequences have unequal lengths, DTypeError where an element is no number
     that the dtype can hold.
     """
-    check_device(device)
     check_dtype(dtype)
     if isinstance(data, Tensor):
-        made = data.detach().clone() if dtype is None else data.detach().to(dtype, copy=True)
+        place = data.type.device if device is None else check_device(device)
+        made = data.detach().to(place, data.dtype if dtype is None else dtype, copy=True)
     else:
-        made = from_array(_array(data, dtype))
+        place = check_device(device)
+        made = move(from_array(_array(data, dtype)), place)
+    made = made.pin_memory() if pin_memory else made
     return made.requires_grad_() if requires_grad else made
 
 
@@ -93,7 +96,7 @@ def _check_range(array: np.ndarray[Any, Any], dtype: DType) -> None:
 def _plain(data: Any) -> Any:
     """Nested sequences with tensors inside as nested lists."""
     if isinstance(data, Tensor):
-        return data.detach().numpy()
+        return data.detach()._values()
     if isinstance(data, (list, tuple)):
         return [_plain(d) for d in data]
     return data
@@ -112,14 +115,15 @@ def from_numpy(array: np.ndarray[Any, Any]) -> Tensor:
 
 def as_tensor(data: Any, dtype: DType | None = None, device: Any = None) -> Tensor:
     """As `tensor`, without a copy where the memory can be shared."""
-    check_device(device)
     check_dtype(dtype)
     if isinstance(data, Tensor):
-        return data if dtype is None else data.to(dtype)
+        made = data if dtype is None else data.to(dtype)
+        return made if device is None else move(made, check_device(device))
+    place = check_device(device)
     if isinstance(data, np.ndarray):
         made = from_array(_checked(data))
-        return made if dtype is None else made.to(dtype)
-    return tensor(data, dtype=dtype)
+        return move(made if dtype is None else made.to(dtype), place)
+    return tensor(data, dtype=dtype, device=place)
 
 
 def asarray(
@@ -135,13 +139,13 @@ def asarray(
     copy: True always copies, False raises ArgumentError where a copy is needed, None copies where
     it is needed.
     """
-    check_device(device)
+    place = None if device is None else check_device(device)
     check_dtype(dtype)
     shared: Any = obj
     if not isinstance(obj, (Tensor, np.ndarray)) and hasattr(obj, "__dlpack__"):
         shared = from_dlpack(obj)
     sharing = isinstance(shared, (Tensor, np.ndarray))
-    made = as_tensor(shared, dtype)
+    made = as_tensor(shared, dtype, place)
     copied = not sharing or made.data_ptr() != _address(shared)
     if copy is False and copied:
         raise ArgumentError("asarray: a copy is needed, but copy=False was given")

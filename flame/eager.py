@@ -17,12 +17,18 @@ from flame.autograd.mode import mode, no_grad
 from flame.autograd.node import Edge, Node, OpNode
 from flame.compiler.pipeline import make_plan
 from flame.compiler.plan import Plan, Step
+from flame.core import dtypes
+from flame.core.autocast import autocast
+from flame.core.dtypes import DType
 from flame.core.errors import DTypeError, GradientError, ShapeError, StateError
 from flame.core.precision import choose_float32_matmul_precision
 from flame.core.types import TensorType
 from flame.kernel.values import Value
+from flame.ops.autocast import cast_operands
+from flame.ops.conversion import convert
 from flame.ops.op import Interpreter, Op, Types, interpreter
-from flame.runtime import cpu
+from flame.ops.transfer import move
+from flame.runtime import cpu, transfer
 from flame.runtime.storage import Storage
 from flame.tensor import Tensor, from_array
 
@@ -42,6 +48,8 @@ class Eager(Interpreter):
         attributes: dict[str, Any],
         out: tuple[Any, ...] | None = None,
     ) -> Any:
+        if op.autocast is not None and autocast.on and out is None:
+            inputs = cast_operands(op.autocast, inputs)
         signature: list[Any] = [op]
         tracked = False
         for x in inputs:
@@ -62,6 +70,9 @@ class Eager(Interpreter):
         key = tuple(signature)
         plan = self.plans.get(key)
         if plan is None:
+            moved = beside(inputs)
+            if moved is not None:
+                return self.apply(op, moved, attributes, out)
             plan = self._prepare(key, op, inputs, attributes, out)
         if plan.copies:
             inputs = tuple(
@@ -83,8 +94,23 @@ class Eager(Interpreter):
         plain = isinstance(data, np.ndarray) and not options
         return from_array(data) if plain else tensor(data, **options)
 
+    def cast(self, tensor: Tensor, dtype: DType) -> Tensor:
+        """The casts of leaves are kept until the outermost autocast region ends."""
+        leaf = tensor.tracked and tensor.node is None and tensor.base is None
+        casts = autocast.casts
+        if not leaf or casts is None or not autocast.settings.caches or dtype is dtypes.float32:
+            return convert(tensor, dtype=dtype)
+        # a cast made without the tape lets no gradient through, so it is no other's
+        key = (id(tensor), dtype, mode.enabled)
+        held, version, made = casts.get(key, (None, 0, None))
+        if held is not tensor or version != tensor.storage.version:
+            made = convert(tensor, dtype=dtype)
+            casts[key] = (tensor, tensor.storage.version, made)
+        found: Tensor = made
+        return found
+
     def empty(self, type_: TensorType) -> Tensor:
-        storage = Storage.allocate(type_.span * type_.dtype.itemsize)
+        storage = Storage.allocate(type_.span * type_.dtype.itemsize, type_.device)
         return Tensor.wrap(storage, storage.pointer, type_)
 
     def execute(
@@ -171,6 +197,23 @@ class Eager(Interpreter):
 _PLAIN = frozenset({float, int, bool, type(None)})
 
 
+def beside(inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The operands with numbers on the CPU (0-d tensors) moved beside the others, if there are any
+    and the others are on a GPU."""
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    device = next((t.type.device for t in tensors if t.type.device != "cpu"), None)
+    if device is None or not any(t.type.device == "cpu" and not t.type.ndim for t in tensors):
+        return None
+    return tuple(
+        [
+            move(x, device)
+            if isinstance(x, Tensor) and x.type.device == "cpu" and not x.type.ndim
+            else x
+            for x in inputs
+        ]
+    )
+
+
 def as_operand(op: Op, x: Any) -> Any:
     """What is no tensor as a plain number: those of NumPy and of other subclasses too."""
     if isinstance(x, Tensor) or x.__class__ in _PLAIN:
@@ -220,6 +263,8 @@ def _apart(op: Op, x: Any, out: tuple[Any, ...]) -> Any:
 
 def run(plan: Plan, inputs: tuple[Any, ...], out: tuple[Any, ...] | None = None) -> list[Any]:
     """Allocate the outputs (unless given) and launch."""
+    if plan.gpu is not None or plan.moves:
+        return _run_on_gpu(plan, inputs, out)
     if out is None:
         outputs = []
         for type_ in plan.outputs:
@@ -248,6 +293,25 @@ def run(plan: Plan, inputs: tuple[Any, ...], out: tuple[Any, ...] | None = None)
         if all(-(1 << 63) <= x < 1 << 63 for x in numbers):
             raise
         raise DTypeError(f"{plan.op.name}: a number of {numbers} does not fit int64") from error
+    return outputs
+
+
+def _run_on_gpu(plan: Plan, inputs: tuple[Any, ...], out: tuple[Any, ...] | None) -> list[Any]:
+    if out is None:
+        outputs = []
+        for type_ in plan.outputs:
+            storage = Storage.allocate(type_.span * type_.dtype.itemsize, type_.device)
+            outputs.append(Tensor.wrap(storage, storage.pointer, type_))
+    else:
+        outputs = list(out)
+    if plan.gpu is None:
+        non_blocking = bool(plan.attributes.get("non_blocking"))
+        transfer.move(outputs[0], inputs[0], non_blocking=non_blocking)
+        return outputs
+    in_place = (
+        plan.op.updates and inputs[0] is outputs[0]
+    )  # its copy of the first input is left out
+    plan.gpu.run(inputs, outputs, skip=1 if in_place else 0)
     return outputs
 
 
@@ -378,7 +442,9 @@ class SliceNode(Node):
         from flame.ops.shapes import as_strided
 
         view, base = self.view_type, self.outputs[0]
-        memory = zeros((base.span,), dtype=base.dtype)  # the base's, gaps included
+        memory = zeros(
+            (base.span,), dtype=base.dtype, device=base.device
+        )  # the base's, gaps included
         whole = as_strided(memory, shape=base.shape, strides=base.strides, offset=0)
         whole.copy_(grads[0])
         part = as_strided(memory, shape=view.shape, strides=view.strides, offset=self.where)

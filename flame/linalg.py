@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from flame.core.autocast import plain
 from flame.core.dtypes import int64
 from flame.core.errors import ShapeError, UnsupportedError
 from flame.ops import composites
 from flame.ops.arithmetic import add
+from flame.ops.autocast import autocasts
 from flame.ops.creation import eye, ones_like
 from flame.ops.extrema import amax, amin
 from flame.ops.joining import cat
@@ -45,7 +47,7 @@ def matrix_norm(
             f"matrix_norm: order {ord!r} needs singular values, which FLAME has not"
         )
     if dtype is not None:
-        A = A.to(dtype)
+        return plain(matrix_norm, A.to(dtype), ord, dim, keepdim)
     rows, columns = dims if abs(ord) == 1 else dims[::-1]
     sums = sum_of(A.abs(), rows, keepdim=True)
     if not sums.shape[columns] and ord > 0:
@@ -76,6 +78,7 @@ def diagonal(A: Tensor, *, offset: int = 0, dim1: int = -2, dim2: int = -1) -> T
     return A.diagonal(offset, dim1, dim2)
 
 
+@autocasts("lower")
 def vecdot(x: Tensor, y: Tensor, *, dim: int = -1) -> Tensor:
     """Sums of products along a dimension, of broadcast tensors."""
     product: Tensor = x * y
@@ -90,7 +93,7 @@ def matrix_power(A: Tensor, n: int) -> Tensor:
         raise UnsupportedError("matrix_power: negative powers need an inverse, which FLAME has not")
     if n == 0:
         nothing: Tensor = A.masked_fill(A == A, 0.0).nan_to_num(0.0)
-        return add(nothing, eye(A.shape[-1], dtype=A.dtype))
+        return add(nothing, eye(A.shape[-1], dtype=A.dtype, device=A.device))
     result, square = None, A
     while n:
         if n % 2:

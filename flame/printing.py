@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def text_of(tensor: Tensor) -> str:
     """Values, then dtype and what autograd knows where they are not the default."""
-    array = tensor.detach().numpy()
+    array = tensor.detach().cpu().numpy()
     if tensor.dtype is dtypes.bfloat16:
         array = array.astype(np.float32)
     values = np.array2string(
@@ -25,6 +25,8 @@ def text_of(tensor: Tensor) -> str:
         notes.append(f"size={tuple(tensor.shape)}")
     if tensor.dtype not in (dtypes.get_default_dtype(), dtypes.int64, dtypes.bool_):
         notes.append(f"dtype={tensor.dtype!r}")
+    if tensor.is_cuda:
+        notes.append(f"device={str(tensor.device)!r}")
     if tensor.grad_fn is not None:
         notes.append(f"grad_fn={tensor.grad_fn!r}")
     elif tensor.requires_grad:

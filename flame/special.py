@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from flame.ops.autocast import autocasts
 from flame.ops.bivariate import xlogy
 from flame.ops.comparison import where
 from flame.ops.gamma import digamma, erfinv, i0, i0e, i1, i1e, lgamma, polygamma, zeta
@@ -34,12 +35,14 @@ def ndtr(input: Tensor) -> Tensor:
     return result
 
 
+@autocasts("plain")
 def ndtri(input: Tensor) -> Tensor:
     """The inverse of `ndtr`."""
     result: Tensor = erfinv(input * 2.0 - 1.0) * math.sqrt(2)
     return result
 
 
+@autocasts("plain")
 def xlog1py(input: Any, other: Any) -> Tensor:
     """input * log(1 + other); 0 where ``input`` is 0 and ``other`` is no NaN."""
     shifted = log1p(other) if hasattr(other, "storage") else math.log1p(other)

@@ -17,7 +17,7 @@ from flame.autograd import engine
 from flame.autograd.mode import mode, no_grad, set_grad_enabled
 from flame.core import dtypes
 from flame.core.changes import changes
-from flame.core.device import Device, check_device
+from flame.core.device import Device, check_device, device_index
 from flame.core.dtypes import DType
 from flame.core.errors import (
     ArgumentError,
@@ -29,6 +29,7 @@ from flame.core.errors import (
 from flame.core.handle import Handle
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.ops.op import interpreter
+from flame.ops.transfer import move
 from flame.runtime.storage import Storage
 
 if TYPE_CHECKING:
@@ -206,11 +207,12 @@ class Tensor(Handle, Methods):
         return self.type.dtype.is_signed
 
     def get_device(self) -> int:
-        return -1
+        """The number of the GPU, -1 on the CPU."""
+        return -1 if self.type.device == "cpu" else device_index(self.type.device)
 
     @property
     def is_cuda(self) -> bool:
-        return False
+        return self.type.device != "cpu"
 
     @property
     def is_cpu(self) -> bool:
@@ -243,9 +245,23 @@ class Tensor(Handle, Methods):
         type_ = self.type
         if mode.recorder is not None:
             mode.recorder.meets_value(self)
+        if type_.device != "cpu":
+            raise DeviceError(
+                f"numpy() on a tensor on {type_.device}: NumPy sees the memory of the CPU alone; "
+                "use .cpu().numpy()"
+            )
         return self.storage.as_numpy(
             type_.dtype.numpy, type_.shape, type_.strides, self.storage_offset()
         )
+
+    def _values(self) -> np.ndarray[Any, Any]:
+        """The values as an array: over the same memory, or copied from a GPU."""
+        if self.type.device == "cpu":
+            return self._array()
+        if mode.recorder is not None:
+            mode.recorder.meets_value(self)
+        with no_grad():
+            return self.detach().cpu()._array()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         array = self.numpy()
@@ -257,14 +273,14 @@ class Tensor(Handle, Methods):
         """The only element as a Python number. Raises ShapeError where there is not exactly one."""
         if self.type.numel != 1:
             raise ShapeError(f"item() needs one element, the tensor has shape {self.shape}")
-        found = self._array().reshape(())
+        found = self._values().reshape(())
         if self.type.dtype is dtypes.bfloat16:
             return float(found)
         return found.item()
 
     def tolist(self) -> Any:
         """Nested lists of Python numbers."""
-        array = self._array()
+        array = self._values()
         if self.type.dtype is dtypes.bfloat16:
             array = array.astype(np.float32)
         return array.tolist()
@@ -322,8 +338,9 @@ class Tensor(Handle, Methods):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        values = np.ascontiguousarray(self._array())
-        arguments = (type(self), values, self.type.dtype, self.requires_grad and self.is_leaf)
+        values = np.ascontiguousarray(self._values())
+        tracked = self.requires_grad and self.is_leaf
+        arguments = (type(self), values, self.type.dtype, tracked, self.type.device)
         return _unpickle, arguments
 
     def __dlpack__(self, **options: Any) -> Any:
@@ -332,10 +349,15 @@ class Tensor(Handle, Methods):
             raise GradientError("DLPack cannot carry gradients; use .detach() first")
         if self.type.dtype is dtypes.bfloat16:
             raise DTypeError("bfloat16 cannot be shared through DLPack here; convert it first")
+        if self.type.device != "cpu":
+            raise DeviceError(
+                f"DLPack here shares memory of the CPU alone, this tensor is on "
+                f"{self.type.device}; use .cpu()"
+            )
         return self._array().__dlpack__(**options)
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
+        return (1, 0) if self.type.device == "cpu" else (2, device_index(self.type.device))
 
     def __array_namespace__(self, *, api_version: str | None = None) -> Any:
         import flame
@@ -521,24 +543,29 @@ class Tensor(Handle, Methods):
 
     # --- devices ----------------------------------------------------------------------------------
 
-    def cpu(self) -> Tensor:
-        return self
+    def cpu(self, memory_format: Any = None) -> Tensor:
+        """On the CPU; itself where it is there."""
+        return self.to("cpu", memory_format=memory_format)
 
-    def cuda(self, device: Any = None) -> Tensor:
-        raise DeviceError("this build of FLAME has no CUDA device; use device='cpu'")
+    def cuda(self, device: Any = None, non_blocking: bool = False) -> Tensor:
+        """On a GPU (the current one by default). Raises DeviceError where there is none."""
+        place = check_device("cuda" if device is None else device)
+        return move(self, place, non_blocking=non_blocking)
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         """Convert to a dtype, a device, or both; ``self`` where nothing changes (unless ``copy``).
 
         Forms: ``to(dtype)``, ``to(device, dtype)``, ``to(other)``, each with ``non_blocking``,
-        ``copy`` and ``memory_format``.
+        ``copy`` and ``memory_format``. ``non_blocking``: from pinned memory (`pin_memory`) to a GPU
+        without waiting.
         """
         from flame.ops.conversion import clone, contiguous, convert
 
-        dtype, device, copy, memory_format = _conversion(args, kwargs)
-        check_device(device)
+        dtype, device, copy, memory_format, non_blocking = _conversion(args, kwargs)
+        place = self.type.device if device is None else check_device(device)
         check_dtype(dtype)
         made = self if dtype is None else convert(self, dtype=dtype)
+        made = move(made, place, non_blocking=non_blocking)
         if copy and made is self:
             return clone(self, memory_format=memory_format)
         if memory_format is not None and memory_format != "preserve_format":
@@ -546,25 +573,27 @@ class Tensor(Handle, Methods):
         return made
 
 
-def _conversion(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, bool, Any]:
-    """(dtype, device, copy, memory_format) of a call of `Tensor.to`."""
+def _conversion(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, bool, Any, bool]:
+    """(dtype, device, copy, memory_format, non_blocking) of a call of `Tensor.to`."""
     dtype, device = kwargs.pop("dtype", None), kwargs.pop("device", None)
     copy, memory_format = kwargs.pop("copy", False), kwargs.pop("memory_format", None)
-    kwargs.pop("non_blocking", None)
+    non_blocking = bool(kwargs.pop("non_blocking", False))
     other = kwargs.pop("other", None)
     if kwargs:
         raise ArgumentError(f"to() has no argument {next(iter(kwargs))!r}")
     flags = [a for a in args if isinstance(a, bool)]
+    non_blocking = flags[0] if flags else non_blocking
+    copy = flags[1] if len(flags) > 1 else copy
     for argument in (*args, *(() if other is None else (other,))):
         if isinstance(argument, DType):
             dtype = argument
         elif isinstance(argument, Tensor):
             dtype, device = argument.dtype, argument.device
-        elif isinstance(argument, str):
+        elif isinstance(argument, str) or argument.__class__ is int:
             device = argument
         elif not isinstance(argument, bool) and argument is not None:
             raise DTypeError(f"to() takes a dtype, a device or a tensor, got {argument!r}")
-    return dtype, device, flags[1] if len(flags) > 1 else bool(copy), memory_format
+    return dtype, device, bool(copy), memory_format, non_blocking
 
 
 def _check_gradient(tensor: Tensor, value: Any) -> None:
@@ -574,6 +603,11 @@ def _check_gradient(tensor: Tensor, value: Any) -> None:
         raise GradientError(
             f"a gradient of type {value.type!r} does not fit a tensor of type {tensor.type!r}; "
             "their shapes and dtypes must be equal"
+        )
+    if value.type.device != tensor.type.device:
+        raise DeviceError(
+            f"a gradient on {value.type.device} does not fit a tensor on {tensor.type.device}; "
+            "move it there"
         )
 
 
@@ -599,9 +633,13 @@ def _add_hook(hooks: dict[int, Any], hook: Any) -> RemovableHandle:
 
 
 def _unpickle(
-    cls: type[Tensor], values: np.ndarray[Any, Any], dtype: DType, requires_grad: bool
+    cls: type[Tensor],
+    values: np.ndarray[Any, Any],
+    dtype: DType,
+    requires_grad: bool,
+    device: str = "cpu",
 ) -> Tensor:
-    made = cls.wrap(*_parts(from_array(values.copy(), dtype)))
+    made = cls.wrap(*_parts(move(from_array(values.copy(), dtype), device)))
     made.tracked = requires_grad
     return made
 

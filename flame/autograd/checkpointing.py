@@ -15,6 +15,7 @@ from typing import Any
 
 from flame.autograd.mode import _Switch, mode
 from flame.autograd.node import Node, Saved, save
+from flame.core.autocast import as_then, autocast
 from flame.core.errors import ArgumentError, GradientError
 from flame.ops.again import again
 from flame.ops.op import interpreter
@@ -55,6 +56,7 @@ class _Part:
         random: Any,
     ) -> None:
         self.function, self.random = function, random
+        self.autocast = autocast.settings, autocast.on
         self.args = [_kept(a) for a in args]
         self.kwargs = {name: _kept(a) for name, a in kwargs.items()}
         self.slots: list[weakref.ref[_Slot]] = []
@@ -78,7 +80,7 @@ class _Part:
             default_generator.rewind(self.random)
         again = _Again(self)
         try:
-            with _Switch(enabled=True, saver=again):
+            with _Switch(enabled=True, saver=again), as_then(*self.autocast):
                 self.function(*args, **kwargs)
         finally:
             if now is not None:

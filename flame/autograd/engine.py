@@ -9,15 +9,22 @@ from __future__ import annotations
 import heapq
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from flame.autograd.mode import mode, set_grad_enabled
 from flame.autograd.node import Edge, Node
+from flame.core.autocast import as_then, autocast
 from flame.core.errors import DTypeError, GradientError, ShapeError
 from flame.ops.arithmetic import add
 from flame.ops.conversion import convert
 from flame.ops.creation import ones_like, zeros
 from flame.ops.reductions import sum_to
+
+
+def _in_forward_types() -> AbstractContextManager[None]:
+    """No casts by an autocast region: a gradient has the dtype that the forward pass chose."""
+    return as_then(autocast.settings, False)
 
 
 def edge_of(tensor: Any) -> Edge:
@@ -224,7 +231,7 @@ def backward(
     current = _Pass(create_graph)
     keep = create_graph if retain_graph is None else retain_graph
     capture = []
-    with set_grad_enabled(create_graph):
+    with set_grad_enabled(create_graph), _in_forward_types():
         seeds = [(edge_of(t), _seed(t, g)) for t, g in zip(tensors, gradients, strict=True)]
         if inputs is not None:
             capture = _capture(current, inputs, [edge for edge, _ in seeds])
@@ -309,7 +316,7 @@ def grad(
         if not tensor.requires_grad:
             raise GradientError(f"grad: input {position} does not require grad")
     found = []
-    with set_grad_enabled(create_graph):
+    with set_grad_enabled(create_graph), _in_forward_types():
         seeds = [(edge_of(t), _seed(t, g)) for t, g in zip(outputs, gradients, strict=True)]
         capture = {id(t): key for t, key in _capture(current, inputs, [e for e, _ in seeds])}
         for edge, gradient in seeds:

@@ -59,7 +59,7 @@ def grad(
     )
     if materialize_grads:
         found = [
-            zeros(x.shape, dtype=x.dtype) if g is None else g
+            zeros(x.shape, dtype=x.dtype, device=x.device) if g is None else g
             for g, x in zip(found, leaves, strict=True)
         ]
     return tuple(found)

@@ -134,6 +134,10 @@ class OpNode(Node):
                 None if i < unkept else save(t.alias()) for i, t in enumerate(outputs)
             ]
 
+    @property
+    def materialize(self) -> bool:  # type: ignore[override]
+        return self.op.materialize
+
     def release(self) -> None:
         if self.kept:  # what keeps nothing can be gone through again
             self.kept = None

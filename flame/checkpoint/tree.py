@@ -41,7 +41,7 @@ def split(state: object) -> tuple[dict[str, Array], str]:
 
 def _encode(value: object, path: str, keep: Callable[[Array, str], str]) -> object:
     if isinstance(value, Tensor):
-        return {TENSOR: keep(value.detach().numpy(), path)}
+        return {TENSOR: keep(value.detach().cpu().numpy(), path)}
     if isinstance(value, np.ndarray):
         return {ARRAY: keep(value, path)}
     if isinstance(value, np.generic):

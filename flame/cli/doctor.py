@@ -11,11 +11,13 @@ DISTRIBUTION = "flame-engine"
 def examine() -> int:
     """Prints what the machine has, then the packages of each extra; the exit code."""
     from flame.runtime.cpu.info import info
+    from flame.runtime.cuda.info import info as cuda_info
 
     for name, value in info().items():
         _tell(name, value)
     _tell("python", f"{platform.python_version()} on {platform.platform()}")
-    _tell("cuda", "not available in this build")
+    for name, value in cuda_info().items():
+        _tell(name, value)
     print()
     for extra, names in _requirements().items():
         found = {name: _version(name) for name in names}
@@ -31,7 +33,7 @@ def examine() -> int:
 
 
 def _tell(name: str, value: str) -> None:
-    print(f"{name:<18}{value}")
+    print(f"{name:<24}{value}")
 
 
 def _requirements() -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from flame.compiler.passes import optimize
 from flame.compiler.program import Program
@@ -18,13 +19,20 @@ from flame.compiler.program_key import program_key
 from flame.compiler.schedule import Schedule
 from flame.compiler.schedule.fusion import fuse
 from flame.compiler.schedule.task import owners_of
+from flame.core.errors import TraceError
 from flame.core.types import TensorType
 from flame.graph import Graph, Node, Symbol
 from flame.ops.conversion import copy
 
+if TYPE_CHECKING:
+    from flame.compiler.gpu.program import GpuProgram
 
-def compile_graph(graph: Graph, state: Mapping[Symbol, int]) -> Program:
+
+def compile_graph(graph: Graph, state: Mapping[Symbol, int]) -> Program | GpuProgram:
     """The program of a graph; ``state``: addresses of the inputs that stay where they are."""
+    device = gpu_of(graph)
+    if device is not None:
+        return _on_gpu(graph, state, device)
     key = program_key(graph)
     program = Program.restore(key, graph, state)
     if program is None:
@@ -35,6 +43,33 @@ def compile_graph(graph: Graph, state: Mapping[Symbol, int]) -> Program:
         program.stages = {"passes and fusion": planned, **program.stages}
         program.save(key)
     return program
+
+
+def _on_gpu(graph: Graph, state: Mapping[Symbol, int], device: str) -> GpuProgram:
+    from flame.compiler.gpu.program import GpuProgram, identity
+
+    key = program_key(graph, *identity(device))
+    program = GpuProgram.restore(key, graph, state)
+    if program is None:
+        started = time.perf_counter()
+        schedule = schedule_of(graph)
+        planned = time.perf_counter() - started
+        program = GpuProgram.build(schedule, state, device)
+        program.stages = {"passes and fusion": planned, **program.stages}
+        program.save(key)
+    return program
+
+
+def gpu_of(graph: Graph) -> str | None:
+    """The GPU that a graph computes on; None for one of the CPU alone. Raises TraceError for a
+    graph on several GPUs."""
+    symbols = [*graph.inputs, *graph.constants, *(s for n in graph.nodes for s in n.outputs)]
+    found = {s.type.device for s in symbols if isinstance(s.type, TensorType)} - {"cpu"}
+    if len(found) > 1:
+        raise TraceError(
+            f"a compiled step computes on {' and '.join(sorted(found))}; compile a step for each"
+        )
+    return found.pop() if found else None
 
 
 def schedule_of(graph: Graph) -> Schedule:

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flame.compiler.plan import Plan, Step
-from flame.core.errors import ArgumentError, DeviceError, DTypeError, ShapeError
-from flame.core.types import TensorType
+from flame.core.errors import ArgumentError, DeviceError, DTypeError, FlameError, ShapeError
+from flame.core.types import TensorType, on_device
 from flame.graph import Graph, one_op
+from flame.graph.graph import device_of
 from flame.kernel.builder import BoundKernel, Lowering, Ref
 from flame.kernel.program import Kernel
 from flame.ops.op import Op, Types
@@ -38,6 +39,10 @@ def make_plan(
     graph = one_op(op, types, attributes)
     outputs = results(graph, out)
     lowering = lower(graph, outputs)
+    if moves_between(op, types, outputs):
+        return Plan(op, types, outputs, (), (), None, False, attributes=attributes, moves=True)
+    if outputs[0].device != "cpu":
+        return gpu_plan(op, types, outputs, lowering)
     sources = [source_of(bound.kernel) for bound in lowering.kernels]
     steps = [load(b, s) for b, s in zip(lowering.kernels, sources, strict=True) if b.extent]
     return Plan(
@@ -53,12 +58,33 @@ def make_plan(
     )
 
 
+def gpu_plan(op: Op, types: Types, outputs: tuple[TensorType, ...], lowering: Lowering) -> Plan:
+    """The plan of a call whose kernels run on a GPU."""
+    from flame.compiler.gpu.call import GpuCall
+
+    failure = None if op.failure is None else functools.partial(_failure, op, types)
+    call = GpuCall(op.name, lowering, outputs[0].device, failure)
+    return Plan(op, types, outputs, (), lowering.temporaries, None, False, gpu=call)
+
+
+def _failure(op: Op, types: Types, code: int) -> FlameError:
+    assert op.failure is not None
+    return op.failure(code, types)
+
+
+def moves_between(op: Op, types: Types, outputs: tuple[TensorType, ...]) -> bool:
+    """Whether a call moves its operand from one device to another."""
+    return op.moves and outputs[0].device != device_of(types)
+
+
 def describe(
     op: Op, types: Types, attributes: dict[str, Any], out: tuple[TensorType, ...] | None
 ) -> Plan:
     """What a call gives, without the code that does it."""
     if isinstance(op, ViewOp):
         made, offset = op.view(types, **attributes)
+        device = device_of(types)
+        made = made if device is None else on_device(made, device)
         return Plan(op, types, (made,), (), (), None, False, offset, attributes=attributes)
     outputs = results(one_op(op, types, attributes), out)
     return Plan(op, types, outputs, (), (), None, False, attributes=attributes)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flame.core.types import TensorType
 from flame.kernel.builder import Ref
 from flame.ops.op import Op, Types
+
+if TYPE_CHECKING:
+    from flame.compiler.gpu.call import GpuCall
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,3 +49,5 @@ class Plan:
     host: Callable[[Sequence[Any], Sequence[Any]], None] | None = None  # instead of steps
     constants: tuple[Any, ...] = ()  # arrays that the steps read
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    gpu: GpuCall | None = None  # instead of steps, on a GPU
+    moves: bool = False  # the result is the operand's bytes on another device

@@ -1,8 +1,12 @@
-"""Devices by name."""
+"""Devices by name.
+
+Invariant: a TensorType's device is "cpu" or "cuda:N", never another spelling.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any, Final, Self
 
 from flame.core.errors import DeviceError
 
@@ -33,9 +37,33 @@ class Device(str):
         return f"device(type='{self.type}'{number})"
 
 
+# kind -> the number of a device of that kind that exists, of the number asked for (None: the
+# current one). The runtime enters what it has; it raises DeviceError for what is not there.
+_locators: Final[dict[str, Callable[[int | None], int]]] = {}
+
+
+def register_devices(kind: str, locate: Callable[[int | None], int]) -> None:
+    """Let `check_device` know a kind of device beside the CPU."""
+    _locators[kind] = locate
+
+
 def check_device(device: Any) -> str:
-    """The name of a device that exists. Raises DeviceError for others."""
-    name = "cpu" if device is None else str(device)
-    if name not in ("cpu", "cpu:0"):
-        raise DeviceError(f"device {name!r} is not available in this build; use device='cpu'")
-    return "cpu"
+    """The name of a device that exists: "cpu" or "cuda:N". Raises DeviceError for others."""
+    if device is None:
+        return "cpu"
+    if isinstance(device, int) and not isinstance(device, bool):
+        device = f"cuda:{device}"
+    found = Device(device)
+    if found.type == "cpu":
+        if found.index:
+            raise DeviceError(f"there is one CPU device, 'cpu', not {str(device)!r}")
+        return "cpu"
+    locate = _locators.get(found.type)
+    if locate is None:
+        raise DeviceError(f"device {str(device)!r} is not available in this build; use 'cpu'")
+    return f"{found.type}:{locate(found.index)}"
+
+
+def device_index(name: str) -> int:
+    """N of "cuda:N"."""
+    return int(name[5:])

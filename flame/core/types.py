@@ -61,7 +61,8 @@ class TensorType:
     def __repr__(self) -> str:
         sizes = ", ".join(map(str, self.shape))
         layout = "" if self.contiguous else f" strides {self.strides}"
-        return f"{self.dtype.name}[{sizes}]{layout}"
+        place = "" if self.device == "cpu" else f" on {self.device}"
+        return f"{self.dtype.name}[{sizes}]{layout}{place}"
 
     def __reduce__(self) -> Any:
         return tensor_type, (self.dtype, self.shape, self.strides, self.device)
@@ -109,6 +110,13 @@ def tensor_type(
     reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     made.span = reach + 1 if made.numel else 0
     return _interned.setdefault(key, made)
+
+
+def on_device(type_: TensorType, device: str) -> TensorType:
+    """The same type on another device."""
+    if type_.device == device:
+        return type_
+    return tensor_type(type_.dtype, type_.shape, type_.strides, device)
 
 
 def like_strides(shape: Shape, model: TensorType) -> Shape:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flame.core.errors import CompileError
-from flame.core.types import TensorType
+from flame.core.types import TensorType, on_device
 from flame.ops.op import Op, Types
 from flame.ops.views import ViewOp
 
@@ -159,10 +159,15 @@ def _verify_types(node: Node) -> None:
 
 def infer(op: Op, types: Types, attributes: Mapping[str, Any]) -> tuple[TensorType, ...]:
     """The result types of an op. Raises ShapeError or DTypeError where it cannot take ``types``."""
-    if isinstance(op, ViewOp):
-        return (op.view(types, **attributes)[0],)
-    made = op.infer(types, **attributes)
-    return made if isinstance(made, tuple) else (made,)
+    found = op.infer(types, **attributes)
+    made: tuple[TensorType, ...] = found if isinstance(found, tuple) else (found,)
+    device = None if op.moves else device_of(types)
+    return made if device is None else tuple([on_device(t, device) for t in made])
+
+
+def device_of(types: Types) -> str | None:
+    """Where the operands are, and so the results; None where there is no tensor among them."""
+    return next((t.device for t in types if isinstance(t, TensorType)), None)
 
 
 def one_op(op: Op, types: Types, attributes: Mapping[str, Any]) -> Graph:

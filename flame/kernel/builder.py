@@ -81,10 +81,10 @@ class BoundSource:
 
 @dataclass(frozen=True, eq=False)
 class BoundCall:
-    """A call of a vendor's library; operands in the problem's order."""
+    """A call of a vendor's library; operands in the problem's order, None for one left out."""
 
     problem: Problem
-    operands: tuple[Ref, ...]
+    operands: tuple[Ref | None, ...]
     extent: int = 1
 
     @property

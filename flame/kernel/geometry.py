@@ -1,13 +1,17 @@
 """How a kernel is launched on a GPU.
 
-A *team* of threads runs one iteration of the kernel's parallel loop at a time: its threads share the
-vector loops, and compute everything else alike. A team is a power of two: 1 thread, a part of a
-warp, or a whole block.
+A *team* of threads runs one iteration of the kernel's parallel loop at a time: its threads share
+the vector loops, and compute everything else alike. A team is a power of two: 1 thread, a part of a
+warp, or a whole block. Teams take iterations in turn, so any grid is right.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from flame.core.errors import CompileError
+
+WARP = 32
 
 
 @dataclass(frozen=True)
@@ -16,14 +20,29 @@ class Geometry:
 
     team: threads of a team. block: threads of a block, a multiple of the team. wide: whether
     offsets need 64 bits. shared: whether scratch memory stands in shared memory. by_pointer:
-    whether numbers of the call arrive as pointers to their 64-bit words on the device.
+    whether numbers of the call arrive as pointers to their 64-bit words on the device. held: packs
+    of a row that each thread keeps in registers; 0: none, see `flame.render.cuda_held`.
     """
 
     team: int
     block: int
-    wide: bool
-    shared: bool
-    by_pointer: bool
+    wide: bool = False
+    shared: bool = True
+    by_pointer: bool = False
+    held: int = 0
+
+    def __post_init__(self) -> None:
+        whole = self.team & (self.team - 1) == 0 and self.team > 0 and self.block % self.team == 0
+        if not whole or (self.team > WARP and self.team != self.block) or self.block > 1024:
+            raise CompileError(
+                f"teams of {self.team} threads in blocks of {self.block}: a team is a power of two "
+                f"of at most {WARP} threads, or one whole block of at most 1024"
+            )
+
+    @property
+    def teams(self) -> int:
+        """Teams of a block."""
+        return self.block // self.team
 
 
 @dataclass(frozen=True)

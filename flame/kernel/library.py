@@ -85,6 +85,8 @@ class AttentionProblem:
     forward operands: q, k, v, mask or None, result, log_sum (B, H, L) float32 [, seed, offset].
     backward operands: grad (of the result), shift (gradient of log_sum) or None, q, k, v, mask or
     None, result, log_sum, dq, dk, dv [, seed, offset].
+    grad, gradients: types of grad and of dq, dk, dv, where they do not lie as the result and as
+    q, k and v do.
     """
 
     backward: bool
@@ -97,6 +99,8 @@ class AttentionProblem:
     scale: float
     dropout: float = 0.0
     shift: bool = False
+    grad: TensorType | None = None
+    gradients: tuple[TensorType, TensorType, TensorType] | None = None
 
 
 Problem = MatmulProblem | ConvolutionProblem | AttentionProblem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flame.core.errors import ShapeError
+from flame.ops.autocast import autocasts
 from flame.tensor import Tensor
 
 __all__ = ["bilinear", "glu"]
@@ -20,6 +21,7 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
     return result
 
 
+@autocasts("widest")
 def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y[o] = x1ᵀ W[o] x2 + b[o]: (..., in1), (..., in2), (out, in1, in2) -> (..., out)."""
     outputs, size1, size2 = weight.shape

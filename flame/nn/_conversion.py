@@ -1,6 +1,7 @@
 """The arguments of `Module.to`: a device, a dtype, both, or a tensor that has both.
 
-A dtype applies to floating-point parameters and buffers only, so counters and indices keep theirs.
+A dtype applies to floating-point parameters and buffers only, so counters and indices keep theirs;
+a memory format to those of four and five dimensions.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ __all__ = ["converter"]
 
 def converter(*args: Any, **kwargs: Any) -> Callable[[Tensor], Tensor]:
     """The conversion that `Module.to(*args, **kwargs)` asks for, as a function of one tensor."""
-    device, dtype = _parse(args, dict(kwargs))
+    kwargs = dict(kwargs)
+    memory_format = kwargs.pop("memory_format", None)
+    device, dtype = _parse(args, kwargs)
     if dtype is not None and not dtype.is_floating_point:
         raise DTypeError(
             f"Module.to: takes a floating-point dtype, got {dtype.name}; "
@@ -30,6 +33,8 @@ def converter(*args: Any, **kwargs: Any) -> Callable[[Tensor], Tensor]:
             options["device"] = device
         if dtype is not None and tensor.is_floating_point():
             options["dtype"] = dtype
+        if memory_format is not None and tensor.ndim in (4, 5):
+            options["memory_format"] = memory_format
         return tensor.to(**options) if options else tensor
 
     return convert

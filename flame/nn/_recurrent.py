@@ -21,6 +21,7 @@ from flame.nn._pieces import time_steps
 from flame.nn._recurrent_steps import GATES, State, StepWeights, combined_bias, step_of
 from flame.nn.module import Module
 from flame.nn.parameter import Parameter
+from flame.ops.autocast import autocasts
 from flame.tensor import Tensor
 
 __all__ = ["GRU", "LSTM", "RNN", "RNNBase"]
@@ -206,24 +207,9 @@ class RNNBase(Module):
     ) -> tuple[Tensor, State]:
         """One layer in one direction: (L, N, inputs) -> (L, N, output)."""
         suffix = self._suffixes[index]
-        members = self._parameters
-        bias_ih, bias_hh = members.get("bias_ih" + suffix), members.get("bias_hh" + suffix)
-        weights = StepWeights(
-            self.get_parameter("weight_hh" + suffix), bias_hh, members.get("weight_hr" + suffix)
-        )
-        weight_ih = self.get_parameter("weight_ih" + suffix)
-        projected = F.linear(input, weight_ih, combined_bias(self.mode, bias_ih, bias_hh))
-        step = step_of(self.mode)
-        outputs: list[Tensor] = []
-        from_inputs = time_steps(projected)
-        for from_input in reversed(from_inputs) if reverse else from_inputs:
-            state = step(from_input, state, weights)
-            outputs.append(state[0])
-        if reverse:
-            outputs.reverse()
-        if not outputs:
-            return flame.empty((0, input.shape[1], self._output), dtype=input.dtype), state
-        return flame.stack(outputs), state
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+        weights = [self._parameters.get(name + suffix) for name in names]
+        return _run_sequence(self.mode, input, state, *weights, reverse=reverse)
 
     def extra_repr(self) -> str:
         parts = [f"{self.input_size}, {self.hidden_size}"]
@@ -240,6 +226,28 @@ class RNNBase(Module):
         if self.bidirectional is not False:
             parts.append(f"bidirectional={self.bidirectional}")
         return ", ".join(parts)
+
+
+@autocasts("lower")
+def _run_sequence(
+    mode: str, input: Tensor, state: State, weight_ih: Any, weight_hh: Any, bias_ih: Tensor | None,
+    bias_hh: Tensor | None, weight_hr: Tensor | None, *, reverse: bool,
+) -> tuple[Tensor, State]:  # fmt: skip
+    """All steps: (L, N, inputs) -> (L, N, output), and the state after the last."""
+    weights = StepWeights(weight_hh, bias_hh, weight_hr)
+    projected = F.linear(input, weight_ih, combined_bias(mode, bias_ih, bias_hh))
+    step = step_of(mode)
+    outputs: list[Tensor] = []
+    from_inputs = time_steps(projected)
+    for from_input in reversed(from_inputs) if reverse else from_inputs:
+        state = step(from_input, state, weights)
+        outputs.append(state[0])
+    if reverse:
+        outputs.reverse()
+    if not outputs:
+        shape = (0, *state[0].shape)
+        return flame.empty(shape, dtype=input.dtype, device=input.device), state
+    return flame.stack(outputs), state
 
 
 class RNN(RNNBase):

@@ -18,6 +18,7 @@ from flame.nn._arguments import Device, wrong_input
 from flame.nn._recurrent_steps import GATES, State, StepWeights, combined_bias, step_of
 from flame.nn.module import Module
 from flame.nn.parameter import Parameter
+from flame.ops.autocast import autocasts
 from flame.tensor import Tensor
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
@@ -82,14 +83,24 @@ class _Cell(Module):
                 f"{self.states} "
                 f"state(s) of shape {shape}, got {[tuple(state.shape) for state in given]}"
             )
-        bias = combined_bias(self.mode, self.bias_ih, self.bias_hh)
-        weights = StepWeights(self.weight_hh, self.bias_hh)
-        result = step_of(self.mode)(F.linear(input, self.weight_ih, bias), given, weights)
+        result = _run_step(
+            self.mode, input, given, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        )
         return result if batched else tuple(state.squeeze(0) for state in result)
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
         return text if self.bias is True else f"{text}, bias={self.bias}"
+
+
+@autocasts("lower")
+def _run_step(
+    mode: str, input: Tensor, state: State, weight_ih: Tensor, weight_hh: Tensor,
+    bias_ih: Tensor | None, bias_hh: Tensor | None,
+) -> State:  # fmt: skip
+    """The state after one step."""
+    from_input = F.linear(input, weight_ih, combined_bias(mode, bias_ih, bias_hh))
+    return step_of(mode)(from_input, state, StepWeights(weight_hh, bias_hh))
 
 
 class RNNCell(_Cell):

@@ -198,7 +198,9 @@ def eye_(tensor: Tensor) -> Tensor:
     if tensor.ndim != 2:
         raise ShapeError(f"eye_: takes a matrix, got shape {tuple(tensor.shape)}")
     with flame.no_grad():
-        tensor.copy_(flame.eye(tensor.shape[0], tensor.shape[1], dtype=tensor.dtype))
+        tensor.copy_(
+            flame.eye(tensor.shape[0], tensor.shape[1], dtype=tensor.dtype, device=tensor.device)
+        )
     return tensor
 
 

@@ -324,7 +324,7 @@ class Module(Hookable):
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move to a device and convert floating-point members to a dtype: to(device),
-        to(dtype), to(tensor), ...
+        to(dtype), to(tensor), ..., to(memory_format=flame.channels_last).
         """
         return self._apply(converter(*args, **kwargs))
 
@@ -347,6 +347,10 @@ class Module(Hookable):
     def bfloat16(self) -> Self:
         """Convert floating-point parameters and buffers to bfloat16."""
         return self.to(flame.bfloat16)
+
+    def cuda(self, device: Any = None) -> Self:
+        """Move parameters and buffers to a GPU, the current one by default."""
+        return self.to(device="cuda" if device is None else device)
 
     def cpu(self) -> Self:
         """Move parameters and buffers to the CPU."""

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from flame.core.autocast import Policy
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.kernel import values
 from flame.kernel.values import Value, compare, const, select, unary
+from flame.ops.autocast import autocasts
 from flame.ops.comparison import minimum, where
 from flame.ops.elementwise import Elementwise, common_dtype, elementwise, to_float
 from flame.ops.mathematics import erf, exp, sigmoid, tanh
@@ -53,12 +55,13 @@ def _activation(
     names: tuple[str, ...] = (),
     rule: Any = _floating_input,
     avoid: tuple[float, ...] = (),
+    autocast: Policy | None = None,
 ) -> Elementwise:
     """An activation with numbers as further operands; ``numbers``: their values in the tests."""
     args = [Arg(s, -4.0, 4.0, avoid=avoid) for s in ((5, 7), (), (0, 3), (2, 3, 19))]
     return elementwise(
         name, scalar, inputs=("x", *names), rule=rule, vjp=(vjp, *(None for _ in names)),
-        reference=reference, samples=[Sample((a, *numbers)) for a in args],
+        reference=reference, samples=[Sample((a, *numbers)) for a in args], autocast=autocast,
     )  # fmt: skip
 
 
@@ -168,7 +171,7 @@ _softplus = _activation(
     ),
     lambda g, x, beta, limit: where(x * beta > limit, g, g * sigmoid(x * beta)),
     lambda x, beta, limit: np.where(x * beta > limit, x, np.log1p(np.exp(x * beta)) / beta),
-    1.5, 20.0, names=("beta", "limit"),
+    1.5, 20.0, names=("beta", "limit"), autocast="float32",
 )  # fmt: skip
 
 _logsigmoid = _activation(
@@ -287,6 +290,7 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     return _call(_leaky_relu, input, inplace, negative_slope)
 
 
+@autocasts("lower")
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
     """input where it is positive, else weight * input.
 

@@ -15,6 +15,7 @@ from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError
 from flame.core.types import TensorType
 from flame.kernel.values import Value, select
+from flame.ops.autocast import autocasts
 from flame.ops.elementwise import (
     Elementwise,
     common_dtype,
@@ -304,6 +305,13 @@ def _neg_in_place(self: Tensor) -> Tensor:
     return self
 
 
+@autocasts("float32")
+def _number_over(self: Tensor, other: Operand) -> Tensor:
+    """other / self: to autocast a reciprocal, not a division of tensors."""
+    result: Tensor = _div(other, self)
+    return result
+
+
 _add_in_place, _sub_in_place = _scaled_in_place(_add, 1), _scaled_in_place(_sub, -1)
 
 OPERATORS: Final[dict[str, Callable[..., Any]]] = {
@@ -314,7 +322,7 @@ OPERATORS: Final[dict[str, Callable[..., Any]]] = {
     "__mul__": lambda self, other: _mul(self, other),
     "__rmul__": lambda self, other: _mul(other, self),
     "__truediv__": lambda self, other: _div(self, other),
-    "__rtruediv__": lambda self, other: _div(other, self),
+    "__rtruediv__": lambda self, other: _number_over(self, other),
     "__neg__": lambda self: neg(self),
     "__pos__": lambda self: self,
     "__iadd__": lambda self, other: _add_in_place(self, other),

@@ -14,6 +14,7 @@ from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.core.handle import is_tensor
 from flame.core.types import TensorType, tensor_type
 from flame.kernel.builder import Lowering
+from flame.ops.autocast import autocasts
 from flame.ops.creation import shape_of, zeros
 from flame.ops.dimensions import atleast_2d
 from flame.ops.elementwise import common_dtype
@@ -22,6 +23,8 @@ from flame.ops.joining import cat
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types, constant
 from flame.ops.shapes import reshape, slice_dim, wrap_dim
 from flame.ops.slicing import diagonal
+from flame.ops.sorting import same_numbers
+from flame.ops.sorting_cuda import lower_isin
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -42,9 +45,11 @@ def block_diag(*tensors: Any) -> Tensor:
     dtype = common_dtype(tuple(x.type for x in given))
     rows, before = [], 0
     for x in given:
-        left = zeros(x.shape[0], before, dtype=dtype)
+        left = zeros(x.shape[0], before, dtype=dtype, device=x.device)
         before += x.shape[1]
-        rows.append(cat([left, x, zeros(x.shape[0], width - before, dtype=dtype)], 1))
+        rows.append(
+            cat([left, x, zeros(x.shape[0], width - before, dtype=dtype, device=x.device)], 1)
+        )
     return cat(rows, 0)
 
 
@@ -55,13 +60,14 @@ def combinations(input: Tensor, r: int = 2, with_replacement: bool = False) -> T
     if r < 0:
         raise ArgumentError(f"combinations: r must not be negative, got {r}")
     if not r:
-        return zeros(0, dtype=input.dtype)
+        return zeros(0, dtype=input.dtype, device=input.device)
     choose = itertools.combinations_with_replacement if with_replacement else itertools.combinations
     places = np.array(list(choose(range(input.shape[0]), r)), np.int64).reshape(-1, r)
-    picked = index_select(input, 0, constant(places.reshape(-1)))
+    picked = index_select(input, 0, constant(places.reshape(-1), device=input.device))
     return reshape(picked, places.shape)
 
 
+@autocasts("plain")
 def trace(input: Tensor) -> Tensor:
     """The sum of a matrix's diagonal."""
     from flame.ops.reductions import sum as total
@@ -125,6 +131,10 @@ def unravel_index(indices: Tensor, shape: Any) -> tuple[Tensor, ...]:
 
 def nonzero_static(input: Tensor, *, size: int, fill_value: int = -1) -> Tensor:
     """The first ``size`` rows of `nonzero`, filled up with ``fill_value``."""
+    if input.is_cuda:
+        from flame.ops.compaction import places
+
+        return places(input, size, fill_value)
     found = np.argwhere(input.detach().numpy())[:size]
     made = np.full((size, input.ndim), fill_value, np.int64)
     made[: len(found)] = found
@@ -160,6 +170,7 @@ _isin = Op(
     inputs=("x", "tests"),
     infer=_infer_isin,
     lower=_lower_isin,
+    lower_cuda=lower_isin,
     vjp=NOT_DIFFERENTIABLE,
     reference=_members,
     samples=[
@@ -172,6 +183,11 @@ def isin(
     elements: Any, test_elements: Any, *, assume_unique: bool = False, invert: bool = False
 ) -> Tensor:
     """Whether each element is among ``test_elements``."""
-    x, tests = (e.detach() if is_tensor(e) else constant(e) for e in (elements, test_elements))
+    device = next((e.device for e in (elements, test_elements) if is_tensor(e)), None)
+    x, tests = (
+        e.detach() if is_tensor(e) else constant(e, device=device)
+        for e in (elements, test_elements)
+    )  # fmt: skip
+    x, tests = same_numbers(x, reshape(tests, (-1,)))
     result: Tensor = _isin(x, tests, invert=bool(invert))
     return result

@@ -9,6 +9,7 @@ from flame.core import dtypes
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.ops.arithmetic import mul
+from flame.ops.autocast import autocasts
 from flame.ops.comparison import where
 from flame.ops.creation import full, linspace
 from flame.ops.elementwise import common_dtype, floating
@@ -52,7 +53,7 @@ def imag(input: Tensor) -> Tensor:
 
 def isreal(input: Tensor) -> Tensor:
     """True everywhere."""
-    return full(input.shape, True, dtype=dtypes.bool_)
+    return full(input.shape, True, dtype=dtypes.bool_, device=input.device)
 
 
 def angle(input: Tensor) -> Tensor:
@@ -88,6 +89,7 @@ class Parts(NamedTuple):
     exponent: Tensor
 
 
+@autocasts("plain")
 def frexp(input: Tensor) -> Parts:
     """(mantissa, exponent) with input = mantissa * 2**exponent, 0.5 <= |mantissa| < 1."""
     if input.dtype.kind != "f":
@@ -148,6 +150,7 @@ def logspace(
 # --- distances ------------------------------------------------------------------------------------
 
 
+@autocasts("float32")
 def dist(input: Tensor, other: Tensor, p: float = 2) -> Tensor:
     """The p-norm of the difference."""
     from flame.ops.norms import norm
@@ -156,6 +159,7 @@ def dist(input: Tensor, other: Tensor, p: float = 2) -> Tensor:
     return norm(difference, p)
 
 
+@autocasts("float32")
 def cdist(
     x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None
 ) -> Tensor:  # fmt: skip
@@ -184,6 +188,7 @@ def rows_norm(difference: Tensor, p: float) -> Tensor:
     return result
 
 
+@autocasts("float32")
 def renorm(input: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
     """Slices along ``dim`` scaled down to a p-norm of at most ``maxnorm``."""
     from flame.ops.norms import vector_norm
@@ -308,7 +313,9 @@ def _quantile(
         raise DTypeError(f"{name} takes float32 or float64 elements, got {input.type!r}")
     if interpolation not in ("linear", "lower", "higher", "midpoint", "nearest"):
         raise ArgumentError(f"{name}: {interpolation!r} is no interpolation")
-    points: Tensor = q if hasattr(q, "storage") else constant(q, dtype=input.dtype)
+    points: Tensor = (
+        q if hasattr(q, "storage") else constant(q, dtype=input.dtype, device=input.device)
+    )
     if points.ndim > 1 or bool(((points < 0) | (points > 1)).any()):
         raise ArgumentError(f"{name}: q must be one or several numbers from 0 to 1")
     rank = input.ndim
@@ -362,7 +369,7 @@ def histc(input: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Ten
     inside = (wide >= low) & (wide <= high)
     place = ((wide - low) * bins / (high - low)).floor().clamp(0, bins - 1)
     place = where(inside, place, 0.0).to(dtypes.int64)
-    counts = full((bins,), 0.0, dtype=dtypes.float64)
+    counts = full((bins,), 0.0, dtype=dtypes.float64, device=input.device)
     counts.index_add_(0, place, inside.to(dtypes.float64))
     made: Tensor = counts.to(input.dtype)
     return made
@@ -397,7 +404,7 @@ def _slope(x: Tensor, dim: int, spacing: Any, edge_order: int) -> Tensor:
         steps = spacing[1:] - spacing[:-1]
     else:
         step = spacing.item() if hasattr(spacing, "storage") else spacing
-        steps = full((size - 1,), step, dtype=floating(x.dtype))
+        steps = full((size - 1,), step, dtype=floating(x.dtype), device=x.device)
     h = reshape(steps, [-1 if d == dim else 1 for d in range(x.ndim)])
     first = x.narrow(dim, 1, size - 1) - x.narrow(dim, 0, size - 1)
     slopes = first / h

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from flame.core.errors import ArgumentError, ShapeError
+from flame.ops.autocast import autocasts
 from flame.ops.products import matmul
 from flame.ops.reductions import sum
 from flame.ops.shapes import as_strided, expand, permute, reshape
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["einsum"]
 
 
+@autocasts("lower")
 def einsum(equation: str, *operands: Any) -> Tensor:
     """Sum of products in Einstein's notation, such as ``"bij,bjk->bik"``; ``...`` broadcasts.
 

@@ -190,7 +190,11 @@ def copy_(input: Tensor, src: Any, non_blocking: bool = False) -> Tensor:
     if not is_tensor(src):
         from flame.ops.creation import full
 
-        src = full((), src, dtype=input.dtype)
+        src = full((), src, dtype=input.dtype, device=input.device)
+    if src.type.device != input.type.device:
+        from flame.ops.transfer import move
+
+        src = move(src, input.type.device)
     if src.shape != input.shape:
         src = expand(src, input.shape)
     if src.dtype is not input.dtype:
@@ -218,5 +222,5 @@ OPERATORS: Final[dict[str, Callable[..., Any]]] = {
     "char": _to(dtypes.int8),
     "byte": _to(dtypes.uint8),
     "bool": _to(dtypes.bool_),
-    "type_as": lambda self, other: convert(self, dtype=other.dtype),
+    "type_as": lambda self, other: self.to(other),
 }

@@ -183,6 +183,7 @@ def full_like(
         shape=type_.shape,
         dtype=dtype or type_.dtype,
         strides=like_strides(type_.shape, type_),
+        device=type_.device if device is None else check_device(device),
     )
     return _finish(made, requires_grad)
 
@@ -198,7 +199,12 @@ def ones_like(input: Tensor, **options: Any) -> Tensor:
 def empty_like(
     input: Tensor, *, dtype: DType | None = None, device: Any = None, requires_grad: bool = False
 ) -> Tensor:
-    return empty(input.shape, dtype=dtype or input.dtype, requires_grad=requires_grad)
+    return empty(
+        input.shape,
+        dtype=dtype or input.dtype,
+        device=device or input.type.device,
+        requires_grad=requires_grad,
+    )
 
 
 def fill_(input: Tensor, value: Any) -> Tensor:
@@ -206,7 +212,7 @@ def fill_(input: Tensor, value: Any) -> Tensor:
     if is_tensor(value):
         return input.copy_(value)
     type_ = input.type
-    _full.into((input,), value, shape=type_.shape, dtype=type_.dtype)
+    _full.into((input,), value, shape=type_.shape, dtype=type_.dtype, device=type_.device)
     return input
 
 
@@ -316,6 +322,6 @@ def eye(
     requires_grad: bool = False,
 ) -> Tensor:
     """The identity matrix, (n, m)."""
-    rows, columns = arange(n), arange(n if m is None else m)
+    rows, columns = (arange(k, device=device) for k in (n, n if m is None else m))
     made = (rows.unsqueeze(1) == columns).to(dtype or dtypes.get_default_dtype())
     return _finish(made, requires_grad)

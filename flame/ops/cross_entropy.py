@@ -105,7 +105,7 @@ def _lower_backward(
     grad, x, target, weight, log_sum, total = types
     x = type_of(x)
     operands = score_operands(x, weight, target, (1, 2, 3))
-    operands["out"] = ("output", 0, x.dtype, broadcast_strides(outputs[0], x.shape))
+    operands["out"] = ("output", 0, outputs[0].dtype, broadcast_strides(outputs[0], x.shape))
     for label, position, t in (("grad", 0, grad), ("log_sum", 4, log_sum), ("total", 5, total)):
         operands[label] = per_row(position, t, x)
     kernel = ClassKernel("cross_entropy_backward", x, operands)
@@ -214,10 +214,12 @@ def _vjp(
 cross_entropy_backward: Op = Op(
     "cross_entropy_backward", inputs=("grad", "x", "target", "weight", "log_sum", "total"),
     infer=infer_backward, lower=_lower_backward, vjp=Joint(_second),
-    reference=_reference_backward, samples=[backward_sample(s) for s in SAMPLES],
+    reference=_reference_backward, samples=[backward_sample(s) for s in SAMPLES], widens=True,
+    overlays=(1,),
 )  # fmt: skip
 
 cross_entropy_op = Op(
     "cross_entropy", inputs=("x", "target", "weight"), infer=_infer, lower=_lower, extras=2,
     vjp=Joint(_vjp), reference=_reference, samples=SAMPLES, failure=failure_of("cross_entropy"),
+    widens=True,
 )  # fmt: skip

@@ -57,7 +57,7 @@ def feature_dropout(
     if not training or p == 0:
         return input
     shape = input.shape[:2] + (1,) * (input.ndim - 2)
-    noise = dropout(ones(shape, dtype=input.dtype), p)
+    noise = dropout(ones(shape, dtype=input.dtype, device=input.device), p)
     if inplace:
         return input.mul_(noise)
     return input * noise

@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from flame.core import dtypes
+from flame.core.autocast import Policy
 from flame.core.dtypes import DType
 from flame.core.errors import DTypeError, FlameError
 from flame.core.types import TensorType, contiguous_strides, like_strides, tensor_type
@@ -101,6 +102,7 @@ class Elementwise(Op):
         tolerance: float = 1.0,
         invalid: Callable[..., Value | None] | None = None,
         failure: Callable[..., FlameError] | None = None,
+        autocast: Policy | None = None,
     ) -> None:
         self.scalar = scalar
         self.rule = rule
@@ -117,6 +119,7 @@ class Elementwise(Op):
             samples=samples,
             tolerance=tolerance,
             register=register,
+            autocast=autocast,
         )
 
     def inline(self, inputs: tuple[Any, ...], attributes: dict[str, Any]) -> Any:
@@ -323,6 +326,7 @@ def elementwise(
     tolerance: float = 1.0,
     invalid: Callable[..., Value | None] | None = None,
     failure: Callable[..., FlameError] | None = None,
+    autocast: Policy | None = None,
 ) -> Elementwise:
     """Declare an elementwise op.
 
@@ -345,6 +349,7 @@ def elementwise(
         tolerance=tolerance,
         invalid=invalid,
         failure=failure,
+        autocast=autocast,
     )
 
 

@@ -10,6 +10,7 @@ from flame.core import dtypes
 from flame.core.errors import ArgumentError, DTypeError, IndexRangeError, ShapeError
 from flame.core.types import TensorType
 from flame.kernel.builder import Lowering
+from flame.ops.autocast import autocasts
 from flame.ops.conversion import convert
 from flame.ops.creation import full
 from flame.ops.elementwise import compute_dtype
@@ -50,7 +51,7 @@ def _gradient(
     wide = convert(g, dtype=compute_dtype(g.dtype))
     if by_frequency:
         first = index.select(-1, 0)
-        ones = expand(full((), 1, dtype=wide.dtype), first.shape)
+        ones = expand(full((), 1, dtype=wide.dtype, device=wide.device), first.shape)
         counts = put_at(None, ones, first, axes=(-1,), shape=weight_type.shape[:1], combine="add",
                         wrap=False)  # fmt: skip
         wide = wide / unsqueeze(take_at(counts, first, axes=(-1,), wrap=False), -1)
@@ -72,6 +73,7 @@ _embedding = Op(
 )  # fmt: skip
 
 
+@autocasts("plain")
 def embedding(
     input: Tensor, weight: Tensor, padding_idx: int | None = None, max_norm: float | None = None,
     norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False,
@@ -125,10 +127,10 @@ def one_hot(input: Tensor, num_classes: int = -1) -> Tensor:
     if num_classes == -1:
         if not input.numel():
             raise ArgumentError("one_hot: an empty tensor does not say how many classes there are")
-        num_classes = int(input.numpy().max()) + 1
+        num_classes = int(input.max().item()) + 1
     shape = (*input.shape, num_classes)
     index = unsqueeze(input, -1)
-    ones = expand(full((), 1), index.shape)
+    ones = expand(full((), 1, device=index.device), index.shape)
     made: Tensor = named(
         "one_hot", (input.ndim,), shape, put_at,
         None, ones, index, axes=(*range(input.ndim), -1), shape=shape, combine="set", wrap=False,

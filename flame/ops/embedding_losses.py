@@ -8,6 +8,7 @@ import numpy as np
 
 from flame.core.errors import ArgumentError, ShapeError
 from flame.ops import pointwise_losses as parts
+from flame.ops.autocast import autocasts
 from flame.ops.loops import broadcast_shapes
 from flame.ops.losses import reduced, reduction_of, spread_weight
 from flame.ops.reductions import mean as mean_of
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["cosine_similarity", "pairwise_distance"]
 
 
+@autocasts("float32")
 def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     """x1 . x2 / (max(|x1|, eps) max(|x2|, eps)) over ``dim``; the shapes broadcast."""
     from flame.ops.comparison import clamp_min
@@ -40,6 +42,7 @@ def pairwise_distance(
     return norm(x1 - x2 + eps, p, -1, keepdim)
 
 
+@autocasts("float32")
 def cosine_embedding_loss(
     input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0,
     size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean",
@@ -62,6 +65,7 @@ def cosine_embedding_loss(
     return reduced(where(target == 1, 1 - cosine, 0.0) + apart, reduction)
 
 
+@autocasts("float32")
 def margin_ranking_loss(
     input1: Tensor, input2: Tensor, target: Tensor, margin: float = 0,
     size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean",
@@ -78,6 +82,7 @@ def margin_ranking_loss(
     return reduced(clamp_min(-target * (input1 - input2) + float(margin), 0), reduction)
 
 
+@autocasts("float32")
 def hinge_embedding_loss(
     input: Tensor, target: Tensor, margin: float = 1.0,
     size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean",
@@ -91,6 +96,7 @@ def hinge_embedding_loss(
     return reduced(far + where(target != -1, input, 0.0), reduction)
 
 
+@autocasts("float32")
 def soft_margin_loss(
     input: Tensor, target: Tensor, size_average: bool | None = None,
     reduce: bool | None = None, reduction: str = "mean",
@@ -100,6 +106,7 @@ def soft_margin_loss(
     return reduced(parts.soft_margin(input, target), reduction)
 
 
+@autocasts("float32")
 def triplet_margin_loss(
     anchor: Tensor, positive: Tensor, negative: Tensor, margin: float = 1.0, p: float = 2,
     eps: float = 1e-6, swap: bool = False, size_average: bool | None = None,
@@ -127,6 +134,7 @@ def triplet_margin_loss(
     return reduced(clamp_min(near - far + margin, 0), reduction)
 
 
+@autocasts("float32")
 def multilabel_soft_margin_loss(
     input: Tensor, target: Tensor, weight: Tensor | None = None,
     size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean",

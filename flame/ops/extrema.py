@@ -189,7 +189,7 @@ def _to_place(g: Any, out: Any, x_type: TensorType, dims: tuple[int, ...], keepd
     if not dims:
         return g
     shape = (x_type.shape[dim],) + (1,) * (x_type.ndim - dim - 1)
-    return where(eq(reshape(arange(x_type.shape[dim]), shape), places), g, 0.0)
+    return where(eq(reshape(arange(x_type.shape[dim], device=g.device), shape), places), g, 0.0)
 
 
 def _np_places(function: Any) -> Callable[..., Any]:

@@ -232,7 +232,7 @@ def _np_erfinv(x: Any) -> Any:
 _erfinv = elementwise(
     "erfinv", _erfinv_scalar, rule=to_float,
     vjp=(lambda g, out: g * exp(out * out) * (math.sqrt(math.pi) / 2),),
-    reference=_np_erfinv, domain=(-0.7, 0.7), tolerance=2.0,
+    reference=_np_erfinv, domain=(-0.7, 0.7), tolerance=2.0, autocast="float32",
 )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ class Generator:
                 f"a generator's state is a uint8 tensor of shape ({_STATE.size},), got "
                 f"{new_state.dtype.name} {new_state.shape}"
             )
-        self._go_to(*_STATE.unpack(new_state.numpy().tobytes()))
+        self._go_to(*_STATE.unpack(new_state.cpu().numpy().tobytes()))
         return self
 
     def reserve(self, blocks: int) -> tuple[int, int]:

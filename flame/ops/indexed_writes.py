@@ -32,6 +32,7 @@ from flame.ops.indexed import (
 )  # fmt: skip
 from flame.ops.loops import by_stride, coalesce
 from flame.ops.op import Arg, Joint, Op, Sample, Types
+from flame.ops.writes_cuda import lower_put_cuda
 
 COLUMNS = 128  # elements of the fastest dimension that one step of a write handles
 
@@ -49,7 +50,7 @@ def _infer_put(
     return tensor_type(source.dtype, shape, None, source.device)
 
 
-def _start(types: Types, outputs: tuple[TensorType, ...]) -> KernelBuilder:
+def beginning(types: Types, outputs: tuple[TensorType, ...]) -> KernelBuilder:
     """The kernel that makes the result a copy of x, or zeros."""
     x, (out,) = types[0], outputs
     k = KernelBuilder("put_at_start")
@@ -83,7 +84,7 @@ def _lower_put(
     assert isinstance(source_type, TensorType)
     indices = [t for t in types[2:] if isinstance(t, TensorType)]
     if not source_type.numel:
-        return Lowering((_start(types, outputs).bind(),))
+        return Lowering((beginning(types, outputs).bind(),))
     rank, extents = source_type.ndim, source_type.shape
     direct = direct_steps(out, rank, axes)
     steps = [source_type.strides, direct, *(i.strides for i in indices)]
@@ -123,7 +124,7 @@ def _lower_put(
                 with k.when(known[1]):
                     write(index, known, None)
             check.report()
-        return Lowering((_start(types, outputs).bind(), k.bind()))
+        return Lowering((beginning(types, outputs).bind(), k.bind()))
     width = outer.sizes[-1]
     work = math.prod(inner.sizes) * min(width, COLUMNS)
     with k.parallel(*outer.sizes[:-1], -(-width // COLUMNS), work=work) as (*rows, block):
@@ -141,7 +142,18 @@ def _lower_put(
                 with k.when(known[1]), k.vector(extent, 4) as v:
                     write((*rows, start + v, *after), known, None)
         check.report()
-    return Lowering((_start(types, outputs).bind(), k.bind()))
+    return Lowering((beginning(types, outputs).bind(), k.bind()))
+
+
+def _lower_put_on_gpu(
+    types: Types, outputs: tuple[TensorType, ...],
+    *, axes: tuple[int, ...], shape: Shape, combine: str, wrap: bool,
+) -> Lowering:  # fmt: skip
+    attributes: dict[str, Any] = {"axes": axes, "combine": combine, "wrap": wrap}
+    return lower_put_cuda(
+        types, outputs, lambda: _lower_put(types, outputs, shape=shape, **attributes),
+        lambda: beginning(types, outputs).bind(), **attributes,
+    )  # fmt: skip
 
 
 class _At(Operand):
@@ -185,7 +197,7 @@ def _put_vjp(
     if needs[0]:
         to_x = g
         if combine == "set":
-            nothing = expand(zeros((), dtype=g.dtype), source_type.shape)
+            nothing = expand(zeros((), dtype=g.dtype, device=g.device), source_type.shape)
             to_x = put_at(g, nothing, *indices, axes=axes, shape=shape, combine="set", wrap=wrap)
     if needs[1]:
         to_source = take_at(g, *indices, axes=axes, wrap=wrap)
@@ -228,6 +240,7 @@ put_at = Op(
     inputs=("x", "source", "*indices"),
     infer=_infer_put,
     lower=_lower_put,
+    lower_cuda=_lower_put_on_gpu,
     vjp=Joint(_put_vjp),
     reference=_put_reference,
     samples=[Sample(inputs, {"wrap": False, **attributes}) for inputs, attributes in _WRITES],
@@ -296,6 +309,7 @@ combine_at = Op(
     inputs=("x", "source", "*indices"),
     infer=_infer_put,
     lower=_lower_put,
+    lower_cuda=_lower_put_on_gpu,
     vjp=Joint(_reduce_vjp),
     reference=_put_reference,
     samples=[

@@ -185,7 +185,7 @@ def index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
     dim, where = wrap_dim("index_fill", dim, input.ndim), _vector("index_fill", index)
     size = input.shape[dim] if input.ndim else 1
     # a mask rather than a write, so that an index named twice counts once in the value's gradient
-    chosen = expand(full((), True), where.shape)
+    chosen = expand(full((), True, device=where.device), where.shape)
     mask = named(
         "index_fill", (dim,), {dim: size}, put_at,
         None, chosen, where, axes=(-1,), shape=(size,), combine="set", wrap=True,
@@ -202,7 +202,7 @@ def filled(name: str, input: Tensor, value: Any, shape: Shape) -> Tensor:
                 f"{name}: the value must be a number or a 0-d tensor, got {value.shape}"
             )
         return expand(convert(value, dtype=input.dtype), shape)
-    return expand(full((), value, dtype=input.dtype), shape)
+    return expand(full((), value, dtype=input.dtype, device=input.device), shape)
 
 
 # --- one index for each element: gather, scatter --------------------------------------------------

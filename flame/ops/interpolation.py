@@ -9,6 +9,7 @@ from flame.core import dtypes
 from flame.core.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 from flame.core.handle import is_tensor
 from flame.core.types import Shape
+from flame.ops.autocast import autocasts
 from flame.ops.bands import Band, identity
 from flame.ops.conversion import convert
 from flame.ops.convolution.arguments import per_dimension
@@ -56,9 +57,17 @@ def interpolate(
             pooling.adaptive_avg_pool3d,
         )
         return pool[rank - 1](input, sizes)
+    return _resampled(input, mode, sizes, scales, align_corners=bool(align_corners))
+
+
+@autocasts("float32")
+def _resampled(
+    input: Tensor, mode: str, sizes: Shape, scales: tuple[float | None, ...], *,
+    align_corners: bool,
+) -> Tensor:  # fmt: skip
     wide = input.dtype.itemsize == 8
     axes = tuple(
-        _band(mode, n, o, scale, align=bool(align_corners), wide=wide)
+        _band(mode, n, o, scale, align=align_corners, wide=wide)
         for n, o, scale in zip(input.shape[2:], sizes, scales, strict=True)
     )
     result: Tensor = apply(input, axes)

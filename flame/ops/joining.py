@@ -325,7 +325,7 @@ def repeat_interleave(
     from flame.ops.indexing import index_select
 
     if repeats is None:
-        return constant(np.repeat(np.arange(input.numel()), _counts(input)))
+        return _places(_checked_counts(input))
     if dim is None:
         input, dim = reshape(input, (-1,)), 0
     dim = wrap_dim("repeat_interleave", dim, input.ndim)
@@ -333,14 +333,14 @@ def repeat_interleave(
         input = reshape(input, (1,))
     size = input.shape[dim]
     if isinstance(repeats, (list, tuple)):
-        repeats = constant(repeats)
+        repeats = constant(repeats, device=input.device)
     if is_tensor(repeats) and repeats.numel() != 1:
-        counts = _counts(repeats)
+        counts = _checked_counts(repeats)
         if counts.shape != (size,):
             raise ShapeError(
-                f"repeat_interleave: {counts.size} counts for dimension {dim} of size {size}"
+                f"repeat_interleave: {counts.numel()} counts for dimension {dim} of size {size}"
             )
-        return index_select(input, dim, constant(np.repeat(np.arange(size), counts)))
+        return index_select(input, dim, _places(counts))
     count = int(repeats)
     if count < 0:
         raise ArgumentError(f"repeat_interleave: repeats must not be negative, got {count}")
@@ -349,13 +349,22 @@ def repeat_interleave(
     return reshape(grown, (*input.shape[:dim], size * count, *input.shape[dim + 1 :]))
 
 
-def _counts(repeats: Tensor) -> np.ndarray[Any, Any]:
+def _checked_counts(repeats: Tensor) -> Tensor:
     if repeats.dtype.kind not in "iu" or repeats.ndim > 1:
         raise DTypeError(
             f"repeat_interleave: counts must be a 1-d integer tensor, got {repeats.dtype.name} of "
             f"shape {repeats.shape}"
         )
-    counts = repeats.numpy()
-    if counts.size and counts.min() < 0:
+    if repeats.numel() and repeats.min().item() < 0:
         raise ArgumentError("repeat_interleave: repeats must not be negative")
-    return counts
+    return repeats
+
+
+def _places(counts: Tensor) -> Tensor:
+    """0 counts[0] times, 1 counts[1] times, and so on."""
+    if counts.is_cuda:
+        from flame.ops.compaction import repeated
+
+        return repeated(counts)
+    given = counts.numpy()
+    return constant(np.repeat(np.arange(given.size), given))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flame.core import dtypes
 from flame.core.errors import ArgumentError, DTypeError, IndexRangeError, ShapeError
 from flame.ops.activations import leaky_relu
+from flame.ops.autocast import autocasts
 from flame.ops.comparison import minimum, where
 from flame.ops.composites import rows_norm
 from flame.ops.creation import ones, ones_like, zeros_like
@@ -29,12 +30,16 @@ __all__: list[str] = []
 SATURATION = -1.7580993408473766
 
 
+@autocasts("float32")
 def pdist(input: Tensor, p: float = 2.0) -> Tensor:
     """p-norms between all pairs of rows of (N, M), in the order of the upper triangle."""
     if input.ndim != 2:
         raise ShapeError(f"pdist takes two dimensions, got shape {input.shape}")
     pairs = list(itertools.combinations(range(input.shape[0]), 2))
-    first, second = (constant([pair[k] for pair in pairs], dtype=dtypes.int64) for k in (0, 1))
+    first, second = (
+        constant([pair[k] for pair in pairs], dtype=dtypes.int64, device=input.device)
+        for k in (0, 1)
+    )
     return rows_norm(input.index_select(0, first) - input.index_select(0, second), float(p))
 
 
@@ -112,7 +117,7 @@ def _alpha(
         raise ArgumentError(f"{name}: p must be from 0 to 1, got {p}")
     if not training or p == 0:
         return input
-    kept = bernoulli(ones(shape, dtype=input.dtype) * (1 - p))
+    kept = bernoulli(ones(shape, dtype=input.dtype, device=input.device) * (1 - p))
     return _alpha_noise(input, kept, p, inplace=inplace)
 
 
@@ -136,6 +141,7 @@ def gumbel_softmax(
 # --- losses ---------------------------------------------------------------------------------------
 
 
+@autocasts("float32")
 def multi_margin_loss(
     input: Tensor, target: Tensor, p: int = 1, margin: float = 1.0, weight: Tensor | None = None,
     size_average: Any = None, reduce: Any = None, reduction: str = "mean",
@@ -159,6 +165,7 @@ def multi_margin_loss(
     return reduced(losses if target.ndim else reshape(losses, ()), reduction)
 
 
+@autocasts("float32")
 def multilabel_margin_loss(
     input: Tensor, target: Tensor, size_average: Any = None, reduce: Any = None,
     reduction: str = "mean",
@@ -200,6 +207,7 @@ def triplet_margin_with_distance_loss(
 # --- bags -----------------------------------------------------------------------------------------
 
 
+@autocasts("plain")
 def embedding_bag(
     input: Tensor, weight: Tensor, offsets: Tensor | None = None, max_norm: float | None = None,
     norm_type: float = 2, scale_grad_by_freq: bool = False, mode: str = "mean",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.ops import pointwise_losses as parts
 from flame.ops.arithmetic import mul, neg, true_divide
+from flame.ops.autocast import autocasts
 from flame.ops.class_rows import REDUCTIONS, class_dim
 from flame.ops.cross_entropy import cross_entropy_op
 from flame.ops.negative_log_likelihood import nll_loss_op
@@ -62,6 +63,7 @@ def _weighted(
 # --- classes --------------------------------------------------------------------------------------
 
 
+@autocasts("float32")
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -130,6 +132,7 @@ def _soft_cross_entropy(
     return total if reduction == "sum" else true_divide(total, count)
 
 
+@autocasts("float32")
 def nll_loss(
     input: Tensor,
     target: Tensor,
@@ -151,6 +154,7 @@ def nll_loss(
 # --- regression -----------------------------------------------------------------------------------
 
 
+@autocasts("float32")
 def mse_loss(
     input: Tensor, target: Tensor, size_average: bool | None = None, reduce: bool | None = None,
     reduction: str = "mean", weight: Tensor | None = None,
@@ -160,6 +164,7 @@ def mse_loss(
     return _weighted("mse_loss", parts.squared_difference(input, target), weight, reduction)
 
 
+@autocasts("float32")
 def l1_loss(
     input: Tensor, target: Tensor, size_average: bool | None = None, reduce: bool | None = None,
     reduction: str = "mean", weight: Tensor | None = None,
@@ -169,6 +174,7 @@ def l1_loss(
     return _weighted("l1_loss", parts.absolute_difference(input, target), weight, reduction)
 
 
+@autocasts("float32")
 def smooth_l1_loss(
     input: Tensor, target: Tensor, size_average: bool | None = None, reduce: bool | None = None,
     reduction: str = "mean", beta: float = 1.0,
@@ -185,6 +191,7 @@ def smooth_l1_loss(
     return reduced(parts.smooth_absolute(input, target, float(beta)), reduction)
 
 
+@autocasts("float32")
 def huber_loss(
     input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0,
     weight: Tensor | None = None,
@@ -214,6 +221,7 @@ def spread_weight(loss: Tensor, weight: Tensor | None) -> Tensor:
     return loss if weight is None else mul(loss, broadcast_to(weight, loss.shape))
 
 
+@autocasts("unsafe")
 def binary_cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = None,
     size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean",
@@ -228,6 +236,7 @@ def binary_cross_entropy(
     return reduced(spread_weight(loss, weight), reduction)
 
 
+@autocasts("float32")
 def binary_cross_entropy_with_logits(
     input: Tensor, target: Tensor, weight: Tensor | None = None,
     size_average: bool | None = None, reduce: bool | None = None, reduction: str = "mean",
@@ -244,6 +253,7 @@ def binary_cross_entropy_with_logits(
     return reduced(spread_weight(loss, weight), reduction)
 
 
+@autocasts("float32")
 def kl_div(
     input: Tensor, target: Tensor, size_average: bool | None = None, reduce: bool | None = None,
     reduction: str = "mean", log_target: bool = False,
@@ -262,6 +272,7 @@ def kl_div(
     return true_divide(total, input.shape[0])
 
 
+@autocasts("float32")
 def gaussian_nll_loss(
     input: Tensor, target: Tensor, var: Any, full: bool = False, eps: float = 1e-6,
     reduction: str = "mean",
@@ -291,6 +302,7 @@ def gaussian_nll_loss(
     return reduced(loss + parts.HALF_LOG_TAU if full else loss, reduction)
 
 
+@autocasts("float32")
 def poisson_nll_loss(
     input: Tensor, target: Tensor, log_input: bool = True, full: bool = False,
     size_average: bool | None = None, eps: float = 1e-8, reduce: bool | None = None,

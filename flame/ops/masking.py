@@ -137,8 +137,13 @@ def masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
 def nonzero(input: Tensor, *, as_tuple: bool = False) -> Any:
     """The coordinates of non-zero elements, a row each; or a tensor for each dimension, as a tuple.
 
-    How many there are depends on the data, so they are found on the host.
+    How many there are depends on the data, so the host waits for it.
     """
+    if input.is_cuda:
+        from flame.ops.compaction import places
+
+        rows = places(input if input.ndim or not as_tuple else reshape(input, (1,)))
+        return tuple(rows.select(1, d) for d in range(rows.shape[1])) if as_tuple else rows
     array = input.detach().numpy()
     if as_tuple:
         found = np.nonzero(np.atleast_1d(array))

@@ -121,10 +121,14 @@ def floats(
 _sqrt = floats("sqrt", lambda g, out: g / (2 * out), reference=np.sqrt, domain=(0.2, 4.0))
 _rsqrt = floats(
     "rsqrt", lambda g, out: g * (out * out * out) * -0.5,
-    reference=lambda x: 1 / np.sqrt(x), domain=(0.3, 4.0),
+    reference=lambda x: 1 / np.sqrt(x), domain=(0.3, 4.0), autocast="float32",
 )  # fmt: skip
 _reciprocal = floats(
-    "reciprocal", lambda g, out: -g * (out * out), reference=lambda x: 1 / x, domain=(0.4, 4.0)
+    "reciprocal",
+    lambda g, out: -g * (out * out),
+    reference=lambda x: 1 / x,
+    domain=(0.4, 4.0),
+    autocast="float32",
 )
 
 
@@ -140,7 +144,12 @@ def _square_rule(name: str, types: Types) -> tuple[list[DType], list[DType]]:
 
 
 _square = elementwise(
-    "square", _square_scalar, rule=_square_rule, vjp=(lambda g, x: 2 * g * x,), reference=np.square
+    "square",
+    _square_scalar,
+    rule=_square_rule,
+    vjp=(lambda g, x: 2 * g * x,),
+    reference=np.square,
+    autocast="float32",
 )
 
 # --- exponentials and logarithms ------------------------------------------------------------------
@@ -148,13 +157,19 @@ _square = elementwise(
 LN2: Final = math.log(2.0)
 _LN10: Final = math.log(10.0)
 
-_exp = floats("exp", lambda g, out: g * out, reference=np.exp)
+_exp = floats("exp", lambda g, out: g * out, reference=np.exp, autocast="float32")
 _exp2 = floats("exp2", lambda g, out: g * out * LN2, reference=np.exp2)
-_expm1 = floats("expm1", lambda g, out: g * (out + 1), reference=np.expm1)
-_log = floats("log", lambda g, x: g / x, reference=np.log, domain=(0.3, 4.0))
-_log2 = floats("log2", lambda g, x: g / (x * LN2), reference=np.log2, domain=(0.3, 4.0))
-_log10 = floats("log10", lambda g, x: g / (x * _LN10), reference=np.log10, domain=(0.3, 4.0))
-_log1p = floats("log1p", lambda g, x: g / (x + 1), reference=np.log1p, domain=(-0.7, 3.0))
+_expm1 = floats("expm1", lambda g, out: g * (out + 1), reference=np.expm1, autocast="float32")
+_log = floats("log", lambda g, x: g / x, reference=np.log, domain=(0.3, 4.0), autocast="float32")
+_log2 = floats(
+    "log2", lambda g, x: g / (x * LN2), reference=np.log2, domain=(0.3, 4.0), autocast="float32"
+)
+_log10 = floats(
+    "log10", lambda g, x: g / (x * _LN10), reference=np.log10, domain=(0.3, 4.0), autocast="float32"
+)
+_log1p = floats(
+    "log1p", lambda g, x: g / (x + 1), reference=np.log1p, domain=(-0.7, 3.0), autocast="float32"
+)
 
 # --- tanh, erf and sigmoid ------------------------------------------------------------------------
 

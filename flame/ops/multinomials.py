@@ -43,7 +43,10 @@ def _with_replacement(weights: Tensor, count: int, generator: Generator | None) 
 
     steps = cumsum(weights.to(dtypes.float64), -1)
     total = steps[..., -1:]
-    chance = rand((*weights.shape[:-1], count), generator=generator, dtype=dtypes.float64)
+    chance = rand(
+        (*weights.shape[:-1], count), generator=generator, dtype=dtypes.float64,
+        device=weights.device,
+    )  # fmt: skip
     found = searchsorted(steps, chance * total, right=True)
     return found.clamp(max=weights.shape[-1] - 1)
 

@@ -260,7 +260,7 @@ def _declare(name: str, form_of: FormOf, samples: list[Any], *, centred: bool) -
 
     backward = Op(
         f"{name}_backward", inputs=("grad", "x", "weight", "eps"), infer=infer_backward,
-        lower=lower_backward, vjp=Joint(second), reads=reads,
+        lower=lower_backward, vjp=Joint(second), reads=reads, widens=True,
         reference=lambda grad, x, weight, eps, *, rows: _reference_backward(
             grad, x, weight, eps, form_of(x, rows), centred=centred
         ),
@@ -284,7 +284,7 @@ def _declare(name: str, form_of: FormOf, samples: list[Any], *, centred: bool) -
         reference=lambda x, weight, bias, eps, *, rows: _reference(
             x, weight, bias, eps, form_of(x, rows), centred=centred
         ),
-        samples=_forward_samples(samples, shifted=centred),
+        samples=_forward_samples(samples, shifted=centred), widens=True,
     )  # fmt: skip
     return forward, backward
 
@@ -391,6 +391,7 @@ def _second_batch(
 batch_norm_backward = Op(
     "batch_norm_backward", inputs=("grad", "x", "mean", "variance", "weight", "eps"),
     infer=_infer_batch_backward, lower=_lower_batch_backward, vjp=Joint(_second_batch),
+    widens=True,
     reference=_reference_batch_backward,
     # x is not differentiable here, as its statistics are drawn apart from it
     samples=[Sample((Arg(x), Arg(x, differentiable=False), Arg((x[1],), differentiable=False),
@@ -413,7 +414,7 @@ def _batch_vjp(
 
 batch_norm_op = Op(
     "batch_norm", inputs=("x", "weight", "bias", "eps"), infer=_infer_batch, lower=_lower_batch,
-    extras=2, vjp=Joint(_batch_vjp), reference=_reference_batch,
+    extras=2, vjp=Joint(_batch_vjp), reference=_reference_batch, widens=True,
     samples=[Sample((Arg(x), w, w, EPS))
              for x, w in (((4, 3, 5), Arg((3,))), ((6, 2), Arg((2,))), ((2, 3, 3, 19), None),
                           ((5, 70), Arg((70,))))],

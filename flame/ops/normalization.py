@@ -19,6 +19,7 @@ from flame.core.types import TensorType
 from flame.kernel import values
 from flame.kernel.values import Value, cast
 from flame.ops.arithmetic import true_divide
+from flame.ops.autocast import autocasts
 from flame.ops.conversion import clone
 from flame.ops.elementwise import compute_dtype, elementwise
 from flame.ops.norm_ops import batch_norm_op, group_norm_op, layer_norm_op, rms_norm_op
@@ -47,6 +48,7 @@ def _check_trailing(name: str, input: Tensor, normalized_shape: Any) -> tuple[in
     return shape
 
 
+@autocasts("float32")
 def layer_norm(
     input: Tensor,
     normalized_shape: int | Sequence[int],
@@ -67,6 +69,7 @@ def layer_norm(
     return result
 
 
+@autocasts("float32")
 def rms_norm(
     input: Tensor,
     normalized_shape: int | Sequence[int],
@@ -87,6 +90,7 @@ def rms_norm(
     return result
 
 
+@autocasts("float32")
 def group_norm(
     input: Tensor,
     num_groups: int,

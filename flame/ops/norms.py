@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flame.core.autocast import plain
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, UnsupportedError
 from flame.core.types import TensorType
 from flame.kernel import values
 from flame.kernel.builder import Lowering
 from flame.kernel.values import Value, cast, const
+from flame.ops.autocast import autocasts
 from flame.ops.comparison import eq, where
 from flame.ops.conversion import convert
 from flame.ops.extrema import _amax, _amin
@@ -71,7 +73,7 @@ _sum_of_sizes = Reduction(
 def _zeros(x: TensorType) -> Any:
     from flame.ops.creation import zeros
 
-    return zeros(x.shape, dtype=x.dtype)
+    return zeros(x.shape, dtype=x.dtype, device=x.device)
 
 
 _count = Reduction(
@@ -128,6 +130,7 @@ _power_norm = Op(
 )  # fmt: skip
 
 
+@autocasts("float32")
 def vector_norm(
     x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: DType | None = None
 ) -> Tensor:
@@ -136,7 +139,7 @@ def vector_norm(
     ord inf and -inf: the largest and smallest magnitude; 0: the count of elements that are not 0.
     """
     if dtype is not None:
-        x = convert(x, dtype=dtype)
+        return plain(vector_norm, convert(x, dtype=dtype), ord, dim, keepdim)
     if x.dtype.kind != "f":
         raise DTypeError(
             f"vector_norm needs a floating tensor, got {x.dtype.name}; pass dtype=flame.float32"

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from flame.core.autocast import Policy
+from flame.core.dtypes import DType
 from flame.core.errors import FlameError, StateError
 from flame.core.types import TensorType
 from flame.kernel.builder import Lowering
@@ -110,6 +112,14 @@ class Op:
         layout. images: which operands are images (N, C, H, W) that are best channels-last.
         any_layout: it writes channels-last results as well as
         the row-major ones that it infers. flops(types, outputs): multiplications and additions.
+    materialize: whether its formula gets zeros for the gradient of a result that nobody used; else
+        None.
+    overlays: operands that its first result may lie over, where their types are equal: an element
+        is read for the last time by the thread that writes the same element of the result.
+    widens: its kernels compute half-width floats in float32, so they read them where float32 is
+        meant.
+    moves: its result is on the device that `infer` says, not on that of its operands.
+    autocast: what an autocast region does with floating operands, nothing if None; see `Policy`.
     """
 
     updates = False
@@ -136,6 +146,11 @@ class Op:
         images: Sequence[int] = (),
         any_layout: bool = False,
         flops: Callable[[Types, Sequence[TensorType]], int] | None = None,
+        moves: bool = False,
+        materialize: bool = True,
+        widens: bool = False,
+        overlays: Sequence[int] = (),
+        autocast: Policy | None = None,
         register: bool = True,
     ) -> None:
         self.name = name
@@ -148,6 +163,9 @@ class Op:
         self.lower_cuda = lower_cuda or lower
         self.of_memory, self.images, self.any_layout = of_memory, tuple(images), any_layout
         self.flops = flops
+        self.moves, self.materialize, self.widens = moves, materialize, widens
+        self.overlays = tuple(overlays)
+        self.autocast = autocast
         self.reference = reference
         self.samples = tuple(samples)
         self.failure = failure
@@ -213,6 +231,10 @@ class Interpreter:
     def constant(self, data: Any, **options: Any) -> Any:
         """A tensor of numbers that an op's wrapper brings along."""
         raise StateError("a constant was made before `import flame` was complete")
+
+    def cast(self, tensor: Any, dtype: DType) -> Any:
+        """``tensor`` in the dtype that autocast wants; casts of parameters may be kept."""
+        raise StateError("a tensor was cast before `import flame` was complete")
 
     def empty(self, type_: TensorType) -> Any:
         """A tensor whose values are not set."""

@@ -22,7 +22,10 @@ from flame.kernel.values import Value, cast, const, read
 from flame.ops.bands import adaptive_windows
 from flame.ops.convolution.geometry import SPATIAL, spatial_view
 from flame.ops.elementwise import compute_dtype
+from flame.ops.indexed import failure
+from flame.ops.indexed_writes import beginning
 from flame.ops.op import Arg, Op, Sample, Types
+from flame.ops.writes_cuda import lower_put_cuda
 
 # --- taking and adding by index -------------------------------------------------------------------
 
@@ -89,6 +92,16 @@ def _lower_add(types: Types, outputs: tuple[TensorType, ...], *, size: int) -> L
     return k.finish()
 
 
+def _lower_add_on_gpu(
+    types: Types, outputs: tuple[TensorType, ...], *, size: int
+) -> Lowering:  # fmt: skip
+    return lower_put_cuda(
+        types, outputs, lambda: _lower_add(types, outputs, size=size),
+        lambda: beginning((None,), outputs).bind(), axes=(0, 1, -1), combine="add", wrap=False,
+        first=0,
+    )  # fmt: skip
+
+
 def _add_reference(y: Any, index: Any, *, size: int) -> Any:
     out = np.zeros((*y.shape[:2], size), y.dtype)
     n, c = np.indices(y.shape[:2])
@@ -98,6 +111,7 @@ def _add_reference(y: Any, index: Any, *, size: int) -> Any:
 
 add_positions: Op = Op(
     "add_positions", inputs=("y", "index"), infer=_infer_add, lower=_lower_add,
+    lower_cuda=_lower_add_on_gpu, failure=failure,
     vjp=(lambda g, index: take_positions(g, index), None),
     reference=_add_reference,
     samples=[Sample((Arg((2, 3, 5)), Arg((2, 3, 5), 0, 7, "index")), {"size": 7}),

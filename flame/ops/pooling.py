@@ -229,7 +229,9 @@ def _whole_means(x: Tensor, sums: list[Band], means: list[Band], divisor: int | 
         weights = table(band)[1].max(1)  # 1 / elements counted; 0 for a window of padding alone
         here = np.rint(1.0 / np.where(weights > 0, weights, 1.0)).astype(np.int64)
         counts = counts * here.reshape([-1 if i == axis else 1 for i in range(len(means))])
-    return div(total, convert(constant(counts), dtype=x.dtype), rounding_mode="trunc")
+    return div(
+        total, convert(constant(counts, device=x.device), dtype=x.dtype), rounding_mode="trunc"
+    )
 
 
 def avg_pool1d(
@@ -371,7 +373,7 @@ def _max_unpool(
     count = math.prod(sizes)
     flat = reshape(x, (n, c, math.prod(x.shape[2:])))
     places = reshape(indices, flat.shape)
-    spread = scatter(zeros((n, c, count), dtype=x.dtype), 2, places, flat)
+    spread = scatter(zeros((n, c, count), dtype=x.dtype, device=x.device), 2, places, flat)
     result = reshape(spread, (n, c, *sizes))
     return result if batched else squeeze(result, 0)
 

@@ -13,6 +13,7 @@ from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError
 from flame.kernel import values
 from flame.kernel.values import Value
+from flame.ops.autocast import autocasts
 from flame.ops.comparison import where
 from flame.ops.elementwise import common_dtype, elementwise, to_float
 from flame.ops.mathematics import log, reciprocal, sqrt, square
@@ -54,7 +55,7 @@ def _of_exponent(g: Any, out: Any, x: Any, exponent: Any) -> Any:
 _pow = elementwise(
     "pow", lambda x, y: values.binary("pow", x, y), inputs=("x", "exponent"), rule=_rule,
     vjp=(_of_base, _of_exponent),
-    reference=np.power, domain=(0.3, 2.5),
+    reference=np.power, domain=(0.3, 2.5), autocast="float32",
     samples=[
         Sample((Arg((3, 1, 5), 0.3, 2.5), Arg((4, 1), -2.0, 2.0))),
         Sample((Arg((), 0.3, 2.5), Arg(()))), Sample((Arg((0, 3)), Arg((3,)))),
@@ -63,7 +64,8 @@ _pow = elementwise(
 )  # fmt: skip
 
 _cube = elementwise("cube", lambda x: x * x * x, rule=to_float,
-                    vjp=(lambda g, x: 3 * g * (x * x),), reference=lambda x: x * x * x)  # fmt: skip
+                    vjp=(lambda g, x: 3 * g * (x * x),), reference=lambda x: x * x * x,
+                    autocast="float32")  # fmt: skip
 
 
 def pow(input: Operand, exponent: Operand) -> Tensor:
@@ -99,8 +101,11 @@ def _to_number(input: Any, exponent: Any) -> Any:
     if exponent == -1:
         return reciprocal(input)
     if exponent == 0.5:
-        return sqrt(input)
+        return _root(input)
     return _pow(input, exponent)
+
+
+_root = autocasts("float32")(sqrt)  # autocast tells a power of a half from a square root
 
 
 def float_power(input: Operand, exponent: Operand) -> Tensor:

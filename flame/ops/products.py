@@ -15,7 +15,9 @@ from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering, Ref
 from flame.kernel.values import cast
 from flame.ops.arithmetic import add, mul
+from flame.ops.autocast import autocasts
 from flame.ops.contraction import Epilogue, Factor, PlainStore, Prologue, contract
+from flame.ops.contraction.library import matrix_readable, product_call
 from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import broadcast_shapes, broadcast_strides
 from flame.ops.op import Arg, Op, Sample, Types, constant
@@ -89,6 +91,13 @@ def _lower(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
     if a.dtype.kind == "f":
         return _lower_fused(types, outputs, PlainStore(out))
     return _lower_loops(a, b, out)
+
+
+def _lower_cuda(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
+    a, b = type_of(types[0]), type_of(types[1])
+    if a.dtype.kind != "f":
+        return _lower_loops(a, b, outputs[0])
+    return product_call(a, b, outputs[0], (Ref("input", 0), Ref("input", 1), Ref("output", 0)))
 
 
 def _lower_fused(
@@ -168,6 +177,7 @@ _matmul = Op(
     vjp=(lambda g, b: _grad_left(g, b), _right_sum),
     flops=lambda types, outputs: 2 * outputs[0].numel * type_of(types[0]).shape[-1],
     reference=np.matmul,
+    autocast="lower",
     samples=[
         Sample((Arg((3, 4)), Arg((4, 5)))),
         Sample((Arg((1, 1)), Arg((1, 1)))),
@@ -180,6 +190,8 @@ _matmul = Op(
     ],
     tolerance=4.0,
     lower_fused=_lower_fused,
+    lower_cuda=_lower_cuda,
+    reads=matrix_readable,
 )
 
 
@@ -231,6 +243,7 @@ def mv(input: Tensor, vec: Tensor) -> Tensor:
     return matmul(input, vec)
 
 
+@autocasts("widest")
 def dot(input: Tensor, tensor: Tensor) -> Tensor:
     """Sum of products of two 1-d tensors of equal length."""
     _ranks("dot", (input, 1), (tensor, 1))
@@ -240,6 +253,7 @@ def dot(input: Tensor, tensor: Tensor) -> Tensor:
 vdot = dot
 
 
+@autocasts("widest")
 def inner(input: Tensor, other: Tensor) -> Tensor:
     """Sums of products over the last dimensions of both."""
     if input.ndim == 0 or other.ndim == 0:
@@ -265,6 +279,7 @@ def _scaled_sum(input: Tensor, product: Tensor, beta: float, alpha: float) -> Te
     return add(product, input if beta == 1 else mul(input, beta))
 
 
+@autocasts("lower")
 def addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
@@ -274,6 +289,7 @@ def addmm(
     return _scaled_sum(input, product, beta, alpha)
 
 
+@autocasts("lower")
 def addmv(input: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """beta * input + alpha * (mat @ vec)."""
     product = mv(mat, vec)
@@ -281,6 +297,7 @@ def addmv(input: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: fl
     return _scaled_sum(input, product, beta, alpha)
 
 
+@autocasts("lower")
 def addr(input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """beta * input + alpha * outer(vec1, vec2)."""
     product = outer(vec1, vec2)
@@ -288,6 +305,7 @@ def addr(input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: f
     return _scaled_sum(input, product, beta, alpha)
 
 
+@autocasts("lower")
 def baddbmm(
     input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
@@ -297,6 +315,7 @@ def baddbmm(
     return _scaled_sum(input, product, beta, alpha)
 
 
+@autocasts("lower")
 def addbmm(
     input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
@@ -316,6 +335,7 @@ def _fits(name: str, input: Tensor, product: Tensor) -> None:
         raise DTypeError(f"{name}: input is {input.dtype.name}, the product {product.dtype.name}")
 
 
+@autocasts("widest")
 def tensordot(a: Tensor, b: Tensor, dims: Any = 2) -> Tensor:
     """Sum of products over pairs of dimensions: the last and first ``dims``, or two lists of
     them.

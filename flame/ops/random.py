@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from flame.core import dtypes
 from flame.core.device import check_device
 from flame.core.dtypes import DType
-from flame.core.errors import ArgumentError, DTypeError
+from flame.core.errors import ArgumentError, DeviceError, DTypeError
 from flame.core.types import Shape, like_strides
 from flame.kernel import values
 from flame.ops import draws
@@ -40,8 +40,17 @@ METHODS = (
 # --- public functions -----------------------------------------------------------------------------
 
 
-def _place(generator: Generator | None, shape: Shape) -> tuple[int, int]:
-    return (generator or default_generator).reserve(math.prod(shape))
+def _place(generator: Generator | None, shape: Shape, device: str) -> tuple[int, int]:
+    """(seed, offset) of the numbers of a tensor. The numbers do not depend on the device; as in
+    PyTorch a generator draws on its own device alone, but for the default one, which serves all."""
+    if generator is None or generator is default_generator:
+        return default_generator.reserve(math.prod(shape))
+    if generator.device != device:
+        raise DeviceError(
+            f"a generator of {generator.device} cannot draw on {device}; make one by "
+            f"flame.Generator(device={device!r})"
+        )
+    return generator.reserve(math.prod(shape))
 
 
 def _create(
@@ -49,8 +58,9 @@ def _create(
     generator: Generator | None, requires_grad: bool, **attributes: Any,
 ) -> Tensor:  # fmt: skip
     dtype = dtype or dtypes.get_default_dtype()
+    place = check_device(device)
     made: Tensor = op(
-        *numbers, *_place(generator, shape), shape=shape, dtype=dtype, device=check_device(device),
+        *numbers, *_place(generator, shape, place), shape=shape, dtype=dtype, device=place,
         **attributes,
     )  # fmt: skip
     return made.requires_grad_() if requires_grad else made
@@ -106,8 +116,9 @@ def _like(
     if op is not draws.integers:
         _floating_only(op.name, dtype or input.dtype)
     strides = like_strides(input.shape, input.type)
+    place = input.type.device if device is None else device
     return _create(
-        op, numbers, input.shape, dtype or input.dtype, device, generator, requires_grad,
+        op, numbers, input.shape, dtype or input.dtype, place, generator, requires_grad,
         strides=strides, **attributes,
     )  # fmt: skip
 
@@ -181,7 +192,7 @@ def bernoulli(
         return bernoulli_(input.detach().clone(), p, generator=generator)
     if input.dtype.kind != "f":
         raise DTypeError(f"bernoulli takes floating probabilities, got {input.dtype.name}")
-    made: Tensor = draws.bernoulli(input, *_place(generator, input.shape))
+    made: Tensor = draws.bernoulli(input, *_place(generator, input.shape, input.type.device))
     return made
 
 
@@ -205,8 +216,9 @@ def normal(
         _check_std(std)
     elif bool((std < 0).any()):
         raise ArgumentError("normal: every std must be at least 0")
-    shape = (mean + std).shape
-    made: Tensor = mean + std * randn(shape, generator=generator, dtype=tensors[0].dtype)
+    sized = mean + std
+    noise = randn(sized.shape, generator=generator, dtype=tensors[0].dtype, device=sized.device)
+    made: Tensor = mean + std * noise
     return made
 
 
@@ -239,7 +251,7 @@ def _fill(
     **attributes: Any,
 ) -> Tensor:  # fmt: skip
     shape = input.shape
-    place = _place(generator, shape)
+    place = _place(generator, shape, input.type.device)
     op.into((input,), *numbers, *place, shape=shape, dtype=input.dtype, **attributes)
     return input
 

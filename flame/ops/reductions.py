@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flame.core import dtypes
+from flame.core.autocast import Policy, plain
 from flame.core.dtypes import DType
 from flame.core.errors import ShapeError
 from flame.core.types import Shape, TensorType, tensor_type
@@ -26,6 +27,7 @@ from flame.ops.conversion import convert
 from flame.ops.elementwise import compute_dtype, floating
 from flame.ops.loops import by_stride
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types, Vjp
+from flame.ops.schedules import across_parts, column_parts, on_gpu, part_step, row_parts
 from flame.ops.shapes import reshape, wrap_dims
 from flame.ops.views import ViewOp
 
@@ -76,6 +78,17 @@ def _coalesce(x: TensorType, dims: Sequence[int], kept_strides: Shape) -> Plan:
     return Plan(tuple(sizes), tuple(source), tuple(target), tuple(reduced))
 
 
+def _parts(plan: Plan, out: TensorType, count: int, kept: int) -> int:
+    """About how many parts a reduction is cut into, each summed by itself; 1: none."""
+    if not on_gpu(out):
+        return 2 if count >= SPLIT and kept <= COLUMNS else 1
+    if not out.numel or True not in plan.reduced:
+        return 1
+    if not plan.reduced[-1]:
+        return column_parts(count, kept)
+    return row_parts(count, kept)
+
+
 class Reduction(Op):
     """An op that folds ``prepare(x)`` by ``combine`` and stores ``finish(total, count)``."""
 
@@ -91,6 +104,7 @@ class Reduction(Op):
         finish: Callable[[Value, Value], Value] | None = None,
         empty: bool = True,
         samples: Sequence[Sample] | None = None,
+        autocast: Policy | None = None,
     ) -> None:
         self.combine, self.prepare, self.finish = combine, prepare, finish
         self.result, self.empty = result, empty
@@ -102,6 +116,7 @@ class Reduction(Op):
             vjp=vjp,
             reference=lambda x, *, dims, keepdim: reference(x, axis=dims, keepdims=keepdim),
             samples=_samples(empty) if samples is None else samples,
+            autocast=autocast,
         )
 
     def _infer(self, types: Types, *, dims: tuple[int, ...], keepdim: bool) -> TensorType:
@@ -124,8 +139,9 @@ class Reduction(Op):
         plan = _coalesce(x, dims, strides)
         total = self.total_dtype(x.dtype, out.dtype)
         kept = math.prod(s for s, r in zip(plan.sizes, plan.reduced, strict=True) if not r)
-        if count >= SPLIT and kept <= COLUMNS:
-            return self._split(x, out, plan, total, count)
+        parts = _parts(plan, out, count, kept)
+        if parts > 1:
+            return self._split(x, out, plan, total, count, parts)
         k = KernelBuilder(self.name)
         source = k.tensor("input", 0, _flat(x.dtype, plan.sizes, plan.source))
         target = k.tensor("output", 0, _flat(out.dtype, plan.sizes, plan.target))
@@ -160,16 +176,20 @@ class Reduction(Op):
         return cast(value, dtype)
 
     def _split(
-        self, x: TensorType, out: TensorType, plan: Plan, total: DType, count: int
+        self, x: TensorType, out: TensorType, plan: Plan, total: DType, count: int, parts: int
     ) -> Lowering:
-        """Two kernels: parts along the outermost reduced dimension, then the sum of the parts."""
-        axis = max((i for i, r in enumerate(plan.reduced) if r), key=lambda i: plan.sizes[i])
+        """Two kernels: parts along the longest reduced dimension, then the sum of the parts."""
+        folded = [i for i, r in enumerate(plan.reduced) if r]
+        axis, gpu = max(folded, key=lambda i: plan.sizes[i]), on_gpu(out)
+        if gpu and axis == len(plan.sizes) - 1:  # whole runs of memory, where others are enough
+            axis = next((i for i in folded if plan.sizes[i] >= parts), axis)
         size = plan.sizes[axis]
-        step = max(1, CHUNK * size // count)
+        step = part_step(size, parts) if gpu else max(1, CHUNK * size // count)
         parts = -(-size // step)
         kept = [i for i, r in enumerate(plan.reduced) if not r]
         kept_sizes = tuple(plan.sizes[i] for i in kept)
-        partial = tensor_type(total, (parts, *kept_sizes))
+        side_by_side = across_parts(parts, kept_sizes) if gpu else None
+        partial = tensor_type(total, (parts, *kept_sizes), side_by_side)
         first = KernelBuilder(f"{self.name}_parts")
         source = first.tensor("input", 0, _flat(x.dtype, plan.sizes, plan.source))
         target = first.tensor("temporary", 0, partial)
@@ -184,11 +204,21 @@ class Reduction(Op):
             parts,
             kept,
             self.prepared(x.dtype, total),
+            COLUMNS if gpu else plan.sizes[-1],
         )
         second = KernelBuilder(f"{self.name}_total")
-        strides = (0, *(plan.target[i] for i in kept))
-        rest = Plan(partial.shape, partial.strides, strides, (True, *(False for _ in kept)))
-        source = second.tensor("temporary", 0, partial)
+        kept_target = tuple(plan.target[i] for i in kept)
+        rest = Plan(
+            partial.shape, partial.strides, (0, *kept_target), (True, *(False for _ in kept))
+        )
+        if gpu:  # the parts of a result lie side by side
+            rest = Plan(
+                (*kept_sizes, parts),
+                (*partial.strides[1:], 1),
+                (*kept_target, 0),
+                (*(False for _ in kept), True),
+            )
+        source = second.tensor("temporary", 0, _flat(total, rest.sizes, rest.source))
         result = second.tensor("output", 0, _flat(out.dtype, rest.sizes, rest.target))
         whole = second.size(count)
         self._loops(
@@ -213,18 +243,30 @@ class Reduction(Op):
         parts: int,
         kept: list[int],
         prepared: Callable[[Value], Value],
+        across: int,
     ) -> None:
-        """For each part: the loops of `_loops` over a range of dimension ``axis``."""
+        """For each part: the loops of `_loops` over a range of dimension ``axis``.
+
+        across: columns that one step takes.
+        """
         last = len(plan.sizes) - 1
         width = k.size(step)
         size = k.size(plan.sizes[axis])
         extents = {i: k.size(s) for i, s in enumerate(plan.sizes)}
         inner_kept = not plan.reduced[last]
         outer_kept = [i for i in kept if not (inner_kept and i == last)]
-        with k.parallel(parts, *(plan.sizes[i] for i in outer_kept), work=CHUNK) as (part, *outer):
+        blocks = -(-plan.sizes[last] // across) if inner_kept else 1
+        outer_sizes = [plan.sizes[i] for i in outer_kept]
+        cut = [blocks] if blocks > 1 else []
+        with k.parallel(parts, *outer_sizes, *cut, work=CHUNK) as (part, *outer):
             begin = part * width
             extents[axis] = values.binary("min", size - begin, width)
-            known = dict(zip(outer_kept, outer, strict=True))
+            known = dict(zip(outer_kept, outer, strict=False))
+            first = values.const(0)
+            if cut:
+                first = outer[-1] * across
+                rest = extents[last] - first
+                extents[last] = values.binary("min", rest, values.const(across))
 
             def fold(accumulate: Callable[[Value], None], fixed: dict[int, Value]) -> None:
                 loops = [i for i, r in enumerate(plan.reduced) if r]
@@ -242,8 +284,8 @@ class Reduction(Op):
             if inner_kept:
                 with k.vector(extents[last], 4) as column:
                     acc = k.register(neutral)
-                    fold(lambda v: k.accumulate(acc, self.combine, v), {**known, last: column})
-                    place = {**known, last: column}
+                    place = {**known, last: first + column}
+                    fold(lambda v: k.accumulate(acc, self.combine, v), place)
                     k.store(target, (part, *(place[i] for i in kept)), values.read(acc))
             else:
                 acc = k.register(neutral)
@@ -406,6 +448,7 @@ _sum: Reduction = Reduction(
         lambda g, x_type, dims, keepdim: spread(g, shape=x_type.shape, dims=dims, keepdim=keepdim),
     ),
     reference=np.sum,
+    autocast="float32",
 )
 
 _mean = Reduction(
@@ -456,7 +499,7 @@ def sum(
 ) -> Tensor:
     """Sum over ``dim`` (all dimensions by default); integers give int64."""
     if dtype is not None:
-        input = convert(input, dtype=dtype)
+        return plain(sum, convert(input, dtype=dtype), dim, keepdim)
     result: Tensor = _sum(input, dims=dims_of("sum", input, dim), keepdim=keepdim)
     return result
 

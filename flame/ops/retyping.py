@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flame.core import dtypes
+from flame.core.device import check_device
 from flame.core.dtypes import DType
 from flame.core.errors import ShapeError
 from flame.core.types import Shape, TensorType, tensor_type
@@ -54,6 +55,7 @@ def new_tensor(
     requires_grad: bool = False,
 ) -> Tensor:
     """A tensor with a copy of ``data``, of this tensor's dtype unless another is given."""
+    device = self.type.device if device is None else device
     return constant(data, dtype=dtype or self.dtype, device=device, requires_grad=requires_grad)
 
 
@@ -61,38 +63,41 @@ def new_full(
     self: Tensor, size: Any, fill_value: Any, *, dtype: DType | None = None, **options: Any
 ) -> Tensor:
     """A tensor of a shape filled with a number, of this tensor's dtype unless another is given."""
-    return full(size, fill_value, dtype=dtype or self.dtype, **_known(options))
+    return full(size, fill_value, dtype=dtype or self.dtype, **_known(self, options))
 
 
 def new_zeros(self: Tensor, *size: Any, dtype: DType | None = None, **options: Any) -> Tensor:
     """Zeros of a shape, of this tensor's dtype unless another is given."""
-    return zeros(*_sizes(size, options), dtype=dtype or self.dtype, **_known(options))
+    return zeros(*_sizes(size, options), dtype=dtype or self.dtype, **_known(self, options))
 
 
 def new_ones(self: Tensor, *size: Any, dtype: DType | None = None, **options: Any) -> Tensor:
     """Ones of a shape, of this tensor's dtype unless another is given."""
-    return ones(*_sizes(size, options), dtype=dtype or self.dtype, **_known(options))
+    return ones(*_sizes(size, options), dtype=dtype or self.dtype, **_known(self, options))
 
 
 def new_empty(self: Tensor, *size: Any, dtype: DType | None = None, **options: Any) -> Tensor:
     """Uninitialised memory of a shape, of this tensor's dtype unless another is given."""
-    return empty(*_sizes(size, options), dtype=dtype or self.dtype, **_known(options))
+    return empty(*_sizes(size, options), dtype=dtype or self.dtype, **_known(self, options))
 
 
 def new_empty_strided(
     self: Tensor, size: Any, stride: Any, dtype: DType | None = None, **options: Any
 ) -> Tensor:
     """`empty_strided` of this tensor's dtype unless another is given."""
-    return empty_strided(size, stride, dtype=dtype or self.dtype, **_known(options))
+    return empty_strided(size, stride, dtype=dtype or self.dtype, **_known(self, options))
 
 
 def _sizes(size: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
     return size or ((options.pop("size"),) if "size" in options else ())
 
 
-def _known(options: dict[str, Any]) -> dict[str, Any]:
-    """Without options that mean nothing here: one layout, and no pinned memory on the CPU."""
-    return {k: v for k, v in options.items() if k not in ("layout", "pin_memory")}
+def _known(self: Tensor | None, options: dict[str, Any]) -> dict[str, Any]:
+    """Without options that mean nothing here (one layout), on ``self``'s device by default."""
+    known = {k: v for k, v in options.items() if k not in ("layout", "pin_memory")}
+    if self is not None and known.get("device") is None:
+        known["device"] = self.type.device
+    return known
 
 
 def empty_strided(
@@ -109,8 +114,9 @@ def empty_strided(
         raise ShapeError(
             f"empty_strided: sizes {shape} and strides {strides} must be as many, and not negative"
         )
-    type_ = tensor_type(dtype or dtypes.get_default_dtype(), shape, strides)
-    made = empty((type_.span,), dtype=type_.dtype, device=device)
+    made_on = check_device(device)
+    type_ = tensor_type(dtype or dtypes.get_default_dtype(), shape, strides, made_on)
+    made = empty((type_.span,), dtype=type_.dtype, device=made_on)
     made.type = type_
     return made.requires_grad_() if requires_grad else made
 
@@ -122,7 +128,7 @@ def empty_permuted(size: Any, physical_layout: Any, **options: Any) -> Tensor:
         raise ShapeError(f"empty_permuted: {order} must name each dimension of {shape} once")
     model = tensor_type(dtypes.float32, tuple(shape[d] for d in order))
     strides = tuple(model.strides[d] for d in inverse(order))
-    return empty_strided(shape, strides, **_known(options))
+    return empty_strided(shape, strides, **_known(None, options))
 
 
 def fill(input: Tensor, value: Any) -> Tensor:
@@ -135,12 +141,12 @@ def resize_(self: Tensor, *sizes: Any, memory_format: Any = None) -> Tensor:
 
     Raises ShapeError on a tensor with history, or with a view of it.
     """
-    return _resized(self, tensor_type(self.dtype, shape_of(*sizes)))
+    return _resized(self, tensor_type(self.dtype, shape_of(*sizes), None, self.type.device))
 
 
 def resize_as_(self: Tensor, the_template: Tensor, *, memory_format: Any = None) -> Tensor:
     """`resize_` to the shape of another tensor."""
-    return _resized(self, tensor_type(self.dtype, _shape(the_template)))
+    return _resized(self, tensor_type(self.dtype, _shape(the_template), None, self.type.device))
 
 
 def _shape(tensor: Tensor) -> Shape:
@@ -154,7 +160,7 @@ def _resized(self: Tensor, wanted: TensorType) -> Tensor:
         raise ShapeError("resize_: a tensor that requires grad cannot be resized; use reshape")
     room = (self.storage.nbytes - (self.pointer - self.storage.pointer)) // self.dtype.itemsize
     if wanted.span > room:
-        grown = empty((wanted.span,), dtype=self.dtype)
+        grown = empty((wanted.span,), dtype=self.dtype, device=self.type.device)
         grown[:room] = as_strided(self, shape=(room,), strides=(1,), offset=0)
         self.storage, self.pointer = grown.storage, grown.pointer
     self.type = wanted

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flame.core import dtypes
+from flame.core.autocast import plain
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.core.types import TensorType, tensor_type
@@ -23,6 +24,7 @@ from flame.ops.conversion import convert
 from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import by_stride, coalesce
 from flame.ops.op import Arg, Op, Sample, Types, Vjp
+from flame.ops.scans_cuda import ADD, LAST_EXTREME, LOG_ADD_EXP, MULTIPLY, RECURRENCE, lower_scan
 from flame.ops.shapes import reshape, slice_dim, wrap_dim
 
 if TYPE_CHECKING:
@@ -109,6 +111,25 @@ def _folding(name: str, combine: str) -> Callable[..., Lowering]:
     return lower
 
 
+def _on_gpu(operation: int, generic: Callable[..., Lowering]) -> Callable[..., Lowering]:
+    """The lowering of a scan on a GPU; ``generic``: that of the CPU."""
+
+    def lower(
+        types: Types, outputs: tuple[TensorType, ...], *, dim: int, reverse: bool = False,
+        **attributes: Any,
+    ) -> Lowering:  # fmt: skip
+        def slow() -> Lowering:
+            given = attributes or {"reverse": reverse}
+            return generic(types, outputs, dim=dim, **given)
+
+        return lower_scan(
+            operation, types, outputs, dim, slow, reverse=reverse,
+            largest=attributes.get("largest", False),
+        )  # fmt: skip
+
+    return lower
+
+
 def _wide(v: Value) -> Value:
     return cast(v, compute_dtype(v.dtype))
 
@@ -130,10 +151,12 @@ def _running(function: Any) -> Callable[..., Any]:
 
 
 def _op(name: str, combine: str, vjp: Vjp, function: Any) -> Op:
+    lower = _folding(name, combine)
     return Op(
-        name, inputs=("x",), infer=_infer, lower=_folding(name, combine), vjp=vjp,
+        name, inputs=("x",), infer=_infer, lower=lower, vjp=vjp,
+        lower_cuda=_on_gpu({"add": ADD, "mul": MULTIPLY}[combine], lower),
         reference=_running(function),
-        samples=[*_samples(reverse=False), *_samples(reverse=True)[:3]],
+        samples=[*_samples(reverse=False), *_samples(reverse=True)[:3]], autocast="float32",
     )  # fmt: skip
 
 
@@ -152,7 +175,9 @@ def _neighbours(x: Any, dim: int, *, later: bool, fill: float) -> Any:
     size = x.shape[dim]
     if not size:
         return x
-    edge = full((), fill, dtype=x.dtype).expand((*x.shape[:dim], 1, *x.shape[dim + 1 :]))
+    edge = full((), fill, dtype=x.dtype, device=x.device).expand(
+        (*x.shape[:dim], 1, *x.shape[dim + 1 :])
+    )
     kept = slice_dim(x, dim, 1, size) if later else slice_dim(x, dim, 0, size - 1)
     return cat([kept, edge] if later else [edge, kept], dim)
 
@@ -187,6 +212,7 @@ def _recurrence_reference(x: Any, factor: Any, *, dim: int, reverse: bool) -> An
 recurrence: Op = Op(
     # y[i] = x[i] + factor[i] * y[i - 1] along dim (i + 1 where reversed), starting from 0
     "recurrence", inputs=("x", "factor"), infer=_infer_recurrence, lower=_lower_recurrence,
+    lower_cuda=_on_gpu(RECURRENCE, _lower_recurrence),
     vjp=(
         lambda g, factor, dim, reverse: recurrence(
             g, _neighbours(factor, dim, later=not reverse, fill=0), dim=dim, reverse=not reverse
@@ -251,8 +277,11 @@ def _logcumsumexp_gradient(g: Any, out: Any, x: Any, dim: int, reverse: bool) ->
 
 _logcumsumexp = Op(
     "logcumsumexp", inputs=("x",),
-    infer=lambda types, *, dim, reverse=False: tensor_type(types[0].dtype, types[0].shape),
-    lower=_lower_logcumsumexp, vjp=(_logcumsumexp_gradient,),
+    infer=lambda types, *, dim, reverse=False: tensor_type(
+        types[0].dtype, types[0].shape, None, types[0].device
+    ),
+    lower=_lower_logcumsumexp, lower_cuda=_on_gpu(LOG_ADD_EXP, _lower_logcumsumexp),
+    vjp=(_logcumsumexp_gradient,),
     reference=_running(lambda x, dim: np.logaddexp.accumulate(x, dim) if x.size else x),
     samples=[*_samples(reverse=False), *_samples(reverse=True)[:2]],
 )  # fmt: skip
@@ -302,6 +331,7 @@ def _extreme_reference(x: Any, *, dim: int, largest: bool) -> Any:
 
 _extreme = Op(
     "running_extreme", inputs=("x",), infer=_infer_extreme, lower=_lower_extreme,
+    lower_cuda=_on_gpu(LAST_EXTREME, _lower_extreme),
     vjp=(_extreme_gradient,), reference=_extreme_reference,
     samples=[Sample((Arg(shape, distinct=True),), {"dim": dim, "largest": largest})
              for largest in (True, False)
@@ -312,44 +342,45 @@ _extreme = Op(
 # --- public ---------------------------------------------------------------------------------------
 
 
-def _prepared(name: str, input: Tensor, dim: int, dtype: DType | None) -> tuple[Tensor, int]:
-    if dtype is not None:
-        input = convert(input, dtype=dtype)
+def _prepared(name: str, input: Tensor, dim: int) -> tuple[Tensor, int]:
     dim = wrap_dim(name, dim, input.ndim)
     return (input if input.ndim else reshape(input, (1,))), dim
 
 
-def _back(made: Tensor, rank: int, dtype: DType | None) -> Tensor:
-    made = made if rank else reshape(made, ())
-    return made if dtype is None else convert(made, dtype=dtype)
+def _back(made: Tensor, rank: int) -> Tensor:
+    return made if rank else reshape(made, ())
 
 
 def cumsum(input: Tensor, dim: int, *, dtype: DType | None = None) -> Tensor:
     """Running sum along ``dim``; integers give int64."""
-    x, dim = _prepared("cumsum", input, dim, dtype)
-    return _back(_cumsum(x, dim=dim, reverse=False), input.ndim, dtype)
+    if dtype is not None:
+        return convert(plain(cumsum, convert(input, dtype=dtype), dim), dtype=dtype)
+    x, dim = _prepared("cumsum", input, dim)
+    return _back(_cumsum(x, dim=dim, reverse=False), input.ndim)
 
 
 def cumprod(input: Tensor, dim: int, *, dtype: DType | None = None) -> Tensor:
     """Running product along ``dim``; integers give int64."""
-    x, dim = _prepared("cumprod", input, dim, dtype)
-    return _back(_cumprod(x, dim=dim, reverse=False), input.ndim, dtype)
+    if dtype is not None:
+        return convert(plain(cumprod, convert(input, dtype=dtype), dim), dtype=dtype)
+    x, dim = _prepared("cumprod", input, dim)
+    return _back(_cumprod(x, dim=dim, reverse=False), input.ndim)
 
 
 def logcumsumexp(input: Tensor, dim: int) -> Tensor:
     """log of the running sum of exp along ``dim``, without overflow."""
     if input.dtype.kind != "f":
         raise DTypeError(f"logcumsumexp needs a floating tensor, got {input.dtype.name}")
-    x, dim = _prepared("logcumsumexp", input, dim, None)
-    return _back(_logcumsumexp(x, dim=dim, reverse=False), input.ndim, None)
+    x, dim = _prepared("logcumsumexp", input, dim)
+    return _back(_logcumsumexp(x, dim=dim, reverse=False), input.ndim)
 
 
 def _extremes(name: str, input: Tensor, dim: int, *, largest: bool) -> Any:
     from flame.ops.results import ValuesIndices
 
-    x, dim = _prepared(name, input, dim, None)
+    x, dim = _prepared(name, input, dim)
     best, where = _extreme(x, dim=dim, largest=largest)
-    return ValuesIndices(_back(best, input.ndim, None), _back(where, input.ndim, None))
+    return ValuesIndices(_back(best, input.ndim), _back(where, input.ndim))
 
 
 def cummax(input: Tensor, dim: int) -> Any:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from flame.core.errors import ArgumentError, ShapeError
 from flame.core.handle import is_tensor
 from flame.kernel.program import identity
+from flame.ops.autocast import autocasts
 from flame.ops.creation import full
 from flame.ops.indexing import (
     along,
@@ -103,6 +104,7 @@ def scatter_(
     return _scattered("scatter_", input, dim, index, given, way, in_place=True)
 
 
+@autocasts("widest")
 def scatter_add(input: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
     """``src`` added at the places that ``index`` names; the order of additions is fixed."""
     same_dtype("scatter_add", input, src)
@@ -170,10 +172,15 @@ def _reduced(
     made = _scattered(name, base, dim, index, src, combine)
     if reduce != "mean":
         return made
-    ones = expand(full((), 1, dtype=input.dtype), input.shape)
+    ones = expand(full((), 1, dtype=input.dtype, device=input.device), input.shape)
     counts = ones if include_self else _scattered(name, ones, dim, index, 0, "set")
     counts = _scattered(
-        name, counts, dim, index, expand(full((), 1, dtype=input.dtype), index.shape), "add"
+        name,
+        counts,
+        dim,
+        index,
+        expand(full((), 1, dtype=input.dtype, device=input.device), index.shape),
+        "add",
     )
     counts = counts.clamp(min=1)
     if input.dtype.kind == "f":

@@ -147,9 +147,9 @@ def _summed(g: Tensor, numel: int, strides: Shape, offset: int) -> Tensor:
     from flame.ops.creation import arange
     from flame.ops.indexed_writes import put_at
 
-    where: Any = arange(offset, offset + 1)
+    where: Any = arange(offset, offset + 1, device=g.device)
     for axis, (size, stride) in enumerate(zip(g.shape, strides, strict=True)):
-        steps = arange(size) * stride
+        steps = arange(size, device=g.device) * stride
         where = where + steps.reshape((size,) + (1,) * (g.ndim - axis - 1))
     flat = reshape(g, (-1,))
     spread: Tensor = put_at(

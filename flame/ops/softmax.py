@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flame.core import dtypes
+from flame.core.autocast import plain
 from flame.core.dtypes import DType
 from flame.core.errors import DTypeError
 from flame.core.types import TensorType, like_strides, tensor_type
@@ -192,7 +193,7 @@ softmax_backward: Op = Op(
             - grad * sum_of(mul(g, y), dim, keepdim=True)
         ),
     ),
-    reference=_reference_softmax_backward, samples=_samples(2),
+    reference=_reference_softmax_backward, samples=_samples(2), widens=True,
 )  # fmt: skip
 
 log_softmax_backward: Op = Op(
@@ -202,28 +203,26 @@ log_softmax_backward: Op = Op(
         lambda g, y, dim: g - sum_of(g * _exp(y), dim, keepdim=True),
         lambda g, grad, y, dim: neg(g * _exp(y)) * sum_of(grad, dim, keepdim=True),
     ),
-    reference=_reference_log_softmax_backward, samples=_samples(2),
+    reference=_reference_log_softmax_backward, samples=_samples(2), widens=True,
 )  # fmt: skip
 
 softmax_op = Op(
     "softmax", inputs=("x",), infer=_infer("softmax"), lower=_lower_softmax,
     vjp=(lambda g, out, dim: softmax_backward(g, out, dim=dim),),
-    reference=_reference_softmax, samples=_samples(1),
+    reference=_reference_softmax, samples=_samples(1), autocast="float32", widens=True,
 )  # fmt: skip
 
 log_softmax_op = Op(
     "log_softmax", inputs=("x",), infer=_infer("log_softmax"), lower=_lower_log_softmax,
     vjp=(lambda g, out, dim: log_softmax_backward(g, out, dim=dim),),
-    reference=_reference_log_softmax, samples=_samples(1),
+    reference=_reference_log_softmax, samples=_samples(1), autocast="float32", widens=True,
 )  # fmt: skip
 
 
-def _prepared(name: str, input: Tensor, dim: int | None, dtype: DType | None) -> tuple[Tensor, int]:
-    if dtype is not None:
-        input = convert(input, dtype=dtype)
+def _dimension(name: str, input: Tensor, dim: int | None) -> int:
     if dim is None:  # the choice that PyTorch makes where none is named
         dim = 0 if input.ndim in (0, 1, 3) else 1
-    return input, wrap_dim(name, dim, input.ndim)
+    return wrap_dim(name, dim, input.ndim)
 
 
 def softmax(
@@ -233,8 +232,10 @@ def softmax(
 
     The result has the input's shape and sums to 1 along ``dim``. Raises DTypeError for integers.
     """
-    input, dim = _prepared("softmax", input, *_arguments(dim, _stacklevel, dtype))
-    result: Tensor = softmax_op(input, dim=dim)
+    wanted = _wanted_dtype(_stacklevel, dtype)
+    if wanted is not None:
+        return plain(softmax, convert(input, dtype=wanted), dim)
+    result: Tensor = softmax_op(input, dim=_dimension("softmax", input, dim))
     return result
 
 
@@ -242,8 +243,10 @@ def log_softmax(
     input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: DType | None = None
 ) -> Tensor:
     """log(softmax(input)) over ``dim``, computed without overflow or cancellation."""
-    input, dim = _prepared("log_softmax", input, *_arguments(dim, _stacklevel, dtype))
-    result: Tensor = log_softmax_op(input, dim=dim)
+    wanted = _wanted_dtype(_stacklevel, dtype)
+    if wanted is not None:
+        return plain(log_softmax, convert(input, dtype=wanted), dim)
+    result: Tensor = log_softmax_op(input, dim=_dimension("log_softmax", input, dim))
     return result
 
 
@@ -254,6 +257,6 @@ def softmin(
     return softmax(neg(input), dim, _stacklevel, dtype)
 
 
-def _arguments(dim: int | None, third: Any, dtype: DType | None) -> tuple[int | None, DType | None]:
+def _wanted_dtype(third: Any, dtype: DType | None) -> DType | None:
     """torch.softmax has dtype as its third argument, torch.nn.functional.softmax as its fourth."""
-    return dim, third if isinstance(third, dtypes.DType) else dtype
+    return third if isinstance(third, dtypes.DType) else dtype

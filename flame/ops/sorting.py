@@ -1,7 +1,8 @@
 """Orders: sort, topk, kthvalue, median, mode, unique, searchsorted.
 
-The order itself is found by NumPy's sorting, on the host; values are gathered by it, so their
-gradients are gather's. NaN counts as larger than all numbers, as in PyTorch.
+On the CPU the order itself is found by NumPy's sorting, on a GPU by the kernels of
+`flame.ops.sorting_cuda`; values are gathered by it, so their gradients are gather's. NaN counts as
+larger than all numbers, as in PyTorch.
 """
 
 from __future__ import annotations
@@ -16,10 +17,17 @@ from flame.core.errors import ArgumentError, DTypeError, IndexRangeError, ShapeE
 from flame.core.handle import is_tensor
 from flame.core.types import TensorType, tensor_type
 from flame.kernel.builder import Lowering
-from flame.ops.indexing import gather
+from flame.ops.indexing import gather, index_select
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types, constant
 from flame.ops.results import ValuesIndices
 from flame.ops.shapes import reshape, squeeze, wrap_dim
+from flame.ops.sorting_cuda import (
+    lower_argsort,
+    lower_median,
+    lower_mode,
+    lower_search,
+    lower_topk,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -85,7 +93,8 @@ def _same_shape(types: Types, **attributes: Any) -> TensorType:
 
 
 _argsort = Op(
-    "argsort", inputs=("x",), infer=_same_shape, lower=_filling(_order), vjp=NOT_DIFFERENTIABLE,
+    "argsort", inputs=("x",), infer=_same_shape, lower=_filling(_order),
+    lower_cuda=lower_argsort, vjp=NOT_DIFFERENTIABLE,
     reference=_order,
     samples=[Sample((Arg(shape, distinct=True),), {"dim": dim, "descending": down, "stable": True})
              for shape, dim, down in (((7,), 0, False), ((3, 20), 1, True), ((5, 4), 0, False),
@@ -105,6 +114,7 @@ _topk = Op(
     inputs=("x",),
     infer=_infer_topk,
     lower=_filling(_selected),
+    lower_cuda=lower_topk,
     vjp=NOT_DIFFERENTIABLE,
     reference=_selected,
     samples=[
@@ -207,8 +217,8 @@ def _one_line(types: Types, *, dim: int, **attributes: Any) -> TensorType:
 
 
 _median_place = Op(
-    "median_place", inputs=("x",), infer=_one_line, lower=_filling(_middle), vjp=NOT_DIFFERENTIABLE,
-    reference=_middle,
+    "median_place", inputs=("x",), infer=_one_line, lower=_filling(_middle),
+    lower_cuda=lower_median, vjp=NOT_DIFFERENTIABLE, reference=_middle,
     samples=[Sample((Arg((4, 7), distinct=True),), {"dim": 1, "skip_nan": False}),
              Sample((Arg((4, 3), distinct=True),), {"dim": 0, "skip_nan": True})],
 )  # fmt: skip
@@ -220,7 +230,7 @@ def _medians(name: str, input: Tensor, dim: int | None, keepdim: bool, *, skip_n
         if not flat.numel():
             from flame.ops.creation import full
 
-            return full((), float("nan"), dtype=input.dtype)
+            return full((), float("nan"), dtype=input.dtype, device=input.device)
         return reshape(gather(flat, 0, _median_place(flat, dim=0, skip_nan=skip_nan)), ())
     x, dim = _lines(name, input, dim)
     if not x.shape[dim]:
@@ -253,6 +263,7 @@ _mode_place = Op(
     inputs=("x",),
     infer=_one_line,
     lower=_filling(_commonest),
+    lower_cuda=lower_mode,
     vjp=NOT_DIFFERENTIABLE,
     reference=_commonest,
     samples=[
@@ -281,15 +292,63 @@ def unique(
     element the place of its value, and how often each occurs."""
     if dim is not None:
         dim = wrap_dim("unique", dim, input.ndim)
+    if input.is_cuda:
+        return _wanted(_unique_on_device(input.detach(), dim), return_inverse, return_counts)
     array = input.detach().numpy()
     values, inverse, counts = np.unique(
         array, return_inverse=True, return_counts=True, axis=dim, equal_nan=False
     )
     inverse = inverse.reshape(array.shape if dim is None else -1)
-    found = [constant(np.ascontiguousarray(values))]
-    found += [constant(np.asarray(inverse, np.int64))] if return_inverse else []
-    found += [constant(np.asarray(counts, np.int64))] if return_counts else []
-    return found[0] if len(found) == 1 else tuple(found)
+    made = (np.ascontiguousarray(values), np.asarray(inverse, np.int64), counts.astype(np.int64))
+    return _wanted(tuple(constant(a) for a in made), return_inverse, return_counts)
+
+
+def _wanted(found: tuple[Tensor, ...], inverse: bool, counts: bool) -> Any:
+    """Of (values, inverse, counts) what was asked for."""
+    values, *others = found
+    asked = [t for t, wish in zip(others, (inverse, counts), strict=True) if wish]
+    return (values, *asked) if asked else values
+
+
+def _unique_on_device(x: Tensor, dim: int | None) -> tuple[Tensor, ...]:
+    """(values, inverse, counts): sorted, then the first of each run of equal ones is kept."""
+    from flame.ops.compaction import differs, distinct, inverse_of, order_of_lines
+
+    lines = reshape(x, (-1,)) if dim is None else x.movedim(dim, 0)
+    count = lines.shape[0]
+    if not count:
+        return _no_runs(x, lines)
+    flat = lines.ndim == 1
+    order = argsort(lines, 0) if flat else order_of_lines(reshape(lines, (count, -1)))
+    ordered = index_select(lines, 0, order)
+    starts, running, counts = distinct(differs(ordered))
+    values = index_select(ordered, 0, starts)
+    inverse = inverse_of(order, running)
+    if dim is None:
+        return values, reshape(inverse, x.shape), counts
+    return values.movedim(0, dim), inverse, counts
+
+
+def _no_runs(x: Tensor, lines: Tensor) -> tuple[Tensor, ...]:
+    """(values, inverse, counts) where there is nothing."""
+    from flame.ops.creation import zeros
+
+    nothing = zeros(0, dtype=dtypes.int64, device=x.device)
+    return (lines if lines.ndim == 1 else x.clone()), nothing, nothing.clone()
+
+
+def _runs_on_device(x: Tensor, dim: int | None) -> tuple[Tensor, ...]:
+    """(values, inverse, counts) of runs in the order in which they stand."""
+    from flame.ops.compaction import differs, distinct
+
+    lines = reshape(x, (-1,)) if dim is None else x.movedim(dim, 0)
+    if not lines.shape[0]:
+        return _no_runs(x, lines)
+    starts, running, counts = distinct(differs(lines))
+    values = index_select(lines, 0, starts)
+    if dim is None:
+        return values, reshape(running, x.shape), counts
+    return values.movedim(0, dim), running, counts
 
 
 def unique_consecutive(
@@ -297,6 +356,10 @@ def unique_consecutive(
 ) -> Any:
     """The first of each run of equal values (equal slices along ``dim``), in the order they
     stand."""
+    if dim is not None:
+        dim = wrap_dim("unique_consecutive", dim, input.ndim)
+    if input.is_cuda:
+        return _wanted(_runs_on_device(input.detach(), dim), return_inverse, return_counts)
     array = input.detach().numpy()
     lines = array.reshape(-1) if dim is None else np.moveaxis(array, dim, 0)
     if not len(lines):
@@ -310,10 +373,8 @@ def unique_consecutive(
     values = lines[starts] if dim is None else np.moveaxis(lines[starts], 0, dim)
     counts = np.diff(np.append(starts, len(lines)))
     inverse = inverse.reshape(array.shape if dim is None else -1)
-    found = [constant(np.ascontiguousarray(values))]
-    found += [constant(np.asarray(inverse, np.int64))] if return_inverse else []
-    found += [constant(np.asarray(counts, np.int64))] if return_counts else []
-    return found[0] if len(found) == 1 else tuple(found)
+    made = (np.ascontiguousarray(values), np.asarray(inverse, np.int64), counts.astype(np.int64))
+    return _wanted(tuple(constant(a) for a in made), return_inverse, return_counts)
 
 
 def bincount(input: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
@@ -322,16 +383,33 @@ def bincount(input: Tensor, weights: Tensor | None = None, minlength: int = 0) -
         raise DTypeError(
             f"bincount takes a 1-d integer tensor, got {input.dtype.name} of {input.shape}"
         )
-    array = input.numpy()
-    if minlength < 0 or (array.size and array.min() < 0):
+    if minlength < 0 or (input.numel() and input.min().item() < 0):
         raise ArgumentError("bincount: numbers and minlength must not be negative")
     if weights is not None and weights.shape != input.shape:
         raise ShapeError(f"bincount: weights of shape {weights.shape} for numbers of {input.shape}")
+    if input.is_cuda:
+        return _counted_on_device(input, weights, minlength)
+    array = input.numpy()
     given = None if weights is None else weights.detach().numpy()
     made = np.bincount(array.astype(np.int64), given, minlength)
     if given is not None and given.dtype == np.float32:
         made = made.astype(np.float32)
     return constant(made)
+
+
+def _counted_on_device(input: Tensor, weights: Tensor | None, minlength: int) -> Tensor:
+    from flame.ops.creation import ones, zeros
+    from flame.ops.scattering import scatter_add
+
+    size = max(int(input.max().item()) + 1 if input.numel() else 0, minlength)
+    if weights is None:
+        values = ones(input.shape[0], dtype=dtypes.int64, device=input.device)
+    else:
+        values = weights.detach().to(dtypes.float64)
+    start = zeros(size, dtype=values.dtype, device=input.device)
+    made = scatter_add(start, 0, input.to(dtypes.int64), values)
+    narrow = weights is not None and weights.dtype is dtypes.float32
+    return made.to(dtypes.float32) if narrow else made
 
 
 # --- searching ------------------------------------------------------------------------------------
@@ -363,10 +441,20 @@ def _infer_search(types: Types, *, right: bool) -> TensorType:
 
 _search = Op(
     "searchsorted", inputs=("edges", "x"), infer=_infer_search, lower=_filling(_found),
-    vjp=NOT_DIFFERENTIABLE, reference=_found,
+    lower_cuda=lower_search, vjp=NOT_DIFFERENTIABLE, reference=_found,
     samples=[Sample((Arg((6,), 0, 1), Arg((3, 4), 0, 1)), {"right": False}),
              Sample((Arg((3, 1)), Arg((3, 4))), {"right": True})],
 )  # fmt: skip
+
+
+def same_numbers(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in a dtype in which their numbers can be compared: in float64 if one is an integer."""
+    if a.dtype is b.dtype:
+        return a, b
+    kinds = {a.dtype.kind, b.dtype.kind}
+    mixed = "f" in kinds and kinds != {"f"}
+    common = dtypes.float64 if mixed else dtypes.promote_types(a.dtype, b.dtype)
+    return a.to(common), b.to(common)
 
 
 def searchsorted(
@@ -388,10 +476,9 @@ def searchsorted(
     if not is_tensor(input):
         if sorted_sequence.ndim != 1:
             raise ShapeError("searchsorted: a number can be searched for in a 1-d sequence only")
-        input = constant(input)
-    found: Tensor = _search(
-        sorted_sequence.detach(), input.detach(), right=right or side == "right"
-    )
+        input = constant(input, device=sorted_sequence.device)
+    edges, x = same_numbers(sorted_sequence.detach(), input.detach())
+    found: Tensor = _search(edges, x, right=right or side == "right")
     return found.to(dtypes.int32) if out_int32 else found
 
 

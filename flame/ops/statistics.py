@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flame.core import dtypes
+from flame.core.autocast import plain
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError
 from flame.core.types import TensorType
@@ -19,13 +20,14 @@ from flame.kernel import values
 from flame.kernel.builder import Lowering
 from flame.kernel.values import Value, cast, const
 from flame.ops.arithmetic import true_divide
+from flame.ops.autocast import autocasts
 from flame.ops.comparison import eq, ne, where
 from flame.ops.conversion import convert
 from flame.ops.elementwise import compute_dtype, floating
 from flame.ops.folds import Fold, floating_result
 from flame.ops.mathematics import abs as magnitude
 from flame.ops.mathematics import exp, isnan, sqrt
-from flame.ops.op import Arg, Op, Sample, Types
+from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types
 from flame.ops.reductions import Reduction, dims_of, kept_shape, restore
 from flame.ops.reductions import mean as mean_of
 from flame.ops.reductions import sum as sum_of
@@ -72,7 +74,7 @@ def _prod_gradient(g: Any, x: Any, dims: tuple[int, ...], keepdim: bool) -> Any:
 
 _prod = Reduction(
     "prod", "mul", result=lambda d: d if d.kind == "f" else dtypes.int64, vjp=(_prod_gradient,),
-    reference=np.prod,
+    reference=np.prod, autocast="float32",
 )  # fmt: skip
 
 
@@ -81,9 +83,10 @@ def prod(
 ) -> Tensor:
     """The product over ``dim`` (all dimensions by default); integers give int64."""
     if dtype is not None:
-        input = convert(input, dtype=dtype)
+        made = plain(prod, convert(input, dtype=dtype), dim, keepdim)
+        return convert(made, dtype=dtype)
     result: Tensor = _prod(input, dims=dims_of("prod", input, dim), keepdim=bool(keepdim))
-    return result if dtype is None else convert(result, dtype=dtype)
+    return result
 
 
 # --- variance -------------------------------------------------------------------------------------
@@ -275,7 +278,7 @@ def _np_logsumexp(x: Any, *, dims: tuple[int, ...], keepdim: bool) -> Any:
 
 _logsumexp = Op(
     "logsumexp", inputs=("x",), infer=floating_result("logsumexp"), lower=_lower_logsumexp,
-    vjp=(_logsumexp_gradient,), reference=_np_logsumexp,
+    vjp=(_logsumexp_gradient,), reference=_np_logsumexp, autocast="float32",
     samples=[Sample((Arg(s),), {"dims": d, "keepdim": k})
              for s, d, k in (((5, 7), (1,), False), ((5, 7), (0,), True),
                              ((2, 3, 70), (0, 2), False),
@@ -291,6 +294,23 @@ def logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
     return result
 
 
+# --- numbers that are none ------------------------------------------------------------------------
+
+_has_nonfinite = Reduction(
+    "has_nonfinite", "or", result=lambda d: dtypes.bool_,
+    prepare=lambda v: values.compare("ge", values.unary("abs", v), const(math.inf, v.dtype))
+    | values.unary("is_nan", v),
+    vjp=NOT_DIFFERENTIABLE,
+    reference=lambda x, axis, keepdims: np.any(~np.isfinite(x), axis=axis, keepdims=keepdims),
+)  # fmt: skip
+
+
+def has_nonfinite(input: Tensor) -> Tensor:
+    """Whether any element is infinite or NaN: a bool without dimensions. Floating tensors only."""
+    result: Tensor = _has_nonfinite(input, dims=tuple(range(input.ndim)), keepdim=False)
+    return result
+
+
 # --- counts and sums without NaN ------------------------------------------------------------------
 
 
@@ -299,6 +319,7 @@ def count_nonzero(input: Tensor, dim: Any = None) -> Tensor:
     return sum_of(convert(ne(input, 0), dtype=dtypes.int64), dim)
 
 
+@autocasts("plain")
 def nansum(
     input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: DType | None = None
 ) -> Tensor:
@@ -308,6 +329,7 @@ def nansum(
     return sum_of(input, dim, keepdim, dtype=dtype)
 
 
+@autocasts("plain")
 def nanmean(
     input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: DType | None = None
 ) -> Tensor:

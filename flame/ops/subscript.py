@@ -18,7 +18,9 @@ from flame.core import dtypes
 from flame.core.errors import DTypeError, IndexRangeError, ShapeError
 from flame.core.handle import is_tensor
 from flame.core.types import Shape
+from flame.ops.autocast import autocasts
 from flame.ops.conversion import convert
+from flame.ops.creation import zeros
 from flame.ops.indexed import take_at
 from flame.ops.indexed_writes import put_at
 from flame.ops.indexing import along, named
@@ -26,6 +28,7 @@ from flame.ops.loops import broadcast_shapes
 from flame.ops.op import constant
 from flame.ops.shapes import expand, reshape, view_strides
 from flame.ops.slicing import Item, part
+from flame.ops.transfer import move
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -190,7 +193,12 @@ def _indices(entry: Any, shape: Shape, dim: int) -> Sequence[Any]:
             f"{dim + entry.ndim - 1} of a tensor of shape {shape}"
         )
     if not entry.ndim:
-        return [constant(np.zeros(1 if entry.item() else 0, np.int64))]
+        return [zeros(1 if entry.item() else 0, dtype=dtypes.int64, device=entry.device)]
+    if entry.is_cuda:
+        from flame.ops.masking import nonzero
+
+        found: Sequence[Any] = nonzero(entry, as_tuple=True)
+        return found
     return [constant(found) for found in np.nonzero(entry.numpy())]
 
 
@@ -206,6 +214,8 @@ def _arranged(
 ) -> tuple[tuple[int, ...], list[Any], Shape, list[int]]:
     """(axes, expanded index tensors, result shape, dimensions of x that are indexed)."""
     dims = sorted(indices)
+    # index tensors may be on the CPU, as in PyTorch
+    indices = {d: move(index, x.type.device) for d, index in indices.items()}
     common = broadcast_shapes("a subscript", [indices[d].shape for d in dims])
     rest = [d for d in range(x.ndim) if d not in indices]
     together = dims[-1] - dims[0] == len(dims) - 1
@@ -219,6 +229,8 @@ def _arranged(
     spread = []
     for d in dims:
         index = indices[d]
+        if index.is_cpu and not x.is_cpu:  # lists, arrays, and index tensors of the host
+            index = index.to(x.device)
         if index.shape != common:
             index = expand(index, common)
         spread.append(along(index, shape, place))
@@ -292,8 +304,9 @@ def _as_value(x: Tensor, value: Any) -> Tensor:
     if is_tensor(value):
         return value
     if isinstance(value, (bool, int, float, np.generic)):
-        return full((), value.item() if isinstance(value, np.generic) else value, dtype=x.dtype)
-    made: Tensor = constant(value)
+        number = value.item() if isinstance(value, np.generic) else value
+        return full((), number, dtype=x.dtype, device=x.device)
+    made: Tensor = constant(value, device=x.device)
     return made
 
 
@@ -333,6 +346,7 @@ def _fits(have: Shape, wanted: Shape) -> bool:
     return all(a in (1, b) for a, b in zip(have, ends, strict=True)) or math.prod(wanted) == 0
 
 
+@autocasts("widest")
 def index_put(
     input: Tensor, indices: Sequence[Any], values: Tensor, accumulate: bool = False
 ) -> Tensor:

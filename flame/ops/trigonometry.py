@@ -42,12 +42,30 @@ __all__ = [
 ]
 _sin = floats("sin", lambda g, x: g * cos(x), reference=np.sin)
 _cos = floats("cos", lambda g, x: -g * sin(x), reference=np.cos)
-_tan = floats("tan", lambda g, out: g * (1 + out * out), reference=np.tan, domain=(-1.2, 1.2))
-_asin = floats("asin", lambda g, x: g * rsqrt(1 - x * x), reference=np.arcsin, domain=(-0.9, 0.9))
-_acos = floats("acos", lambda g, x: -g * rsqrt(1 - x * x), reference=np.arccos, domain=(-0.9, 0.9))
+_tan = floats(
+    "tan",
+    lambda g, out: g * (1 + out * out),
+    reference=np.tan,
+    domain=(-1.2, 1.2),
+    autocast="float32",
+)
+_asin = floats(
+    "asin",
+    lambda g, x: g * rsqrt(1 - x * x),
+    reference=np.arcsin,
+    domain=(-0.9, 0.9),
+    autocast="float32",
+)
+_acos = floats(
+    "acos",
+    lambda g, x: -g * rsqrt(1 - x * x),
+    reference=np.arccos,
+    domain=(-0.9, 0.9),
+    autocast="float32",
+)
 _atan = floats("atan", lambda g, x: g / (x * x + 1), reference=np.arctan)
-_sinh = floats("sinh", lambda g, x: g * cosh(x), reference=np.sinh)
-_cosh = floats("cosh", lambda g, x: g * sinh(x), reference=np.cosh)
+_sinh = floats("sinh", lambda g, x: g * cosh(x), reference=np.sinh, autocast="float32")
+_cosh = floats("cosh", lambda g, x: g * sinh(x), reference=np.cosh, autocast="float32")
 
 
 def _asinh_scalar(x: Value) -> Value:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from flame.optim import _arguments as check
+from flame.optim._conditional import Counted
 from flame.optim._optimizer import Optimizer, Parameters, Scalar, Update
 from flame.optim._tensors import Tensor, full_like, pointwise, sqrt
 
@@ -18,6 +19,12 @@ def adagrad_update(
     g = g * direction + p * decay
     total = total + g * g
     return p - g / (sqrt(total) + eps) * step_size, total
+
+
+@pointwise
+def decayed_rate(step: Any, lr: Any, lr_decay: Any) -> Any:
+    """The rate of this step, counted from 1."""
+    return lr / (1.0 + (step - 1.0) * lr_decay)
 
 
 ADAGRAD = Update(pointwise(adagrad_update), ("sum",))
@@ -94,6 +101,9 @@ class Adagrad(Optimizer):
             -1.0 if group["maximize"] else 1.0,
             group["weight_decay"],
         )
+
+    def _counted(self, group: dict[str, Any]) -> Counted:
+        return Counted(decayed_rate, (group["lr"], group["lr_decay"]), 1)
 
     def _initial(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         return full_like(parameter.detach(), group["initial_accumulator_value"])

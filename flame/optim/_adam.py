@@ -10,6 +10,7 @@ import math
 from typing import Any, ClassVar
 
 from flame.optim import _arguments as check
+from flame.optim._conditional import Counted
 from flame.optim._optimizer import Optimizer, Parameters, Scalar, Update
 from flame.optim._tensors import Tensor, maximum, pointwise, sqrt
 
@@ -105,6 +106,12 @@ def adamw_amsgrad_update(
     return _moved(p * kept, m, v_max, step_size, root_scale, eps), m, v, v_max
 
 
+@pointwise
+def bias_corrections(step: Any, lr: Any, beta1: Any, beta2: Any) -> Any:
+    """The step size and the scale of the root, after this many steps."""
+    return lr / (1.0 - beta1**step), 1.0 / sqrt(1.0 - beta2**step)
+
+
 AVERAGES = ("exp_avg", "exp_avg_sq")
 ADAM = Update(pointwise(adam_update), AVERAGES)
 ADAM_AMSGRAD = Update(pointwise(adam_amsgrad_update), (*AVERAGES, "max_exp_avg_sq"))
@@ -192,3 +199,6 @@ class Adam(Optimizer):
             beta2,
             1.0 - beta2,
         )
+
+    def _counted(self, group: dict[str, Any]) -> Counted:
+        return Counted(bias_corrections, (group["lr"], *group["betas"]), 2)

@@ -6,6 +6,7 @@ Invariants:
   hyperparameter switches (momentum or none, amsgrad or not) selects another function.
 - Scalars that depend on the number of steps are computed in double precision on the host, from the
   group's values read anew at each step, so a scheduler or the user may change them between steps.
+- A step that the device may skip is `flame.optim._conditional`.
 - State is created on the first step that sees a gradient, and keyed by the parameter itself.
 """
 
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 from flame.core.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 from flame.ops.op import interpreter
 from flame.optim import _state_dict
+from flame.optim._conditional import Counted, conditional
 from flame.optim._recording import recorded
 from flame.optim._tensors import Tensor, enable_grad, no_grad, zeros_like
 
@@ -66,10 +68,15 @@ class Optimizer:
     _counts_steps: ClassVar[bool] = True
     _buffers: ClassVar[tuple[str, ...]] = ()  # the state that has the shape of its parameter
 
+    # Set by a GradScaler while it calls `step`: a tensor without dimensions. Where it is not 0 the
+    # step changes nothing; it is not looked at by the host.
+    found_inf: Tensor | None = None
+
     def __init__(self, params: Parameters, defaults: dict[str, Any]) -> None:
         self.defaults = dict(defaults)
         self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
         self.param_groups: list[dict[str, Any]] = []
+        self._counts: dict[Tensor, Tensor] = {}  # of steps, where only the device knows them
         if isinstance(params, (Tensor, dict, str)):
             raise DTypeError(
                 f"{self._name}: params must be a list of tensors or of groups, got one "
@@ -193,7 +200,10 @@ class Optimizer:
             with enable_grad():
                 loss = closure()
         with no_grad():
-            calls = recorded(self) if interpreter().recording else self._prepare()
+            if self.found_inf is not None or self._counts:
+                calls = conditional(self, self.found_inf)
+            else:
+                calls = recorded(self) if interpreter().recording else self._prepare()
             for function, inputs, scalars, outputs in calls:
                 function(*inputs, *scalars, out=outputs)
         return loss
@@ -213,8 +223,7 @@ class Optimizer:
                 gradient = parameter.grad
                 if gradient is None:
                     continue
-                if gradient.shape != parameter.shape or gradient.dtype is not parameter.dtype:
-                    raise self._misfit(parameter, gradient)
+                self._check_gradient(parameter)
                 state = self.state[parameter]
                 step = self._advance(parameter, state, update, group)
                 if step != scalars_step:
@@ -226,12 +235,15 @@ class Optimizer:
                 )
         return calls
 
-    def _misfit(self, parameter: Tensor, gradient: Tensor) -> ShapeError:
-        return ShapeError(
-            f"{self._name}: a parameter of shape {tuple(parameter.shape)} and dtype "
-            f"{parameter.dtype.name} has a gradient of shape {tuple(gradient.shape)} and dtype "
-            f"{gradient.dtype.name}; assign gradients of the parameter's own shape and dtype"
-        )
+    def _check_gradient(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.shape != parameter.shape or gradient.dtype is not parameter.dtype:
+            raise ShapeError(
+                f"{self._name}: a parameter of shape {tuple(parameter.shape)} and dtype "
+                f"{parameter.dtype.name} has a gradient of shape {tuple(gradient.shape)} and dtype "
+                f"{gradient.dtype.name}; assign gradients of the parameter's own shape and dtype"
+            )
 
     def _advance(
         self, parameter: Tensor, state: dict[str, Any], update: Update, group: dict[str, Any]
@@ -252,6 +264,22 @@ class Optimizer:
             return step
         return 1 if created else 2
 
+    def _begin(self, parameter: Tensor, update: Update, group: dict[str, Any]) -> int | Tensor:
+        """Create missing buffers; returns the count of steps before this one.
+
+        An optimizer that keeps no count gets 0 before the first step, and more before later ones.
+        """
+        state = self.state[parameter]
+        missing = [name for name in update.buffers if state.get(name) is None]
+        for name in missing:
+            state[name] = self._initial(name, parameter, group)
+        if parameter in self._counts:
+            return self._counts[parameter]
+        if not self._counts_steps:
+            return 0 if missing else 1
+        count: int = state.get("step", 0)
+        return count
+
     def _update(self, group: dict[str, Any]) -> Update:
         """The update that the group's options select."""
         raise UnsupportedError(
@@ -261,6 +289,10 @@ class Optimizer:
     def _scalars(self, group: dict[str, Any], step: int) -> tuple[Scalar, ...]:
         """The scalars that the update takes after its buffers, in the function's order."""
         return ()
+
+    def _counted(self, group: dict[str, Any]) -> Counted | None:
+        """How the device computes the first scalars, if they depend on the number of steps."""
+        return None
 
     def _initial(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """The first value of a buffer."""
@@ -292,6 +324,7 @@ class Optimizer:
         for group in groups:
             self._check_group(group)
         self.state.clear()
+        self._counts.clear()
         self.state.update(state)
         for group, loaded in zip(self.param_groups, groups, strict=True):
             group.clear()

@@ -23,7 +23,7 @@ def recorded(optimizer: Optimizer) -> list[UpdateCall]:
 
     def first() -> Numbers:
         calls.extend(optimizer._prepare())
-        return _numbers(_distinct(calls))
+        return as_numbers(_distinct(calls))
 
     chosen = _chosen(optimizer)
     fresh = [tuple(p for _, _, found in chosen for p in found if not optimizer.state.get(p))]
@@ -52,6 +52,8 @@ def _chosen(optimizer: Optimizer) -> list[tuple[dict[str, Any], Any, list[Any]]]
 
 def _again(optimizer: Optimizer, chosen: Any, known: list[tuple[Any, Numbers]]) -> Numbers:
     """The scalars of a later step. known: buffers and first scalars of each parameter."""
+    if optimizer._counts:
+        raise Stale("where the optimizer's steps are counted")
     states: list[dict[str, Any]] = []
     if len(optimizer.param_groups) != len(chosen):
         raise Stale("the optimizer's groups")
@@ -78,7 +80,7 @@ def _again(optimizer: Optimizer, chosen: Any, known: list[tuple[Any, Numbers]]) 
                 found.append(optimizer._scalars(group, step))
                 before = scalars
             position += 1
-    return _numbers(found)
+    return as_numbers(found)
 
 
 def _undo(optimizer: Optimizer, chosen: Any, fresh: list[tuple[Any, ...]]) -> None:
@@ -100,7 +102,7 @@ def _distinct(calls: list[UpdateCall]) -> list[Numbers]:
     return list({id(call.scalars): call.scalars for call in calls}.values())
 
 
-def _numbers(scalars: list[Numbers]) -> Numbers:
+def as_numbers(scalars: list[Numbers]) -> Numbers:
     """The scalars, those too that are tensors: a rate may be one."""
     return tuple(s.item() if _is_tensor(s) else s for each in scalars for s in each)
 

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from flame.core.errors import ArgumentError
 from flame.optim import _arguments as check
+from flame.optim._conditional import Counted
 from flame.optim._optimizer import Optimizer, Parameters, Scalar, Update
-from flame.optim._tensors import Tensor, pointwise
+from flame.optim._tensors import Tensor, pointwise, where
 
 __all__ = ["SGD"]
 
@@ -19,7 +20,7 @@ def sgd_update(p: Any, g: Any, lr: Any, direction: Any, decay: Any) -> Any:
 
 
 def momentum_update(
-    p: Any, g: Any, buffer: Any, lr: Any, direction: Any, decay: Any, momentum: Any, kept: Any
+    p: Any, g: Any, buffer: Any, kept: Any, lr: Any, direction: Any, decay: Any, momentum: Any
 ) -> Any:
     """buffer ← momentum·buffer + kept·g; p ← p − lr·buffer."""
     g = g * direction + p * decay
@@ -28,12 +29,18 @@ def momentum_update(
 
 
 def nesterov_update(
-    p: Any, g: Any, buffer: Any, lr: Any, direction: Any, decay: Any, momentum: Any, kept: Any
+    p: Any, g: Any, buffer: Any, kept: Any, lr: Any, direction: Any, decay: Any, momentum: Any
 ) -> Any:
     """buffer as with momentum; p ← p − lr·(g + momentum·buffer)."""
     g = g * direction + p * decay
     buffer = buffer * momentum + g * kept
     return p - (g + buffer * momentum) * lr, buffer
+
+
+@pointwise
+def kept_of_gradient(step: Any, kept: Any) -> Any:
+    """What enters the buffer of the gradient: at the first step all of it."""
+    return where(step == 1.0, 1.0, kept)
 
 
 PLAIN = Update(pointwise(sgd_update), ())
@@ -115,4 +122,9 @@ class SGD(Optimizer):
             return common
         # The first gradient enters the buffer whole, whatever the dampening.
         kept = 1.0 if step == 1 else 1.0 - group["dampening"]
-        return (*common, group["momentum"], kept)
+        return (kept, *common, group["momentum"])
+
+    def _counted(self, group: dict[str, Any]) -> Counted | None:
+        if group["momentum"] == 0:
+            return None
+        return Counted(kept_of_gradient, (1.0 - group["dampening"],), 1)

@@ -29,8 +29,7 @@ def save(state: Mapping[Tensor, dict[str, Any]], groups: Groups) -> dict[str, An
             numbers[parameter] = len(numbers)
     saved_state = {
         numbers[parameter]: {
-            name: tensor(float(value), dtype=float32) if name == "step" else value
-            for name, value in values.items()
+            name: _saved_step(value) if name == "step" else value for name, value in values.items()
         }
         for parameter, values in state.items()
         if parameter in numbers and values
@@ -40,6 +39,13 @@ def save(state: Mapping[Tensor, dict[str, Any]], groups: Groups) -> dict[str, An
         for group in groups
     ]
     return {"state": saved_state, "param_groups": saved_groups}
+
+
+def _saved_step(count: int | Tensor) -> Tensor:
+    """A count as a tensor of its own; one on the device may be shared."""
+    if isinstance(count, Tensor):
+        return count.to(float32)
+    return tensor(float(count), dtype=float32)
 
 
 def load(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from flame.core.dtypes import DType
 from flame.core.errors import TraceError
 from flame.core.types import TensorType
 from flame.ops.op import Interpreter, Op
@@ -41,6 +42,9 @@ class Aside(Interpreter):
 
     def constant(self, data: Any, **options: Any) -> Any:
         return self.beneath.constant(data, **options)
+
+    def cast(self, tensor: Any, dtype: DType) -> Any:
+        return self.beneath.cast(tensor, dtype)
 
     def empty(self, type_: TensorType) -> Any:
         return self.beneath.empty(type_)

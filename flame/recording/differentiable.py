@@ -220,7 +220,7 @@ class CompiledNode(Node):
             )
         program = self.backward.compiled()
         given = [g.contiguous() for g in grads]
-        results = [Storage.allocate(nbytes) for _, nbytes in program.result_types]
+        results = [Storage.allocate(nbytes, program.device) for _, nbytes in program.result_types]
         program.run(
             *[s.pointer + offset for s, offset in self.kept],
             *[t.pointer for t, _ in self.read],

@@ -16,6 +16,7 @@ from typing import Any
 
 from flame.autograd.mode import mode
 from flame.core import dtypes
+from flame.core.autocast import autocast
 from flame.core.errors import ArgumentError, FlameWarning, StateError
 from flame.core.log import log
 from flame.core.precision import get_float32_matmul_precision
@@ -134,6 +135,8 @@ class CompiledFunction:
             mode.enabled,
             dtypes.get_default_dtype(),
             get_float32_matmul_precision(),
+            autocast.settings,
+            autocast.on,
         )
         return key, tensors
 

@@ -5,28 +5,30 @@ Invariant: looking changes nothing; state that the step writes is as it was befo
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from flame.compiler.compilation import schedule_of
 from flame.compiler.replay import Replay, replay
+from flame.core.errors import UnsupportedError
 from flame.runtime.storage import Storage
+from flame.runtime.transfer import duplicate, restore
 from flame.tensor import Tensor
 
 if TYPE_CHECKING:
+    from flame.compiler.gpu.profile import GpuProfile
     from flame.compiler.profile import Profile
     from flame.recording.running import Step
 
 
-def profiled(step: Step, tensors: Sequence[Tensor], runs: int) -> Profile:
+def profiled(step: Step, tensors: Sequence[Tensor], runs: int) -> Profile | GpuProfile:
     """The time of every task on these arguments, with the numbers of the step as recorded."""
     program = step.program
-    results = [Storage.allocate(nbytes) for _, nbytes in program.result_types]
+    results = [Storage.allocate(nbytes, program.device) for _, nbytes in program.result_types]
     given = [t.clone().detach() for t in tensors]  # the step may write into its arguments
     with _unchanged(step):
-        found: Profile = program.profile(
+        found: Profile | GpuProfile = program.profile(
             *[t.pointer for t in given],
             *step.first_numbers(),
             *[s.pointer for s in results],
@@ -38,6 +40,11 @@ def profiled(step: Step, tensors: Sequence[Tensor], runs: int) -> Profile:
 def replayed(step: Step, tensors: Sequence[Tensor]) -> Replay:
     """Every task of the step by itself, compared with what its ops mean."""
     recording = step.recording
+    if step.program.device != "cpu":
+        raise UnsupportedError(
+            "replay compares a step on the CPU task by task with what its operations mean; for a "
+            f"step on {step.program.device}, move model and data to the CPU and replay it there"
+        )
     arrays: dict[Any, Any] = dict(
         zip(recording.arguments, [t.numpy(force=True) for t in tensors], strict=True)
     )
@@ -51,9 +58,9 @@ def replayed(step: Step, tensors: Sequence[Tensor]) -> Replay:
 def _unchanged(step: Step) -> Iterator[None]:
     """Inside, the step's state may be written to; afterwards it is as it was."""
     storages = step.recording.written_states
-    before = [ctypes.string_at(s.pointer, s.nbytes) for s in storages]
+    before = [duplicate(s) for s in storages]
     try:
         yield
     finally:
         for storage, content in zip(storages, before, strict=True):
-            ctypes.memmove(storage.pointer, content, storage.nbytes)
+            restore(storage, content)

@@ -19,12 +19,15 @@ import numpy as np
 from flame.autograd.mode import mode
 from flame.compiler.pipeline import check_operands, describe
 from flame.compiler.plan import Plan
+from flame.core.autocast import autocast
+from flame.core.dtypes import DType
 from flame.core.errors import TraceError
 from flame.core.types import TensorType
-from flame.eager import Eager, as_operand, record
+from flame.eager import Eager, as_operand, beside, record
 from flame.graph import Node, Number, Symbol
 from flame.kernel.values import Value
-from flame.ops.conversion import copy
+from flame.ops.autocast import cast_operands
+from flame.ops.conversion import convert, copy
 from flame.ops.op import Interpreter, Op, T, set_interpreter
 from flame.ops.overwriting import overwrite
 from flame.ops.shapes import as_strided
@@ -33,6 +36,7 @@ from flame.recording.lines import user_line
 from flame.recording.memory import Memory, RecordedStorage, is_recorded, whole_type
 from flame.recording.numbers import RecordedFloat, RecordedInt, stand_in
 from flame.recording.outside import Seen
+from flame.runtime.transfer import on_host
 from flame.tensor import Tensor
 
 _NUMBERS = frozenset({float, int, bool, type(None)})
@@ -87,7 +91,10 @@ class Recorder(Eager):
             return self.beneath.apply(op, inputs, attributes, out)
         if any(x.__class__ is Value for x in inputs):
             return op.inline(inputs, attributes)
+        if op.autocast is not None and autocast.on and out is None:
+            inputs = cast_operands(op.autocast, inputs)
         inputs = tuple([self._operand(op, x) for x in inputs])
+        inputs = beside(inputs) or inputs
         types = tuple([_type_of(x) for x in inputs])
         check_operands(op, types)
         plan = describe(op, types, attributes, None if out is None else tuple(t.type for t in out))
@@ -129,6 +136,12 @@ class Recorder(Eager):
             self.nodes.append(Node(plan.op, (source,), (symbol,), dict(attributes), user_line()))
             memory.views[place] = symbol
         return made
+
+    def cast(self, tensor: Any, dtype: DType) -> Any:
+        """Recorded each time: equal casts are merged by the compiler."""
+        if threading.get_ident() != self.thread:
+            return self.beneath.cast(tensor, dtype)
+        return convert(tensor, dtype=dtype)
 
     # --- tensors made otherwise -------------------------------------------------------------------
 
@@ -236,8 +249,10 @@ class Recorder(Eager):
         memory = Memory(tensor.storage, type_, symbol)
         if constant:
             memory.given = None
-            storage, kind = tensor.storage, type_.dtype.numpy
-            self.constants[symbol] = np.array(storage.as_numpy(kind, type_.shape, type_.strides))
+            storage = on_host(tensor.storage)
+            self.constants[symbol] = np.array(
+                storage.as_numpy(type_.dtype.numpy, type_.shape, type_.strides)
+            )
         else:
             self.states.append(memory)
         return memory
@@ -303,7 +318,7 @@ class Recorder(Eager):
         if memory.whole is None:  # nothing was written: any numbers will do
             from flame.ops.creation import zeros
 
-            made = zeros(memory.type.shape, dtype=memory.type.dtype)
+            made = zeros(memory.type.shape, dtype=memory.type.dtype, device=memory.type.device)
             symbol = self.symbol_of(made)
             if symbol.type is not memory.type:
                 symbol = self._relaid(symbol, memory.type)

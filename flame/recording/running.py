@@ -75,7 +75,7 @@ class Step:
         self._check_apart(tensors)
         memory = self.gradients.release()
         results = [
-            memory[i] if i in memory else Storage.allocate(nbytes)
+            memory[i] if i in memory else Storage.allocate(nbytes, program.device)
             for i, (_, nbytes) in enumerate(program.result_types)
         ]
         try:

@@ -1,5 +1,8 @@
 """Storage: the bytes behind tensors. Invariant: `pointer` is valid as long as the Storage lives.
 
+This class is memory of the CPU; `flame.runtime.cuda.storage` has those of a GPU and of pinned
+memory, which `allocate` and `allocate_pinned` import at their first use.
+
 A storage owns its allocation and frees it, or borrows memory that `owner` keeps alive. `version`
 counts the in-place changes of its content; whoever writes raises it.
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +25,8 @@ class Storage:
 
     __slots__ = ("__weakref__", "device", "nbytes", "owner", "pointer", "version")
 
+    pinned: ClassVar[bool] = False  # whether it is page-locked memory of the host
+
     def __init__(self, pointer: int, nbytes: int, owner: object = None) -> None:
         """`owner` None hands the allocation at `pointer` over to this storage."""
         self.pointer = pointer
@@ -31,21 +36,41 @@ class Storage:
         self.device = "cpu"
 
     @classmethod
-    def allocate(cls, nbytes: int) -> Storage:
-        """Uninitialised memory. Raises OutOfMemoryError."""
-        return cls(allocate(nbytes), nbytes)
+    def allocate(cls, nbytes: int, device: str = "cpu") -> Storage:
+        """Uninitialised memory; on a GPU for use on the current stream. Raises OutOfMemoryError,
+        and DeviceError where there is no such device."""
+        if device == "cpu":
+            return cls(allocate(nbytes), nbytes)
+        from flame.runtime.cuda.storage import allocate_storage
+
+        return allocate_storage(nbytes, device)
 
     @classmethod
-    def borrow(cls, pointer: int, nbytes: int, owner: object) -> Storage:
+    def allocate_pinned(cls, nbytes: int) -> Storage:
+        """Uninitialised page-locked memory of the host, which GPUs copy from and to at full speed.
+        Raises DeviceError where there is no CUDA device."""
+        from flame.runtime.cuda.storage import allocate_pinned_storage
+
+        return allocate_pinned_storage(nbytes)
+
+    @classmethod
+    def borrow(cls, pointer: int, nbytes: int, owner: object, device: str = "cpu") -> Storage:
         """Memory of `owner`, which this storage keeps alive and never frees."""
         if owner is None:
             raise ArgumentError("Storage.borrow: the owner of borrowed memory must be an object")
-        return cls(pointer, nbytes, owner)
+        if device == "cpu":
+            return cls(pointer, nbytes, owner)
+        from flame.runtime.cuda.storage import borrow_storage
+
+        return borrow_storage(pointer, nbytes, owner, device)
 
     # `free` is bound as a default, as module globals may be gone when the interpreter exits.
     def __del__(self, _free: Callable[[int, int], None] = free) -> None:
         if self.owner is None:
             _free(self.pointer, self.nbytes)
+
+    def record_stream(self, stream: int) -> None:
+        """Work of a stream, by handle, uses this memory; of no matter for memory of the host."""
 
     @property
     def __array_interface__(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from flame.autograd import engine
 from flame.autograd.mode import no_grad
 from flame.core import dtypes
 from flame.ops.op import Op, Sample
+from flame.ops.transfer import move
 from flame.tensor import Tensor, from_array
 from flame.testing.sampling import is_differentiable, make_inputs
 
@@ -26,9 +27,9 @@ Array = np.ndarray[Any, Any]
 Function = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
-def check_gradients(op: Op, sample: Sample, layout: str = "contiguous") -> int:
+def check_gradients(op: Op, sample: Sample, layout: str = "contiguous", device: str = "cpu") -> int:
     """Check an op's derivatives on a sample; returns how many operands were checked (maybe 0)."""
-    operands, _ = make_inputs(sample, dtypes.float64, layout=layout)
+    operands, _ = make_inputs(sample, dtypes.float64, layout=layout, device=device)
     places = [i for i, x in enumerate(sample.inputs) if is_differentiable(op, x)]
     if not places or not op.differentiable:
         return 0
@@ -62,7 +63,7 @@ def gradcheck(function: Callable[..., Any], inputs: Sequence[Tensor]) -> bool:
 def check_function(function: Function, inputs: Sequence[Tensor], name: str) -> None:
     """First order with the fused and with the differentiable backward, then second order."""
     rng = np.random.default_rng(7)
-    points = [x.detach().numpy().copy() for x in inputs]
+    points = [_array(x) for x in inputs]
     outputs = _floats(function(_leaves(inputs, points)))
     directions = [np.asarray(rng.standard_normal(p.shape)) for p in points]
     weights = [np.asarray(rng.standard_normal(o.shape)) for o in outputs]
@@ -97,8 +98,10 @@ def _check_second(
 
     numeric = _difference(value, [*points, *weights], [*directions, *turns])
     leaves = _leaves(inputs, points)
-    cotangents = [from_array(w.copy()).requires_grad_() for w in weights]
     outputs = _floats(function(leaves))
+    cotangents = [
+        _beside(o, w.copy()).requires_grad_() for o, w in zip(outputs, weights, strict=True)
+    ]
     used = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     if not used:
         return
@@ -106,7 +109,7 @@ def _check_second(
         [o for o, _ in used], leaves, [c for _, c in used], True, True, allow_unused=True
     )
     pairs = [
-        (g, from_array(p))
+        (g, _beside(g, p))
         for g, p in zip(grads, probes, strict=True)
         if g is not None and g.requires_grad
     ]
@@ -122,7 +125,7 @@ def _check_second(
             allow_unused=True,
         )
     totals = [
-        0.0 if g is None else float(np.sum(g.detach().numpy() * u))
+        0.0 if g is None else float(np.sum(_array(g) * u))
         for g, u in zip(found, [*directions, *turns], strict=True)
     ]
     _compare(totals, numeric, SECOND, f"{name}: second derivative")
@@ -133,13 +136,23 @@ def _leaves(inputs: Sequence[Tensor], points: Sequence[Array]) -> list[Tensor]:
     made = []
     for model, point in zip(inputs, points, strict=True):
         dense = model.type.dense and not model.type.contiguous
-        leaf = from_array(point.copy())
+        leaf = _beside(model, point.copy())
         if dense:
             order = sorted(range(model.ndim), key=lambda d: -model.type.strides[d])
-            base = from_array(np.ascontiguousarray(point.transpose(order)))
+            base = _beside(model, np.ascontiguousarray(point.transpose(order)))
             leaf = base.permute([order.index(d) for d in range(model.ndim)]).detach()
         made.append(leaf.requires_grad_())
     return made
+
+
+def _beside(model: Tensor, array: Array) -> Tensor:
+    """An array as a tensor on the device of another one."""
+    return move(from_array(array), model.type.device)
+
+
+def _array(x: Tensor) -> Array:
+    """A copy of the values."""
+    return x.detach().cpu().numpy().copy()
 
 
 def _floats(outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -148,7 +161,8 @@ def _floats(outputs: Sequence[Tensor]) -> list[Tensor]:
 
 def _values(function: Function, inputs: Sequence[Tensor], points: Sequence[Array]) -> list[Array]:
     with no_grad():
-        return [o.numpy().copy() for o in _floats(function([from_array(p.copy()) for p in points]))]
+        made = function([_beside(x, p.copy()) for x, p in zip(inputs, points, strict=True)])
+        return [_array(o) for o in _floats(made)]
 
 
 def _gradients(
@@ -160,15 +174,14 @@ def _gradients(
 ) -> list[Array]:
     leaves = _leaves(inputs, points)
     outputs = _floats(function(leaves))
-    used = [(o, from_array(w)) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+    used = [(o, _beside(o, w)) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
     if not used:
         return [np.zeros(p.shape) for p in points]
     grads = engine.grad(
         [o for o, _ in used], leaves, [w for _, w in used], None, differentiable, allow_unused=True
     )
     return [
-        np.zeros(p.shape) if g is None else g.detach().numpy()
-        for g, p in zip(grads, points, strict=True)
+        np.zeros(p.shape) if g is None else _array(g) for g, p in zip(grads, points, strict=True)
     ]
 
 

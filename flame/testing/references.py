@@ -10,7 +10,7 @@ from flame.core import dtypes
 from flame.core.dtypes import DType
 from flame.ops.op import Op, Sample
 from flame.tensor import Tensor
-from flame.testing.sampling import make_inputs
+from flame.testing.sampling import attributes_on, make_inputs
 
 # (relative, absolute) error allowed by dtype; float16 and bfloat16 store what float32 computed
 TOLERANCE: Final = {
@@ -21,13 +21,15 @@ TOLERANCE: Final = {
 }
 
 
-def check_reference(op: Op, sample: Sample, dtype: DType, layout: str = "contiguous") -> None:
-    """Raise AssertionError unless ``op`` equals its reference on operands of this dtype and
-    layout.
+def check_reference(
+    op: Op, sample: Sample, dtype: DType, layout: str = "contiguous", device: str = "cpu"
+) -> None:
+    """Raise AssertionError unless ``op`` equals its reference on operands of this dtype, layout and
+    device.
     """
-    operands, arrays = make_inputs(sample, dtype, layout=layout)
+    operands, arrays = make_inputs(sample, dtype, layout=layout, device=device)
     before = [x.storage.version for x in operands if isinstance(x, Tensor)]
-    made = op(*operands, **sample.attributes)
+    made = op(*operands, **attributes_on(op, sample, device))
     assert before == [x.storage.version for x in operands if isinstance(x, Tensor)]
     with np.errstate(all="ignore"):
         expected = op.reference(*[_widened(a) for a in arrays], **sample.attributes)
@@ -49,7 +51,7 @@ def compare(
     result: Tensor, want: np.ndarray[Any, Any], dtype: DType, factor: float, label: str
 ) -> None:
     """Raise AssertionError with the worst element where ``result`` and ``want`` differ too much."""
-    got = result.detach().numpy()
+    got = result.detach().cpu().numpy()
     assert got.shape == want.shape, f"{label}: shape {got.shape}, expected {want.shape}"
     if result.dtype.kind != "f":
         np.testing.assert_array_equal(got, want.astype(got.dtype), err_msg=label)

@@ -12,11 +12,16 @@ from typing import Any, Final
 import numpy as np
 
 from flame.core import dtypes
+from flame.core.device import check_device
 from flame.core.dtypes import DType
+from flame.core.types import contiguous_strides, on_device, tensor_type
 from flame.ops.op import Arg, Op, Sample
+from flame.runtime import transfer
+from flame.runtime.storage import Storage
 from flame.tensor import Tensor, from_array
 
 LAYOUTS: Final = ("contiguous", "permuted", "sliced", "offset", "expanded")
+OFFSETS: Final = {"sliced": 1, "offset": 3}  # elements before the first one, by layout
 
 
 def dtypes_of(sample: Sample) -> Sequence[DType]:
@@ -73,16 +78,16 @@ def draw(arg: Arg, dtype: DType, rng: np.random.Generator) -> np.ndarray[Any, An
 
 
 def make_inputs(
-    sample: Sample, dtype: DType, seed: int = 0, layout: str = "contiguous"
+    sample: Sample, dtype: DType, seed: int = 0, layout: str = "contiguous", device: str = "cpu"
 ) -> tuple[list[Any], list[Any]]:
-    """(operands for the op, the same for its NumPy reference)."""
+    """(operands for the op on a device, the same for its NumPy reference)."""
     rng = np.random.default_rng(seed)
     operands: list[Any] = []
     arrays: list[Any] = []
     for x in sample.inputs:
         if isinstance(x, Arg):
             tensor, array = _pair(x, dtype, rng, layout)
-            operands.append(tensor)
+            operands.append(placed(tensor, device, OFFSETS.get(layout, 0)))
             arrays.append(array)
         else:
             operands.append(x)
@@ -107,8 +112,6 @@ def _pair(
 
 def lay_out(array: np.ndarray[Any, Any], layout: str) -> Tensor:
     """A tensor with the values of ``array`` in a memory layout of this name."""
-    from flame.core.types import contiguous_strides, tensor_type
-
     dtype = dtypes.from_numpy(array.dtype)
     rank = array.ndim
     if layout == "expanded" and rank and array.shape[0] > 1 and (array == array[:1]).all():
@@ -130,6 +133,28 @@ def lay_out(array: np.ndarray[Any, Any], layout: str) -> Tensor:
         view[...] = array
         return from_array(view)
     return from_array(np.array(array, order="C", copy=True))
+
+
+def placed(tensor: Tensor, device: str, offset: int = 0) -> Tensor:
+    """The same values with the same strides on a device: ``offset`` elements from the start of its
+    memory if it is copied, itself if it is there."""
+    place = check_device(device)
+    if place == tensor.type.device:
+        return tensor
+    type_ = on_device(tensor.type, place)
+    size = type_.dtype.itemsize
+    storage = Storage.allocate((offset + type_.span) * size, place)
+    made = Tensor.wrap(storage, storage.pointer + offset * size, type_)
+    transfer.move(made, tensor)
+    return made
+
+
+def attributes_on(op: Op, sample: Sample, device: str) -> dict[str, Any]:
+    """The sample's attributes; for ops that make tensors from numbers, with the device."""
+    attributes = dict(sample.attributes)
+    if device != "cpu" and not op.takes_tensors:
+        attributes["device"] = check_device(device)
+    return attributes
 
 
 def is_differentiable(op: Op, arg: Any) -> bool:

@@ -60,7 +60,16 @@ def lower_head(head: Node, space: Space) -> tuple[Lowering, frozenset[tuple[int,
         epilogue = GroupEpilogue(head, space)
         lowering = head.op.lower_fused(head.types, types, epilogue, **head.attributes)
         return lowering, frozenset() if epilogue.repeatable else _in_place(head, space)
-    return _rewritten(head, space), frozenset()
+    return _rewritten(head, space), _over_operands(head, space)
+
+
+def _over_operands(head: Node, space: Space) -> frozenset[tuple[int, int]]:
+    """Pairs of results that stand where the head's stood, and operands that it may lie over."""
+    if len(space.stores) != 1 or space.accesses:
+        return frozenset()
+    (store,) = space.stores
+    others = len(head.outputs) - 1
+    return frozenset((others, i) for i in head.op.overlays if head.types[i] is store.type)
 
 
 def _in_place(head: Node, space: Space) -> frozenset[tuple[int, int]]:
@@ -281,4 +290,6 @@ def _touched(kernel: Kernel) -> Iterator[Buffer]:
 
 def can_be_head(node: Node) -> bool:
     """Whether elementwise nodes may follow inside the node's own kernels."""
+    if node.op.lower_cuda is not node.op.lower and tensor_of(node.outputs[0]).device != "cpu":
+        return False  # a library's call, or a text that is written as a whole
     return not node.op.updates and all(tensor_of(s).numel for s in node.outputs)

@@ -85,6 +85,8 @@ class RowKernel:
             dtype = inner_dtype(symbol)
             if self.rows.columns:
                 found[symbol] = self.k.scratch(dtype, (length, self.loops.width))
+            elif self.space.on_gpu:  # in registers
+                found[symbol] = self.k.local(dtype, (length,))
             else:
                 found[symbol] = self.k.scratch(dtype, (length,))
         return found

@@ -60,6 +60,10 @@ class Space:
         return tuple(atom.size for atom in self.loops)
 
     @property
+    def on_gpu(self) -> bool:
+        return any(tensor_of(s).device != "cpu" for s in self.nodes[0].outputs)
+
+    @property
     def kept(self) -> tuple[Atom, ...]:
         return tuple(a for a in self.loops if a not in self.reduced)
 

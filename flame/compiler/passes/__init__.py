@@ -14,8 +14,10 @@ from flame.compiler.passes.assemble import assemble
 from flame.compiler.passes.canonicalize import canonicalize
 from flame.compiler.passes.cse import cse
 from flame.compiler.passes.dead import dead
+from flame.compiler.passes.epilogues import epilogues
 from flame.compiler.passes.fold import fold
 from flame.compiler.passes.layout import layout
+from flame.compiler.passes.narrow import narrow
 from flame.compiler.passes.order import order
 from flame.compiler.passes.products import products
 from flame.compiler.passes.readable import readable
@@ -45,9 +47,12 @@ SIMPLIFYING: Final[tuple[Pass, ...]] = (
 )
 FINISHING: Final[tuple[Pass, ...]] = (
     dead,
+    epilogues,  # products have found their final form
+    dead,  # products that became a part of another node
     release,  # what is computed twice on purpose may look equal from here on
     recompute,  # no cse may follow, which would merge both computations again
-    dead,  # views of what is not kept any more
+    narrow,  # leaves copies that nobody reads any more; no pass that infers types may follow
+    dead,  # those, and views of what is not kept any more
     readable,  # adds copies, so after all that changes layouts
     order,  # last: it needs all nodes, and a schedule keeps the order
 )

@@ -53,6 +53,7 @@ def in_place_of(node: Node) -> frozenset[tuple[int, int]]:
         for i, type_ in enumerate(node.types)
         if isinstance(node.op, Elementwise) and type_ is output.type
     }
+    pairs |= {(0, i) for i in node.op.overlays if node.types[i] is node.outputs[0].type}
     if node.op.updates and node.types[0] is node.outputs[0].type:
         pairs.add((0, 0))
     return frozenset(pairs)

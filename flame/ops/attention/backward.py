@@ -54,14 +54,14 @@ class _Backward:
     ) -> None:
         grad, shift, query, key, value, mask, out, log_sum = types
         assert grad is not None
-        assert shift is not None
         assert query is not None
         assert key is not None
         assert value is not None
         assert out is not None
         assert log_sum is not None
         mask = None if mask is None else matrix(mask)
-        self.types = (grad, column(shift), query, key, value, mask, out, column(log_sum))
+        shifted = None if shift is None else column(shift)
+        self.types = (grad, shifted, query, key, value, mask, out, column(log_sum))
         self.outputs, self.causal, self.scale = outputs, causal, scale
         self.dtype = compute_dtype(query.dtype)
         self.queries, self.keys = query.shape[-2], key.shape[-2]
@@ -103,8 +103,9 @@ class _Blocks:
         strides, dtype, lanes = plan.nest.strides, plan.dtype, plan.tile.lanes
         self.mask = Mask(k, 5, plan.tile, dtype, plan.types[5], strides[5], causal=plan.causal)
         tensors = [(i, t) for i, t in enumerate(plan.types) if t is not None and i not in (3, 4, 5)]
-        made = [source(k, "input", i, t, strides[i]) for i, t in tensors]
-        self.grad, self.shift, self.query, self.out, self.log_sum = made
+        made = {i: source(k, "input", i, t, strides[i]) for i, t in tensors}
+        self.grad, self.query, self.out, self.log_sum = (made[i] for i in (0, 2, 6, 7))
+        self.shift = made.get(1)
         self.key = BoundRows(k, plan.rows[0], strides[3])
         self.value = BoundRows(k, plan.rows[1], strides[4])
         self.target = source(k, "output", 0, plan.outputs[0], strides[8])
@@ -172,8 +173,10 @@ class _Blocks:
             with k.vector(self.plan.value_width) as v:
                 other = self._row(self.out, index, begin + q, v)
                 k.accumulate(total, "add", self.grad_rows[q, v] * other)
-            shift = self._row(self.shift, index, begin + q, const(0))
-            k.store(self.delta, (q,), read(total) - shift)
+            delta = read(total)
+            if self.shift is not None:
+                delta = delta - self._row(self.shift, index, begin + q, const(0))
+            k.store(self.delta, (q,), delta)
 
     def _row(self, given: Source, index: tuple[Value, ...], row: Value, place: Value) -> Value:
         offset = given.at(index) + row * given.row + place * given.column

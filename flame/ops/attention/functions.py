@@ -9,6 +9,7 @@ from flame.core.errors import ShapeError
 from flame.ops.arithmetic import mul
 from flame.ops.attention.masked_softmax import masked_softmax
 from flame.ops.attention.operation import NAME, attention, check
+from flame.ops.autocast import autocasts
 from flame.ops.conversion import convert
 from flame.ops.elementwise import compute_dtype
 from flame.ops.shapes import reshape, transpose, unsqueeze
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from flame.tensor import Tensor
 
 
+@autocasts("lower")
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,

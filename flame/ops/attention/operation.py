@@ -15,10 +15,11 @@ from flame.core.errors import DTypeError, ShapeError
 from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
 from flame.kernel.builder import Lowering
 from flame.ops.arithmetic import mul
-from flame.ops.attention import references
+from flame.ops.attention import library, references
 from flame.ops.attention.backward import attend_backward
 from flame.ops.attention.forward import attend
 from flame.ops.conversion import convert
+from flame.ops.creation import zeros_like
 from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import broadcast_shapes
 from flame.ops.op import Joint, Op, Types
@@ -112,13 +113,23 @@ def _lower(
     return attend(_tensors(types), outputs, causal=causal, scale=scale)
 
 
+def _lower_cuda(
+    types: Types, outputs: tuple[TensorType, ...], *, causal: bool, scale: float
+) -> Lowering:
+    found = library.forward(_tensors(types), outputs, causal=causal, scale=scale)
+    return _lower(types, outputs, causal=causal, scale=scale) if found is None else found
+
+
 def _vjp(
     g: Any, query: Any, key: Any, value: Any, mask: Any, out: Any, needs: Any, causal: bool,
     scale: float,
 ) -> tuple[Any, ...]:  # fmt: skip
     made, log_sum = out
     options: dict[str, Any] = {"causal": causal, "scale": scale}
+    g = (zeros_like(made) if g[0] is None else g[0], g[1])
     found: list[Any] = [None] * 3
+    if g[1] is None and not query.is_cuda:  # the CPU's kernels read it
+        g = (g[0], zeros_like(log_sum))
     if any(needs[:3]):
         grads = attention_backward(*g, query, key, value, mask, made, log_sum, **options)
         found = [sum_to(d, x.shape) for d, x in zip(grads, (query, key, value), strict=True)]
@@ -138,6 +149,7 @@ attention = Op(
     "attention", inputs=("query", "key", "value", "mask"), infer=_infer, lower=_lower,
     flops=lambda types, outputs: _flops(types[0], types[1], 2),
     vjp=Joint(_vjp), reference=references.attention, samples=references.SAMPLES, tolerance=2.0,
+    lower_cuda=_lower_cuda, materialize=False,
 )  # fmt: skip
 
 
@@ -166,7 +178,8 @@ class _Parts:
         if causal:
             scores = where(_order(scores), scores, -math.inf)
         self.probabilities = exp(scores - unsqueeze(log_sum, -1))
-        delta = sum_of(self.grad * self.result, -1) - shift
+        delta = sum_of(self.grad * self.result, -1)
+        delta = delta if shift is None else delta - shift
         self.change = matmul(self.grad, transpose(self.value, -2, -1)) - unsqueeze(delta, -1)
         self.slopes = self.probabilities * self.change
 
@@ -177,7 +190,10 @@ def _order(scores: Any) -> Any:
     from flame.ops.creation import arange
 
     queries, keys = scores.shape[-2:]
-    return le(unsqueeze(arange(keys), 0), unsqueeze(arange(queries), 1))
+    return le(
+        unsqueeze(arange(keys, device=scores.device), 0),
+        unsqueeze(arange(queries, device=scores.device), 1),
+    )
 
 
 def _infer_backward(types: Types, *, causal: bool, scale: float) -> tuple[TensorType, ...]:
@@ -185,20 +201,31 @@ def _infer_backward(types: Types, *, causal: bool, scale: float) -> tuple[Tensor
     query, key, value = (type_of(t) for t in types[2:5])
     rows = (*batch, query.shape[-2])
     whole = (*rows, value.shape[-1])
-    grad, shift, result, log_sum = (type_of(types[i]) for i in (0, 1, 6, 7))
-    for found, wanted in ((grad, whole), (shift, rows), (result, whole), (log_sum, rows)):
-        if found.shape != wanted:
-            raise ShapeError(
-                f"attention_backward: an operand of shape {found.shape} instead of {wanted}"
-            )
+    pairs = ((types[0], whole), (types[1], rows), (types[6], whole), (types[7], rows))
+    for operand, wanted in pairs:
+        found = wanted if operand is None else type_of(operand).shape
+        if found != wanted:
+            raise ShapeError(f"attention_backward: an operand of shape {found} instead of {wanted}")
     return tuple(ordered((*batch, *t.shape[-2:]), t) for t in (query, key, value))
 
 
 def _lower_backward(
     types: Types, outputs: tuple[TensorType, ...], *, causal: bool, scale: float
 ) -> Lowering:
-    given = tuple(None if t is None else type_of(t) for t in types)
-    return attend_backward(given, outputs, causal=causal, scale=scale)
+    return attend_backward(_given(types), outputs, causal=causal, scale=scale)
+
+
+def _lower_backward_cuda(
+    types: Types, outputs: tuple[TensorType, ...], *, causal: bool, scale: float
+) -> Lowering:
+    found = library.backward(_given(types), outputs, causal=causal, scale=scale)
+    if found is None:
+        return _lower_backward(types, outputs, causal=causal, scale=scale)
+    return found
+
+
+def _given(types: Types) -> tuple[TensorType | None, ...]:
+    return tuple(None if t is None else type_of(t) for t in types)
 
 
 def _second(
@@ -240,7 +267,8 @@ def _second(
 attention_backward: Op = Op(
     "attention_backward",
     inputs=("grad", "shift", "query", "key", "value", "mask", "result", "log_sum"),
-    infer=_infer_backward, lower=_lower_backward, vjp=Joint(_second),
+    infer=_infer_backward, lower=_lower_backward, lower_cuda=_lower_backward_cuda,
+    vjp=Joint(_second),
     flops=lambda types, outputs: _flops(types[2], types[3], 5),
     reference=references.attention_backward, tolerance=4.0,
     samples=[references.backward_sample(s) for s in references.SAMPLES],

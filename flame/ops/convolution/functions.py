@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.core.handle import is_tensor
 from flame.core.types import Shape
+from flame.ops.autocast import autocasts
 from flame.ops.convolution import operation
 from flame.ops.convolution.arguments import (
     check_operands,
@@ -26,6 +27,7 @@ def _tensors(name: str, *operands: Any) -> None:
             raise DTypeError(f"{name} takes tensors, got {type(operand).__name__}")
 
 
+@autocasts("lower")
 def _convolve(
     name: str, rank: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any,
     padding: Any, dilation: Any, groups: int,
@@ -96,6 +98,7 @@ def _transposed_sizes(
     return tuple(found)
 
 
+@autocasts("lower")
 def _convolve_transposed(
     name: str, rank: int, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Any,
     padding: Any, output_padding: Any, groups: int, dilation: Any,

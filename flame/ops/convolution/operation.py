@@ -8,15 +8,18 @@ others, and derivatives of any order are convolutions again. Spatial sizes of th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flame.core.dtypes import DType
 from flame.core.errors import DTypeError, ShapeError, UnsupportedError
 from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Ref
+from flame.kernel.library import Direction
 from flame.kernel.values import const
 from flame.ops.convolution import (
     depthwise,
+    library,
     pointwise,
     pointwise_gradient,
     references,
@@ -223,6 +226,20 @@ def _lower(
     return _contraction(types, outputs[0], forward(geometry, extent), geometry, summed_axis=1)
 
 
+def _on_gpu(direction: Direction) -> Callable[..., Lowering]:
+    """The lowering of a direction for a GPU."""
+
+    def lower(
+        types: Types, outputs: tuple[TensorType, ...], *, size: Shape, **geometry: Any
+    ) -> Lowering:
+        bias = types[2] if len(types) > 2 else None
+        biased = None if bias is None else type_of(bias)
+        given = (type_of(types[0]), type_of(types[1]), biased)
+        return library.lower_convolution(direction, given, outputs[0], **geometry)
+
+    return lower
+
+
 def _bias_gradient(g: Tensor) -> Tensor:
     return sum_(g, dim=(0, *range(2, g.ndim)))
 
@@ -245,7 +262,7 @@ def _w_gradient(g: Any, x: Any, weight_type: TensorType, stride: Shape, padding:
 
 convolution = Op(
     "convolution", inputs=("x", "weight", "bias"), infer=_infer, lower=_lower,
-    vjp=(_x_gradient, _w_gradient, _bias_gradient),
+    vjp=(_x_gradient, _w_gradient, _bias_gradient), lower_cuda=_on_gpu("forward"),
     images=(0,), flops=lambda types, outputs: _flops(outputs[0], types[1]),
     reference=references.convolution, samples=references.convolution_samples(), tolerance=4.0,
 )  # fmt: skip
@@ -299,6 +316,7 @@ convolution_input_gradient = Op(
     "convolution_input_gradient", inputs=("y", "weight", "bias"),
     infer=_infer_input_gradient, lower=_lower_input_gradient,
     vjp=(_from_input_gradient, _weight_from_input_gradient, _bias_gradient),
+    lower_cuda=_on_gpu("input_gradient"),
     images=(0,), flops=lambda types, outputs: _flops(type_of(types[0]), types[1]),
     reference=references.input_gradient, samples=references.input_gradient_samples(), tolerance=4.0,
 )  # fmt: skip
@@ -315,7 +333,10 @@ def _infer_weight_gradient(
         raise ShapeError(
             f"convolution_weight_gradient: {g.shape} and {x.shape} do not fit with {groups} groups"
         )
-    return tensor_type(x.dtype, (g.shape[1], x.shape[1] // groups, *size), None, x.device)
+    shape = (g.shape[1], x.shape[1] // groups, *size)
+    if x.device != "cpu":  # the library wants the weight in the images' memory order
+        return result_type(x, shape)
+    return tensor_type(x.dtype, shape, None, x.device)
 
 
 def _lower_weight_gradient(
@@ -381,6 +402,7 @@ convolution_weight_gradient = Op(
     "convolution_weight_gradient", inputs=("y", "x"),
     infer=_infer_weight_gradient, lower=_lower_weight_gradient,
     vjp=(_g_from_weight_gradient, _x_from_weight_gradient),
+    lower_cuda=_on_gpu("weight_gradient"),
     images=(0, 1), flops=lambda types, outputs: _flops(type_of(types[0]), outputs[0]),
     reference=references.weight_gradient, samples=references.weight_gradient_samples(),
     tolerance=4.0,

@@ -1,7 +1,7 @@
 """What FLAME asks of a CUDA driver.
 
-One protocol, two implementations: NVIDIA's (`flame.runtime.cuda.nvidia`), and one of the tests that
-runs the same CUDA text on the host, so that all that stands above this line is tested without a GPU.
+One protocol, two implementations: NVIDIA's (`flame.runtime.cuda.nvidia`), and one of the tests
+that runs the same CUDA text on the host, so that all above this line is tested without a GPU.
 
 Invariants: every call checks the status that it gets, and raises CudaError with its name and the
 call (OutOfMemoryError where memory is short); pointers, streams, events, modules, functions and
@@ -10,13 +10,18 @@ graphs are plain integers; work is asynchronous on its stream unless said otherw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import atexit
+import os
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from flame.core.errors import DeviceError
 from flame.kernel.library import Problem
 
 Dim = tuple[int, int, int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,17 @@ class Driver(Protocol):
     def free_pinned(self, pointer: int) -> None: ...
     def copy_to_device(self, target: int, source: int, nbytes: int, stream: int) -> None: ...
     def copy_to_host(self, target: int, source: int, nbytes: int, stream: int) -> None: ...
-    def copy_on_device(self, target: int, source: int, nbytes: int, stream: int) -> None:
-        """Also between two devices."""
+    def copy_on_device(self, target: int, source: int, nbytes: int, stream: int) -> None: ...
+    def copy_across(
+        self,
+        target: int,
+        target_device: int,
+        source: int,
+        source_device: int,
+        nbytes: int,
+        stream: int,
+    ) -> None:
+        """Between two devices."""
 
     def fill(self, target: int, byte: int, nbytes: int, stream: int) -> None: ...
 
@@ -80,6 +94,9 @@ class Driver(Protocol):
     def create_stream(self, device: int, priority: int = 0) -> int: ...
     def destroy_stream(self, stream: int) -> None: ...
     def synchronize(self, stream: int) -> None: ...
+    def synchronize_device(self, device: int) -> None:
+        """Wait for all streams of a device."""
+
     def stream_done(self, stream: int) -> bool: ...
     def create_event(self, device: int, *, timing: bool) -> int: ...
     def destroy_event(self, event: int) -> None: ...
@@ -95,12 +112,20 @@ class Driver(Protocol):
         """Machine code of CUDA C++ text. Raises CompileError with the compiler's words and the
         lines around the fault. Several threads may call it at once."""
 
+    def compile_together(
+        self, texts: Sequence[str], name: str, capability: tuple[int, int]
+    ) -> bytes:
+        """As `compile`, one image of several texts, whose kernels have different names."""
+
     def compiler_identity(self) -> str:
         """Changes whenever `compile` might give something else for the same text."""
 
     def load_module(self, device: int, image: bytes) -> int: ...
     def function(self, module: int, symbol: str, shared: int) -> int:
         """A kernel that may be launched with up to ``shared`` bytes of dynamic shared memory."""
+
+    def parameter_sizes(self, function: int) -> tuple[int, ...]:
+        """Bytes of each of a kernel's parameters."""
 
     def launch(
         self, function: int, grid: Dim, block: Dim, shared: int, stream: int, arguments: int
@@ -125,7 +150,15 @@ class Driver(Protocol):
         """Names and versions of the driver and of all libraries in use, for `flame doctor`."""
 
 
+class Lifetime:
+    """Whether handles of drivers are still good: not while the interpreter exits, whose end gives
+    everything back, not in a process that was forked, and not after a kernel broke the context."""
+
+    over = False
+
+
 _driver: Driver | None = None
+_forked = False
 
 
 def driver() -> Driver:
@@ -133,10 +166,20 @@ def driver() -> Driver:
     there is none, saying what to install."""
     global _driver
     if _driver is None:
+        if _forked:
+            raise DeviceError(
+                "this process was forked from one that uses CUDA, and cannot use it; start worker "
+                "processes by the method 'spawn', and move data to the GPU in the main process"
+            )
         from flame.runtime.cuda.nvidia import NvidiaDriver
 
         _driver = NvidiaDriver()
     return _driver
+
+
+def has_driver() -> bool:
+    """Whether `driver` was called, and gave one, or another was installed."""
+    return _driver is not None
 
 
 def install_driver(made: Driver | None) -> Driver | None:
@@ -144,3 +187,36 @@ def install_driver(made: Driver | None) -> Driver | None:
     global _driver
     before, _driver = _driver, made
     return before
+
+
+def _after_fork() -> None:
+    """Contexts do not go over to a forked process."""
+    global _driver, _forked
+    if _driver is not None:
+        _driver, _forked, Lifetime.over = None, True, True
+
+
+def _at_exit() -> None:
+    Lifetime.over = True
+
+
+atexit.register(_at_exit)
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def per_driver(make: Callable[[Driver], T]) -> Callable[[], T]:
+    """A function that gives what ``make`` makes once for each driver, that of `driver` first."""
+    made: dict[Driver, T] = {}
+    lock = threading.RLock()
+
+    def get() -> T:
+        current = _driver or driver()
+        try:
+            return made[current]
+        except KeyError:
+            with lock:
+                if current not in made:
+                    made[current] = make(current)
+                return made[current]
+
+    return get

@@ -179,6 +179,20 @@ def test_conversion_keeps_parameters_and_integers() -> None:
         net.to(colour="red")
 
 
+def test_a_memory_format_is_that_of_images_and_their_weights() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    weight = net[0].weight
+    before = weight.detach().numpy().copy()
+    assert net.to("cpu", flame.float64, memory_format=flame.channels_last) is net
+    assert net[0].weight is weight
+    assert weight.stride() == (27, 1, 9, 3)
+    assert weight.dtype is flame.float64
+    np.testing.assert_array_equal(weight.detach().numpy(), before)
+    assert net[3].weight.is_contiguous()
+    net.to(memory_format=flame.contiguous_format)
+    assert weight.is_contiguous()
+
+
 def test_apply_visits_children_first() -> None:
     seen: list[str] = []
     net = nn.Sequential(nn.Linear(1, 1), nn.ReLU())

@@ -1,0 +1,108 @@
+"""How many threads run a kernel, from the sizes of a call.
+
+Invariant: every choice is right for every kernel; it is here for speed alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from flame.core import dtypes
+from flame.kernel.builder import BoundKernel
+from flame.kernel.geometry import WARP, Geometry
+from flame.kernel.program import Kernel, Loop, LoopKind, Transpose
+from flame.render.cuda_held import Held, held_of, team_of
+from flame.render.cuda_index import Bounds, Indices, loops, walk
+from flame.render.cuda_packs import packs_of
+
+PROCESSORS: Final = 132  # of an H100; threads are spread over about so many multiprocessors
+RESIDENT: Final = 1024  # threads that keep one of them busy
+BUSY: Final = PROCESSORS * 512  # threads that hide the latency of memory
+MOST_BLOCKS: Final = PROCESSORS * 64
+MOST_BLOCKS_WITH_SCRATCH: Final = PROCESSORS * 8
+SHARED_BYTES: Final = 40 * 1024  # for scratch; static shared memory is 48 KiB
+ALIGN: Final = 16
+UNKNOWN: Final = 1024  # taken for the extent of a vector loop that depends on data
+
+
+def geometry_of(bound: BoundKernel, *, by_pointer: bool = False) -> Geometry:
+    """The teams and blocks for one call."""
+    bounds, kernel = Bounds(bound), bound.kernel
+    held = held_of(kernel)
+    found = None if held is None else team_of(held, bounds, bound.extent, BUSY)
+    if found is None:
+        team, turns = _team(bound, bounds), 0
+    else:
+        assert held is not None
+        (team, turns), kernel = found, without(kernel, held)
+    block = team if team > WARP else _block(team, bound.extent)
+    while block > max(team, WARP) and scratch_bytes(kernel) * (block // team) > SHARED_BYTES:
+        block //= 2
+    return Geometry(
+        team,
+        block,
+        wide=bound.extent >= 1 << 30 or not bounds.fit(kernel, Indices(kernel)),
+        shared=scratch_bytes(kernel) * (block // team) <= SHARED_BYTES,
+        by_pointer=by_pointer,
+        held=turns,
+    )
+
+
+def without(kernel: Kernel, held: Held) -> Kernel:
+    """A kernel whose held buffers take no memory."""
+    return replace(kernel, local=tuple((b, n) for b, n in kernel.local if b not in held.local))
+
+
+def _team(bound: BoundKernel, bounds: Bounds) -> int:
+    longest, columns = 1, False
+    for loop in loops(bound.kernel.body):
+        if loop.kind is LoopKind.VECTOR:
+            extent = bounds.of(loop.extent)
+            steps = UNKNOWN if extent is None else extent[1]
+            if any(isinstance(s, Loop) for s in walk(loop.body)):
+                columns, packs = True, packs_of(loop)
+                steps = steps if packs is None else -(-steps // packs.width)
+            longest = max(longest, steps)
+    if any(isinstance(s, Transpose) for s in walk(bound.kernel.body.body)):
+        longest = max(longest, UNKNOWN)
+    lanes = power_of_two(longest)
+    if lanes <= WARP or (columns and lanes <= 256):
+        return lanes
+    team = WARP if longest <= 1024 else 128 if longest <= 2048 else 256 if longest <= 16384 else 512
+    while team < 1024 and team * 4 < longest and bound.extent * team < PROCESSORS * RESIDENT:
+        team *= 2
+    return team
+
+
+def power_of_two(number: int) -> int:
+    """The smallest one that is not less than ``number``."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def _block(team: int, extent: int) -> int:
+    """Small blocks where there are few threads, so that they reach all multiprocessors."""
+    return 128 if extent * team > PROCESSORS * 128 else WARP
+
+
+def grid_of(geometry: Geometry, kernel: Kernel, extent: int) -> int:
+    """Blocks that are started."""
+    wanted = -(-extent // geometry.teams)
+    private = scratch_bytes(kernel) > 0 and not geometry.shared
+    return max(1, min(wanted, MOST_BLOCKS_WITH_SCRATCH if private else MOST_BLOCKS))
+
+
+def scratch_places(kernel: Kernel) -> dict[str, int]:
+    """The offset in bytes of each scratch and local buffer in a team's part."""
+    places, end = {}, 0
+    for buffer, count in (*kernel.scratch, *kernel.local):
+        places[buffer.name] = end
+        size = buffer.dtype.itemsize if buffer.dtype is not dtypes.bool_ else 1
+        end += -(-count * size // ALIGN) * ALIGN
+    return places
+
+
+def scratch_bytes(kernel: Kernel) -> int:
+    """Bytes of scratch and local memory of a team."""
+    private = (*kernel.scratch, *kernel.local)
+    return sum(-(-count * b.dtype.itemsize // ALIGN) * ALIGN for b, count in private)
