@@ -61,6 +61,7 @@ from flame.ops import (
     sorting,
     statistics,
     subscript,
+    transfer,
     trigonometry,
 )
 from flame.tensor import Tensor
@@ -112,6 +113,7 @@ MODULES: Final[tuple[ModuleType, ...]] = (
     slicing,
     sorting,
     subscript,
+    transfer,
 )
 
 

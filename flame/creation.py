@@ -35,6 +35,7 @@ def tensor(
     else:
         place = check_device(device)
         made = move(from_array(_array(data, dtype)), place)
+    made = made.pin_memory() if pin_memory else made
     return made.requires_grad_() if requires_grad else made
 
 

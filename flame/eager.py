@@ -305,7 +305,8 @@ def _run_on_gpu(plan: Plan, inputs: tuple[Any, ...], out: tuple[Any, ...] | None
     else:
         outputs = list(out)
     if plan.gpu is None:
-        transfer.move(outputs[0], inputs[0])
+        non_blocking = bool(plan.attributes.get("non_blocking"))
+        transfer.move(outputs[0], inputs[0], non_blocking=non_blocking)
         return outputs
     in_place = (
         plan.op.updates and inputs[0] is outputs[0]

@@ -543,27 +543,29 @@ class Tensor(Handle, Methods):
 
     # --- devices ----------------------------------------------------------------------------------
 
-    def cpu(self) -> Tensor:
+    def cpu(self, memory_format: Any = None) -> Tensor:
         """On the CPU; itself where it is there."""
-        return move(self, "cpu")
+        return self.to("cpu", memory_format=memory_format)
 
     def cuda(self, device: Any = None, non_blocking: bool = False) -> Tensor:
         """On a GPU (the current one by default). Raises DeviceError where there is none."""
-        return move(self, check_device("cuda" if device is None else device))
+        place = check_device("cuda" if device is None else device)
+        return move(self, place, non_blocking=non_blocking)
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         """Convert to a dtype, a device, or both; ``self`` where nothing changes (unless ``copy``).
 
         Forms: ``to(dtype)``, ``to(device, dtype)``, ``to(other)``, each with ``non_blocking``,
-        ``copy`` and ``memory_format``.
+        ``copy`` and ``memory_format``. ``non_blocking``: from pinned memory (`pin_memory`) to a GPU
+        without waiting.
         """
         from flame.ops.conversion import clone, contiguous, convert
 
-        dtype, device, copy, memory_format = _conversion(args, kwargs)
+        dtype, device, copy, memory_format, non_blocking = _conversion(args, kwargs)
         place = self.type.device if device is None else check_device(device)
         check_dtype(dtype)
         made = self if dtype is None else convert(self, dtype=dtype)
-        made = move(made, place)
+        made = move(made, place, non_blocking=non_blocking)
         if copy and made is self:
             return clone(self, memory_format=memory_format)
         if memory_format is not None and memory_format != "preserve_format":
@@ -571,15 +573,16 @@ class Tensor(Handle, Methods):
         return made
 
 
-def _conversion(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, bool, Any]:
-    """(dtype, device, copy, memory_format) of a call of `Tensor.to`."""
+def _conversion(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, bool, Any, bool]:
+    """(dtype, device, copy, memory_format, non_blocking) of a call of `Tensor.to`."""
     dtype, device = kwargs.pop("dtype", None), kwargs.pop("device", None)
     copy, memory_format = kwargs.pop("copy", False), kwargs.pop("memory_format", None)
-    kwargs.pop("non_blocking", None)
+    non_blocking = bool(kwargs.pop("non_blocking", False))
     other = kwargs.pop("other", None)
     if kwargs:
         raise ArgumentError(f"to() has no argument {next(iter(kwargs))!r}")
     flags = [a for a in args if isinstance(a, bool)]
+    non_blocking, copy = (*flags, *(non_blocking, copy)[len(flags) :])
     for argument in (*args, *(() if other is None else (other,))):
         if isinstance(argument, DType):
             dtype = argument
@@ -589,7 +592,7 @@ def _conversion(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any
             device = argument
         elif not isinstance(argument, bool) and argument is not None:
             raise DTypeError(f"to() takes a dtype, a device or a tensor, got {argument!r}")
-    return dtype, device, flags[1] if len(flags) > 1 else bool(copy), memory_format
+    return dtype, device, bool(copy), memory_format, non_blocking
 
 
 def _check_gradient(tensor: Tensor, value: Any) -> None:

@@ -40,7 +40,7 @@ def make_plan(
     outputs = results(graph, out)
     lowering = lower(graph, outputs)
     if moves_between(op, types, outputs):
-        return Plan(op, types, outputs, (), (), None, False, moves=True)
+        return Plan(op, types, outputs, (), (), None, False, attributes=attributes, moves=True)
     if outputs[0].device != "cpu":
         return gpu_plan(op, types, outputs, lowering)
     sources = [source_of(bound.kernel) for bound in lowering.kernels]

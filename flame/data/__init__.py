@@ -13,6 +13,7 @@ from flame.data.dataset import (
 )
 from flame.data.images import ImageFolder
 from flame.data.loader import DataLoader
+from flame.data.placement import prefetch_to_device
 from flame.data.sampler import (
     BatchSampler,
     RandomSampler,
@@ -40,6 +41,7 @@ __all__ = [
     "default_collate",
     "default_convert",
     "fashion_mnist",
+    "prefetch_to_device",
     "random_split",
     "transforms",
 ]

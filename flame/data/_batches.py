@@ -18,6 +18,7 @@ from flame.core.errors import DataError
 from flame.data._random import Purpose, random_generator
 from flame.data.collate import default_collate, default_convert
 from flame.data.dataset import batch_of, samples_of
+from flame.data.placement import pinned
 
 __all__ = ["END", "BatchMaker", "BatchTransform", "Collate", "SampleStream"]
 
@@ -78,7 +79,8 @@ class SampleStream:
 class BatchMaker:
     """Makes the batches of one epoch.
 
-    `single` batches are one sample each, without a first dimension.
+    `single` batches are one sample each, without a first dimension; `pin`: their tensors are put
+    into page-locked memory.
     """
 
     dataset: Any
@@ -87,6 +89,7 @@ class BatchMaker:
     seed: int
     epoch: int
     single: bool
+    pin: bool = False
 
     def from_indices(self, number: int, indices: Any) -> Any:
         """Batch `number`, of the samples at `indices` (or at one index, if single)."""
@@ -125,7 +128,8 @@ class BatchMaker:
             raise
 
     def _transformed(self, batch: Any, generator: np.random.Generator) -> Any:
-        return batch if self.transform is None else self.transform(batch, generator)
+        made = batch if self.transform is None else self.transform(batch, generator)
+        return pinned(made) if self.pin else made
 
 
 def _ended(dataset: Any, number: int) -> DataError:

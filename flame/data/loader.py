@@ -36,7 +36,8 @@ class DataLoader:
         num_workers: threads that make batches ahead; 0 makes each batch when it is asked for.
         collate_fn: joins a list of samples; by default `default_collate`, for which data sets may
             have a faster way (`Dataset.get_batch`).
-        pin_memory: must be False.
+        pin_memory: put the tensors of a batch into page-locked memory, from where
+            ``.to("cuda", non_blocking=True)`` copies beside other work. Needs a GPU.
         drop_last: leave out a last batch that is smaller.
         timeout: seconds to wait for a batch from a worker; 0 waits forever.
         worker_init_fn: called in each thread with its number, from 0, before its first batch.
@@ -77,8 +78,6 @@ class DataLoader:
     ) -> None:
         _check_workers(num_workers, timeout, prefetch_factor, persistent_workers)
         _check_order(dataset, batch_size, shuffle, sampler, batch_sampler, drop_last)
-        if pin_memory:
-            raise UnsupportedError("DataLoader: pin_memory=True is not supported")
         if multiprocessing_context is not None:
             raise UnsupportedError(
                 "DataLoader: multiprocessing_context must be None, workers are threads"
@@ -87,6 +86,7 @@ class DataLoader:
         self.batch_size = None if batch_sampler is not None else batch_size
         self.num_workers = num_workers
         self.collate_fn = collate_fn
+        self.pin_memory = pin_memory
         self.drop_last = drop_last
         self.timeout = timeout
         self.worker_init_fn = worker_init_fn
@@ -120,6 +120,7 @@ class DataLoader:
             seed=self._seed,
             epoch=self._progress.epoch,
             single=self._single,
+            pin=self.pin_memory,
         )
         if isinstance(self.dataset, IterableDataset):
             stream = SampleStream(

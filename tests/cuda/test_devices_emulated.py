@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from .device_checks import CHECKS
-from .emulation import EmulatedDriver
+
+pytestmark = pytest.mark.usefixtures("eager_cuda")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
-def test_devices(check: Callable[[], None], emulated_cuda: EmulatedDriver) -> None:
+def test_devices(check: Callable[[], None]) -> None:
     check()

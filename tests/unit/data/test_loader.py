@@ -575,5 +575,5 @@ def test_other_bad_arguments_are_refused() -> None:
         DataLoader(3)
     with pytest.raises(ArgumentError, match="decides its own order"):
         DataLoader(Stream(4), shuffle=True)
-    with pytest.raises(UnsupportedError, match="pin_memory"):
-        DataLoader(Numbers(4), pin_memory=True)
+    with pytest.raises(UnsupportedError, match="multiprocessing_context"):
+        DataLoader(Numbers(4), multiprocessing_context="fork")
