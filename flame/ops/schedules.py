@@ -8,20 +8,20 @@ the order of sums does too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder
-from flame.kernel.values import const
+from flame.kernel.values import Value, const
 from flame.ops.loops import BLOCK
 
 PROCESSORS: Final = 132  # of an H100
 THREADS: Final = PROCESSORS * 512  # that hide the latency of memory, with a few loads each
 COLUMNS: Final = 64  # columns side by side that a step takes: packs that fill a line of memory
 PACK: Final = 8  # elements that a thread takes side by side, of bfloat16
-STORING: Final = 4  # times as many threads where stores stand between the loads of one
+STORING: Final = 2  # times as many threads where stores stand between the loads of one
 SHORTEST: Final = 16  # steps of a thread below which a cut costs more than it gives
 ROW_STEP: Final = 4096  # elements along memory that a team takes, at least
 LINE: Final = 256  # elements
@@ -33,9 +33,9 @@ def on_gpu(type_: TensorType) -> bool:
     return type_.device != "cpu"
 
 
-def block_of(count: int, type_: TensorType) -> int:
+def block_of(count: int, device: str) -> int:
     """Elements of a flat range that a step takes: fewer where there would be few steps."""
-    if not on_gpu(type_):
+    if device == "cpu":
         return BLOCK
     return next((size for size in FLAT if count >= size * PROCESSORS * 4), FLAT[-1])
 
@@ -78,12 +78,16 @@ def row_runs(count: int, nbytes: int) -> int:
 
 
 def sum_runs(
-    sums: Sequence[tuple[int, TensorType]], outputs: Sequence[tuple[int, TensorType]], free: int
+    sums: Sequence[tuple[int, TensorType]],
+    outputs: Sequence[tuple[int, TensorType]],
+    free: int,
+    finish: Callable[[KernelBuilder, Value], Value] = lambda _, total: total,
 ) -> tuple[list[BoundKernel], list[int]]:
     """Kernels that sum row-major temporaries (runs, length) over the runs, in order.
 
     sums: temporaries by position; outputs: (number, type) of the results, one for each. free: the
-    first position of more temporaries, of which the second result gives the bytes.
+    first position of more temporaries, of which the second result gives the bytes. finish: makes
+    a result of a total.
     """
     runs, length = sums[0][1].shape
     dtype = sums[0][1].dtype
@@ -109,7 +113,8 @@ def sum_runs(
     last = KernelBuilder("sum_parts")
     sources = [last.tensor("temporary", free + i, between) for i, _ in enumerate(sums)]
     made = [
-        last.tensor("output", number, tensor_type(out.dtype, (length,))) for number, out in outputs
+        last.tensor("output", number, tensor_type(out.dtype, (length,), _flat(out)))
+        for number, out in outputs
     ]
     count = last.size(parts)
     with last.parallel(length, work=parts) as (column,):
@@ -118,6 +123,11 @@ def sum_runs(
             for register, source in zip(found, sources, strict=True):
                 last.accumulate(register, "add", source[part, column])
         for target, register in zip(made, found, strict=True):
-            last.store(target, (column,), values.read(register))
+            last.store(target, (column,), finish(last, values.read(register)))
     nbytes = [max(between.numel, 1) * dtype.itemsize for _ in sums]
     return [k.bind(), last.bind()], nbytes
+
+
+def _flat(type_: TensorType) -> Shape | None:
+    """Strides of a result as one dimension; row-major if it has several."""
+    return type_.strides if type_.ndim == 1 else None

@@ -32,6 +32,7 @@ from flame.render.cuda_packs import BYTES, MOST, Simple, item_bytes, loads_of
 
 WORDS: Final = 80  # registers of a thread that hold a row, at most
 TURNS: Final = 4  # packs of a row that a thread takes, at most
+MOST_TURNS: Final = 8  # in the largest teams
 LINE: Final = 8  # threads of a team whose packs fill a line of memory
 LARGEST: Final = 1024
 
@@ -101,9 +102,11 @@ def team_of(held: Held, bounds: Bounds, rows: int, threads: int) -> tuple[int, i
     packs = -(-longest // held.width)
     most = max(1, min(TURNS, WORDS // held.words))
     team = min(LINE, 1 << (packs - 1).bit_length())
-    while team * most < packs or (team < packs and rows * team < threads):
+    while team < LARGEST and (team * most < packs or (team < packs and rows * team < threads)):
         team *= 2
-    return (team, -(-packs // team)) if team <= LARGEST else None
+    turns = -(-packs // team)
+    fits = turns <= most or (turns <= MOST_TURNS and turns * held.words <= WORDS)
+    return (team, turns) if fits else None
 
 
 # --- reading kernels ------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 from flame.core.errors import CompileError
 from flame.kernel import values
@@ -17,6 +18,7 @@ from flame.kernel.geometry import WARP, Geometry
 from flame.kernel.program import (
     Accumulate,
     Assign,
+    Declare,
     If,
     Kernel,
     Loop,
@@ -41,6 +43,9 @@ from flame.render.cuda_packs import (
     runs_of,
 )
 from flame.render.cuda_values import Scope, Uses, ValueWriter
+
+AHEAD: Final = 8  # packs on their way in a serial loop
+AHEAD_STORING: Final = 4  # the same where it stores
 
 
 class VectorWriter(ValueWriter):
@@ -275,14 +280,66 @@ class VectorWriter(ValueWriter):
                     write=lambda inner=inner: self._runs(loop, inner, packs, pack),  # type: ignore[misc]
                 )  # fmt: skip
             elif isinstance(part, Loop):
-                head = self._head(part.var, "0", self.named(part.extent), "1")
-                inner = part.body
-                self._inside(
-                    Scope(var=part.var), inner, head,
-                    write=lambda inner=inner: self._runs(loop, inner, packs, pack),  # type: ignore[misc]
-                )  # fmt: skip
+                self._serial(loop, part, packs, pack)
             else:
                 self._run(loop, part, packs, pack)
+
+    def _serial(self, loop: Loop, part: Loop, packs: Packs, pack: str) -> None:
+        """A serial loop, the packs of several steps loaded first, so that they are on their way
+        together; stores between them would forbid the compiler to do so."""
+        extent = self.named(part.extent)
+        ahead = _ahead(loop, part, packs)
+        if not ahead:
+            self._inside(
+                Scope(var=part.var), part.body, self._head(part.var, "0", extent, "1"),
+                write=lambda: self._runs(loop, part.body, packs, pack),
+            )  # fmt: skip
+            return
+        storing = any(isinstance(s, Store) for s in part.body)
+        steps = max(1, (AHEAD_STORING if storing else AHEAD) // len(ahead))
+        first, step = f"{part.var}_first", self.fresh("u")
+
+        def several() -> None:
+            names = {}
+            for value, place in ahead.items():
+                names[value] = f"{place.buffer.name}_{self.fresh('pack')}"
+                self.emit(f"{self._pack(place.buffer)} {names[value]}[{steps}];")
+
+            def load() -> None:
+                for value, place in ahead.items():
+                    type_, start = (
+                        self._pack(place.buffer),
+                        self._address(place.buffer, place.index),
+                    )
+                    self.emit(f"{names[value]}[{step}] = *(const {type_}*)({start} + {pack});")
+
+            def work() -> None:
+                self.kept = {
+                    value: instructions.from_memory(f"{name}[{step}].item[j]", value.dtype)
+                    for value, name in names.items()
+                }
+                self._runs(loop, part.body, packs, pack)
+                self.kept = {}
+
+            for body, write in (((), load), (part.body, work)):
+                self._each_step(body, part.var, first, step, steps, extent, write)
+
+        head = self._head(first, "0", extent, str(steps))
+        self._inside(Scope(), part.body, head, write=several)
+
+    def _each_step(
+        self, body: tuple[Statement, ...], var: str, first: str, step: str, steps: int,
+        extent: str, write: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """Statements for each of several steps of a serial loop, as far as there are any."""
+
+        def one() -> None:
+            self.emit(f"const {self.index_type} {var} = {first} + {step};")
+            guard = Scope(guards=True, var=var)
+            self._inside(guard, body, f"if ({var} < {extent})", write=write)
+
+        self.emit("#pragma unroll")
+        self._inside(Scope(), body, f"for (int {step} = 0; {step} < {steps}; ++{step})", write=one)
 
     def _run(self, loop: Loop, run: Sequence[Simple], packs: Packs, pack: str) -> None:
         """Loads of packs, a loop over their elements, then a store of packs."""
@@ -369,6 +426,27 @@ class VectorWriter(ValueWriter):
             joined = " | ".join(addresses)
             found.append(f"{f'({joined})' if len(addresses) > 1 else joined} % {nbytes} == 0")
         return [*found, *tests]
+
+
+def _ahead(loop: Loop, part: Loop, packs: Packs) -> dict[Value, Place]:
+    """The packs that a serial loop can load some steps ahead: of what is not stored.
+
+    An output may be the memory of an input: of the same element, which is loaded before.
+    """
+    if any(not isinstance(s, (Declare, Assign, Accumulate, Store)) for s in part.body):
+        return {}
+    inner = [s for s in walk(loop.body) if isinstance(s, Store)]
+    stored = {t.buffer for s in inner for t in s.targets}
+    if values.is_const(part.extent):
+        return {}  # the compiler unrolls it
+    return {
+        value: packs.loads[value]
+        for s in part.body
+        if isinstance(s, (Declare, Assign, Accumulate, Store))
+        for value in loads_of(s)
+        if value in packs.loads and value.attr not in stored and len(value.args) == 1
+        and values.depends(value, part.var)
+    }  # fmt: skip
 
 
 def _fewest(loop: Loop) -> int:
