@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from flame.core.dtypes import DType
-from flame.core.types import TensorType, tensor_type
+from flame.core.types import Shape, TensorType, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Operand
 from flame.kernel.values import Value, cast, const
@@ -23,8 +23,8 @@ from flame.ops.op import Types
 from flame.ops.rows import Rows, type_of
 from flame.ops.tiles import Lane, Run, Tiles, folded, runs, sum_runs, tiles_of
 
-PASS_BLOCKS: Final = 132 * 16  # of the pass that writes the result, about
-PASS_ROWS: Final = 4  # positions of a run there, at least
+PASS_BLOCKS: Final = 132 * 16  # runs of the pass that writes the result, about
+PASS_TILES: Final = 8  # tiles of a run there, at least
 
 
 def fits(rows: Rows, which: Sequence[int]) -> bool:
@@ -33,6 +33,11 @@ def fits(rows: Rows, which: Sequence[int]) -> bool:
         return False
     dense = ((1,), rows.kept.sizes)
     return all((rows.kept.strides[i], rows.row.strides[i]) == dense for i in which)
+
+
+def pass_tiles(shape: Shape, itemsize: int) -> Tiles:
+    """The tiles of the pass that writes the result."""
+    return tiles_of(shape, itemsize, blocks=PASS_BLOCKS, shortest=PASS_TILES)
 
 
 def count_of_run(k: KernelBuilder, tiles: Tiles, compute: DType, run: Value) -> Value:
@@ -82,7 +87,7 @@ class _Batch:
         self.compute = compute_dtype(x.dtype)
         self.sums = tiles_of(shape, x.dtype.itemsize)
         itemsize = max(t.dtype.itemsize for t in (x, *others))
-        self.whole = tiles_of(shape, itemsize, blocks=PASS_BLOCKS, fewest=PASS_ROWS)
+        self.whole = pass_tiles(shape, itemsize)
         self.each = tensor_type(self.compute, (self.channels,))
 
     def parameter(self, t: Any) -> TensorType:

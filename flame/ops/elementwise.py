@@ -144,7 +144,7 @@ class Elementwise(Op):
         _, results = self.rule(self.name, types)
         strides = contiguous_strides(shape)
         for t in tensors:
-            if t.shape == shape and t.dense:
+            if t.shape == shape and (t.dense or (t.device != "cpu" and not t.repeats)):
                 strides = like_strides(shape, t)
                 break
         made = tuple(tensor_type(dtype, shape, strides) for dtype in results)

@@ -11,7 +11,7 @@ import numpy as np
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.core.handle import is_tensor
-from flame.core.types import Shape, TensorType, tensor_type
+from flame.core.types import Shape, TensorType, ordered_strides, tensor_type
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
 from flame.kernel.values import Value, cast, const
 from flame.ops.conversion import contiguous
@@ -132,7 +132,8 @@ def _infer_cat(types: Types, *, dim: int, dtype: DType | None = None) -> TensorT
             )
         total += t.shape[dim]
     shape = (*first.shape[:dim], total, *first.shape[dim + 1 :])
-    return tensor_type(dtype or common_dtype(types), shape, None, first.device)
+    strides = None if first.device == "cpu" else ordered_strides(shape, first)
+    return tensor_type(dtype or common_dtype(types), shape, strides, first.device)
 
 
 def _lower_cat(

@@ -21,10 +21,10 @@ from flame.kernel.program import identity as neutral
 from flame.kernel.values import Value, cast, const, read
 from flame.ops.bands import adaptive_windows
 from flame.ops.convolution.geometry import SPATIAL, spatial_view
+from flame.ops.convolution.operation import result_type
 from flame.ops.elementwise import compute_dtype
 from flame.ops.indexed import failure
 from flame.ops.indexed_writes import beginning
-from flame.ops.loops import by_stride
 from flame.ops.op import Arg, Op, Sample, Types
 from flame.ops.writes_cuda import lower_put_cuda
 
@@ -73,7 +73,7 @@ def _infer_add(types: Types, *, size: int) -> TensorType:
     return tensor_type(y.dtype, (*y.shape[:2], size), None, y.device)
 
 
-def _lower_add(types: Types, outputs: tuple[TensorType, ...], *, size: int) -> Lowering:
+def lower_add(types: Types, outputs: tuple[TensorType, ...], *, size: int) -> Lowering:
     """Each iteration owns a plane, so equal indices never meet on two threads."""
     (y, index), (out,) = types, outputs
     assert isinstance(y, TensorType)
@@ -97,7 +97,7 @@ def _lower_add_on_gpu(
     types: Types, outputs: tuple[TensorType, ...], *, size: int
 ) -> Lowering:  # fmt: skip
     return lower_put_cuda(
-        types, outputs, lambda: _lower_add(types, outputs, size=size),
+        types, outputs, lambda: lower_add(types, outputs, size=size),
         lambda: beginning((None,), outputs).bind(), axes=(0, 1, -1), combine="add", wrap=False,
         first=0,
     )  # fmt: skip
@@ -111,7 +111,7 @@ def _add_reference(y: Any, index: Any, *, size: int) -> Any:
 
 
 add_positions: Op = Op(
-    "add_positions", inputs=("y", "index"), infer=_infer_add, lower=_lower_add,
+    "add_positions", inputs=("y", "index"), infer=_infer_add, lower=lower_add,
     lower_cuda=_lower_add_on_gpu, failure=failure,
     vjp=(lambda g, index: take_positions(g, index), None),
     reference=_add_reference,
@@ -195,9 +195,8 @@ def _infer_max(types: Types, *, axes: tuple[Windows, ...]) -> tuple[TensorType, 
     if x.numel and x.numel // (x.shape[0] * x.shape[1]) >= 1 << 31:
         raise UnsupportedError(f"max_pool over more than 2**31 positions of a channel: {x.shape}")
     shape = (*x.shape[:2], *(a.outputs for a in axes))
-    return tensor_type(x.dtype, shape, None, x.device), tensor_type(
-        dtypes.int32, shape, None, x.device
-    )
+    made = result_type(x, shape)
+    return made, tensor_type(dtypes.int32, shape, made.strides, x.device)
 
 
 def _lower_max(
@@ -287,110 +286,12 @@ def _max_samples() -> list[Sample]:
     ]  # fmt: skip
 
 
-def _spread(g: Any, out: Any, x_type: TensorType, axes: tuple[Windows, ...]) -> Any:
+def _spread(g: Any, out: Any, axes: tuple[Windows, ...]) -> Any:
     """The gradients at the positions of the largest elements, zeros elsewhere."""
-    index = out[1]
-    if g.device.type != "cpu" and all(a.kernel and a.dilation == 1 for a in axes):
-        return max_pool_backward(g, index, axes=axes)
-    n, c, *sizes = x_type.shape
-    count = int(np.prod(sizes))
-    planes = (n, c, int(np.prod(g.shape[2:])))
-    spread = add_positions(g.reshape(planes), index.reshape(planes), size=count)
-    return spread.reshape(x_type.shape)
+    from flame.ops.max_gradient import max_pool_backward
 
+    return max_pool_backward(g, out[1], axes=axes)
 
-def _infer_gather(types: Types, *, axes: tuple[Windows, ...]) -> TensorType:
-    g, index = types
-    assert isinstance(g, TensorType)
-    assert isinstance(index, TensorType)
-    if g.shape != index.shape or g.shape[2:] != tuple(a.outputs for a in axes):
-        raise ShapeError(
-            f"max_pool_backward: a gradient {g.shape} and indices {index.shape} do not go with "
-            f"{[a.outputs for a in axes]} windows"
-        )
-    shape = (*g.shape[:2], *(a.inputs for a in axes))
-    strides, step = [0] * len(shape), 1
-    for d in reversed(by_stride(g.strides, g.shape)):
-        strides[d] = step
-        step *= max(shape[d], 1)
-    return tensor_type(g.dtype, shape, tuple(strides), g.device)
-
-
-def _lower_gather(
-    types: Types, outputs: tuple[TensorType, ...], *, axes: tuple[Windows, ...]
-) -> Lowering:
-    """Each position asks the windows over it whether it is their largest element."""
-    g, index = types
-    assert isinstance(g, TensorType)
-    assert isinstance(index, TensorType)
-    every = (g, index, *outputs)
-    by_channel = all(t.strides[1] == 1 and not t.contiguous for t in every)
-    g, index, out = (spatial_view(t) for t in every)
-    k = KernelBuilder("max_pool_backward")
-    grad, places = k.tensor("input", 0, g), k.tensor("input", 1, index)
-    target = k.tensor("output", 0, out)
-    whole = (*(Windows(1, 1, 1) for _ in range(SPATIAL - len(axes))), *axes)
-    n, c, d, h, w = out.shape
-    sizes = [k.size(s) for s in out.shape[3:]]
-    counts = [k.size(a.outputs) for a in whole]
-
-    def gather(image: Value, channel: Value, place: tuple[Value, ...]) -> None:
-        dtype = compute_dtype(g.dtype)
-        total = k.register(0.0, dtype)
-        flat = cast((place[0] * sizes[0] + place[1]) * sizes[1] + place[2], dtypes.int32)
-        with k.nest([const(-(-a.kernel // a.stride)) for a in whole]) as taps:
-            inside, at = const(True, dtypes.bool_), []
-            for a, count, p, tap in zip(whole, counts, place, taps, strict=True):
-                o = values.binary("udiv", p + a.padding, const(a.stride)) - tap
-                covers = o * a.stride + (a.kernel - a.padding) > p
-                inside = inside & (o >= 0) & (o < count) & covers
-                at.append(o)
-            none = const(-1, index.dtype)
-            found = places.load(image, channel, *at, where=inside, otherwise=none)
-            found = cast(found, dtypes.int32)
-            value = cast(grad.load(image, channel, *at, where=inside), dtype)
-            mine = values.compare("eq", found, flat)
-            k.accumulate(total, "add", values.select(mine, value, const(0.0, dtype)))
-        k.store(target, (image, channel, *place), read(total))
-
-    if by_channel:
-        with k.parallel(n, d, h, w, work=4 * c) as (i, *place), k.vector(k.size(c)) as v:
-            gather(i, v, tuple(place))
-    else:
-        with k.parallel(n, c, d, h, work=4 * w) as (i, j, *place), k.vector(k.size(w)) as v:
-            gather(i, j, (*place, v))
-    return k.finish()
-
-
-def _gather_reference(g: Any, index: Any, *, axes: tuple[Windows, ...]) -> Any:
-    shape = (*g.shape[:2], *(a.inputs for a in axes))
-    planes = (*g.shape[:2], math.prod(g.shape[2:]))
-    made = _add_reference(g.reshape(planes), index.reshape(planes), size=math.prod(shape[2:]))
-    return made.reshape(shape)
-
-
-def _gather_samples() -> list[Sample]:
-    """Windows over all positions, so that any index is of an element that they hold."""
-    whole, wide = Windows(2, 1, 2), Windows(3, 2, 4, 1, 1)
-    return [
-        Sample((Arg((2, 3, 2)), Arg((2, 3, 2), 0, 3, "index")), {"axes": (wide,)}),
-        Sample((Arg((1, 2, 2, 1)), Arg((1, 2, 2, 1), 0, 6, "index")), {"axes": (wide, whole)}),
-        Sample((Arg((1, 1, 1)), Arg((1, 1, 1), 0, 1, "index")), {"axes": (Windows(1, 1, 1),)}),
-    ]
-
-
-def _chosen(g: Any, index: Any, axes: tuple[Windows, ...]) -> Any:
-    """The derivative of `max_pool_backward`: the elements that the windows chose."""
-    planes = (*index.shape[:2], math.prod(index.shape[2:]))
-    flat = g.reshape((*g.shape[:2], math.prod(a.inputs for a in axes)))
-    return take_positions(flat, index.reshape(planes)).reshape(index.shape)
-
-
-max_pool_backward: Op = Op(
-    "max_pool_backward", inputs=("grad", "index"), any_layout=True, infer=_infer_gather,
-    lower=_lower_gather, vjp=(lambda g, index, axes: _chosen(g, index, axes), None),
-    reference=_gather_reference, samples=_gather_samples(), tolerance=2.0,
-)  # fmt: skip
 
 max_pool = Op(
     "max_pool", inputs=("x",), any_layout=True, infer=_infer_max, lower=_lower_max, extras=1,

@@ -24,7 +24,8 @@ from flame.kernel.values import Value, const
 PACK: Final = 16  # bytes that a thread moves at once
 TILE: Final = 256 * PACK
 BLOCKS: Final = 132 * 4  # runs of all images together: blocks that are resident at a time
-FEWEST: Final = 32  # positions of a run, at least: its sums are written, and read again
+FEWEST: Final = 16  # positions of a run, at least: its sums are written, and read again
+SHORTEST: Final = 4  # tiles of a run, at least
 TOGETHER: Final = 8  # channels whose runs are folded by one block: a sector of memory
 FOLDERS: Final = 32  # threads for each of them
 
@@ -64,10 +65,11 @@ class Tiles:
         return k.tensor(role, position, tensor_type(dtype, (count,)))
 
 
-def tiles_of(shape: Shape, itemsize: int, *, blocks: int = 0, fewest: int = 0) -> Tiles:
+def tiles_of(shape: Shape, itemsize: int, *, blocks: int = 0, shortest: int = 0) -> Tiles:
     """For images of this (batch, positions, channels); itemsize: the largest one of an element.
 
-    blocks: about how many runs and parts there are to be; fewest: positions of a run, at least.
+    blocks: about how many runs and parts there are to be, by default as many as for sums;
+    shortest: tiles of a run, at least.
     """
     batch, positions, channels = shape
     elements = TILE // itemsize
@@ -77,9 +79,8 @@ def tiles_of(shape: Shape, itemsize: int, *, blocks: int = 0, fewest: int = 0) -
         unit = math.lcm(channels, PACK // itemsize) // channels  # rows that are whole packs
         rows = max(elements // channels // unit * unit, 1)
     parts = -(-channels // part)
-    wanted = max(
-        1, min((blocks or BLOCKS) // (batch * parts), positions // max(fewest or FEWEST, rows))
-    )
+    least = shortest * rows if shortest else max(FEWEST, SHORTEST * rows)
+    wanted = max(1, min((blocks or BLOCKS) // (batch * parts), positions // least))
     tiles = -(-positions // rows)
     step = -(-tiles // wanted) * rows
     return Tiles(batch, positions, channels, elements, rows, part, step)
@@ -210,7 +211,8 @@ def folded(
 ) -> Iterator[tuple[Value, Value, list[Value]]]:  # fmt: skip
     """The loops of a kernel that sums ``count`` terms(run, channel) over all runs of an image.
 
-    A block takes `TOGETHER` channels. Yields (channel, whether it exists, sums) in a loop over the channels.
+    A block takes `TOGETHER` channels. Yields (channel, whether it exists, sums) in a loop over
+    them.
     """
     size = k.size(channels)
     with k.parallel(-(-channels // TOGETHER), work=runs * TOGETHER * count) as (block,):
