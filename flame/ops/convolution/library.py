@@ -109,7 +109,8 @@ def _by_library(
 def _copied(source: TensorType, read: Ref, target: TensorType, written: Ref) -> Bound:
     (step,) = copy.lowering((source,), (target,), {}).steps
     places = {"input": read, "output": written}
-    return replace(step, operands=tuple(places[ref.role] for ref in step.operands))
+    operands = tuple(places[ref.role] for ref in step.operands if ref is not None)
+    return replace(step, operands=operands)
 
 
 def _add_bias(bias: TensorType, ref: Ref, out: TensorType) -> BoundKernel:
