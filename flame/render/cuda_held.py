@@ -32,7 +32,6 @@ from flame.render.cuda_packs import BYTES, MOST, Simple, item_bytes, loads_of
 
 WORDS: Final = 80  # registers of a thread that hold a row, at most
 TURNS: Final = 4  # packs of a row that a thread takes, at most
-MOST_TURNS: Final = 8  # in the largest teams
 LINE: Final = 8  # threads of a team whose packs fill a line of memory
 LARGEST: Final = 1024
 
@@ -42,7 +41,8 @@ Key = tuple[Buffer, Value]  # an operand, and where in it a row starts
 @dataclass(frozen=True)
 class Held:
     """width: elements of a pack. loops: the held ones. keys: by loop, the loads that are held.
-    first: the loop that reads a held operand from memory. local: the buffers in registers."""
+    first: the loop that reads a held operand from memory: the first one of those in line, so that
+    all that is held is on its way at once. local: the buffers in registers."""
 
     width: int
     loops: frozenset[Loop]
@@ -76,7 +76,9 @@ def held_of(kernel: Kernel) -> Held | None:
             kept = {value: key for value, key in mine.items() if key in several}
             if kept:
                 keys[loop] = kept
-        first |= {key: readers[key][0] for key in several}
+        if several:
+            begin = next(loop for loop in loops if loop in keys)
+            first |= dict.fromkeys(several, begin)
     touched = {loop for loop in _flat_loops(everything) if not local.isdisjoint(_buffers(loop))}
     if not keys and not touched:
         return None
@@ -102,11 +104,9 @@ def team_of(held: Held, bounds: Bounds, rows: int, threads: int) -> tuple[int, i
     packs = -(-longest // held.width)
     most = max(1, min(TURNS, WORDS // held.words))
     team = min(LINE, 1 << (packs - 1).bit_length())
-    while team < LARGEST and (team * most < packs or (team < packs and rows * team < threads)):
+    while team * most < packs or (team < packs and rows * team < threads):
         team *= 2
-    turns = -(-packs // team)
-    fits = turns <= most or (turns <= MOST_TURNS and turns * held.words <= WORDS)
-    return (team, turns) if fits else None
+    return (team, -(-packs // team)) if team <= LARGEST else None
 
 
 # --- reading kernels ------------------------------------------------------------------------------

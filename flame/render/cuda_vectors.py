@@ -14,7 +14,7 @@ from typing import Final
 
 from flame.core.errors import CompileError
 from flame.kernel import values
-from flame.kernel.geometry import WARP, Geometry
+from flame.kernel.geometry import Geometry
 from flame.kernel.program import (
     Accumulate,
     Assign,
@@ -112,7 +112,7 @@ class VectorWriter(ValueWriter):
         if self.held is not None and loop in self.held.loops:
             self._held_loop(loop, self.held, extent, lane)
         else:
-            if packs is not None and self.team >= _fewest(loop):
+            if packs is not None:
                 lane = self._packed_loop(loop, packs, extent, lane)
             head = self._head(loop.var, lane, extent, str(self.team))
             self._inside(Scope(var=loop.var), loop.body, head)
@@ -177,7 +177,7 @@ class VectorWriter(ValueWriter):
         mine = {v: p for v, p in packs.loads.items() if v not in keys and v.attr not in held.local}
         stores = {t: p for t, p in packs.stores.items() if t.buffer not in held.local}
         moved = Packs(width, mine, stores)
-        fills = [key for key in dict.fromkeys(keys.values()) if held.first[key] is loop]
+        fills = [key for key, first in held.first.items() if first is loop]
         for key in fills:
             name = self.rows[key] = f"{key[0].name}_held{self.fresh('')}"
             self.emit(f"{self._pack(key[0])} {name}[{self.geometry.held}];")
@@ -447,8 +447,3 @@ def _ahead(loop: Loop, part: Loop, packs: Packs) -> dict[Value, Place]:
         if value in packs.loads and value.attr not in stored and len(value.args) == 1
         and values.depends(value, part.var)
     }  # fmt: skip
-
-
-def _fewest(loop: Loop) -> int:
-    """Threads of a team from which packs are moved; beside serial loops, any."""
-    return 1 if any(isinstance(s, Loop) for s in walk(loop.body)) else WARP
