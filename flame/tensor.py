@@ -582,7 +582,8 @@ def _conversion(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any
     if kwargs:
         raise ArgumentError(f"to() has no argument {next(iter(kwargs))!r}")
     flags = [a for a in args if isinstance(a, bool)]
-    non_blocking, copy = (*flags, *(non_blocking, copy)[len(flags) :])
+    non_blocking = flags[0] if flags else non_blocking
+    copy = flags[1] if len(flags) > 1 else copy
     for argument in (*args, *(() if other is None else (other,))):
         if isinstance(argument, DType):
             dtype = argument

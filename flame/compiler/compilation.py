@@ -46,13 +46,17 @@ def compile_graph(graph: Graph, state: Mapping[Symbol, int]) -> Program | GpuPro
 
 
 def _on_gpu(graph: Graph, state: Mapping[Symbol, int], device: str) -> GpuProgram:
-    from flame.compiler.gpu.program import GpuProgram
+    from flame.compiler.gpu.program import GpuProgram, identity
 
-    started = time.perf_counter()
-    schedule = schedule_of(graph)
-    planned = time.perf_counter() - started
-    program = GpuProgram.build(schedule, state, device)
-    program.stages = {"passes and fusion": planned, **program.stages}
+    key = program_key(graph, *identity(device))
+    program = GpuProgram.restore(key, graph, state)
+    if program is None:
+        started = time.perf_counter()
+        schedule = schedule_of(graph)
+        planned = time.perf_counter() - started
+        program = GpuProgram.build(schedule, state, device)
+        program.stages = {"passes and fusion": planned, **program.stages}
+        program.save(key)
     return program
 
 

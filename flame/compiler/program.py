@@ -120,7 +120,9 @@ class Program:
         stages: dict[str, float] = {}
         with _stage(stages, "found on disk"):
             kept = None if key is None else program_store.read(key)
-        if kept is None or kept.blueprint.input_types != tuple(s.type for s in graph.inputs):
+        if not isinstance(kept, KeptProgram) or kept.blueprint.input_types != tuple(
+            s.type for s in graph.inputs
+        ):
             return None
         if kept.output_types != tuple(s.type for s in graph.outputs):
             return None

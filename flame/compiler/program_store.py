@@ -74,15 +74,10 @@ def keepable(
     schedule: Schedule, blueprint: Blueprint, results: tuple[tuple[Symbol, int], ...]
 ) -> KeptProgram | None:
     """The program as the disk keeps it; None where it depends on a function that has no name."""
-    failing: dict[int, OpCall] = {}
+    failing = failing_calls(schedule)
+    if failing is None:
+        return None
     hosts: dict[int, OpCall] = {}
-    for t, task in enumerate(schedule.tasks):
-        if task.failure is not None:
-            call = _one([n for n in task.nodes if n.op.failure is not None], failure=True)
-            if call is None:
-                _refuse(task)
-                return None
-            failing[t] = call
     for host in blueprint.host_calls:
         call = _one(list(schedule.tasks[host.task].nodes), failure=False)
         if call is None:
@@ -95,6 +90,19 @@ def keepable(
         named.append((symbol.name, symbol.type, nbytes))
     outputs = tuple(s.type for s in schedule.graph.outputs)
     return KeptProgram(blueprint, tuple(named), outputs, failing, hosts)
+
+
+def failing_calls(schedule: Schedule) -> dict[int, OpCall] | None:
+    """By task, the calls from which errors are made; None where one has no name."""
+    failing: dict[int, OpCall] = {}
+    for t, task in enumerate(schedule.tasks):
+        if task.failure is not None:
+            call = _one([n for n in task.nodes if n.op.failure is not None], failure=True)
+            if call is None:
+                _refuse(task)
+                return None
+            failing[t] = call
+    return failing
 
 
 def _refuse(task: Task) -> None:
@@ -117,7 +125,7 @@ def _disk() -> DiskCache:
     return DiskCache(default_directory() / "programs")
 
 
-def write(key: str, kept: KeptProgram) -> bool:
+def write(key: str, kept: Any) -> bool:
     """Keep a program under a key; whether that could be done."""
     try:
         data = pickle.dumps(kept, pickle.HIGHEST_PROTOCOL)
@@ -129,7 +137,7 @@ def write(key: str, kept: KeptProgram) -> bool:
     return True
 
 
-def read(key: str) -> KeptProgram | None:
+def read(key: str) -> Any:
     """The program under a key, or None."""
     entry = _disk().read(key)
     if entry is None:
@@ -140,4 +148,4 @@ def read(key: str) -> KeptProgram | None:
     except _UNREADABLE as reason:
         log("cache", f"program {key[:12]} cannot be read: {reason!r}")
         return None
-    return kept if isinstance(kept, KeptProgram) else None
+    return kept

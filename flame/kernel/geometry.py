@@ -1,7 +1,7 @@
 """How a kernel is launched on a GPU.
 
-A *team* of threads runs one iteration of the kernel's parallel loop at a time: its threads share the
-vector loops, and compute everything else alike. A team is a power of two: 1 thread, a part of a
+A *team* of threads runs one iteration of the kernel's parallel loop at a time: its threads share
+the vector loops, and compute everything else alike. A team is a power of two: 1 thread, a part of a
 warp, or a whole block. Teams take iterations in turn, so any grid is right.
 """
 
@@ -20,7 +20,8 @@ class Geometry:
 
     team: threads of a team. block: threads of a block, a multiple of the team. wide: whether
     offsets need 64 bits. shared: whether scratch memory stands in shared memory. by_pointer:
-    whether numbers of the call arrive as pointers to their 64-bit words on the device.
+    whether numbers of the call arrive as pointers to their 64-bit words on the device. held: packs
+    of a row that each thread keeps in registers; 0: none, see `flame.render.cuda_held`.
     """
 
     team: int
@@ -28,6 +29,7 @@ class Geometry:
     wide: bool = False
     shared: bool = True
     by_pointer: bool = False
+    held: int = 0
 
     def __post_init__(self) -> None:
         whole = self.team & (self.team - 1) == 0 and self.team > 0 and self.block % self.team == 0

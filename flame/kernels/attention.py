@@ -368,7 +368,7 @@ def _backward(
     before = _present(grad_ref, q, k, v, mask if problem.mask is not None else None, log_sum, delta)
     after = tuple(operands[11:13]) if problem.dropout else ()
     sums = launcher.delta(grad, _present(grad_ref, result, shift if problem.shift else None, delta))
-    of_keys = (*before, dk, dv, *after)
+    of_keys = _present(*before, dk, dv, *after)
     # Two wide sums do not fit the registers of a thread: one kernel each, which repeats a product.
     split = launcher.tensor_cores and max(_widths(problem)) > 128
     parts = [(True, False), (False, True)] if split else [(True, True)]
@@ -378,7 +378,7 @@ def _backward(
             launcher.backward(grad, gradients[1:], of_keys, keys=True, first=first, second=second)
             for first, second in parts
         ),
-        launcher.backward(grad, gradients[:1], (*before, dq, *after), keys=False),
+        launcher.backward(grad, gradients[:1], _present(*before, dq, *after), keys=False),
     )
     rows = math.prod(problem.query.shape[:3])
     return Lowering((), (rows * _wide(problem.query.dtype).itemsize,), calls=calls)

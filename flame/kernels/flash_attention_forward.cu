@@ -2,7 +2,7 @@
 //
 // A block owns ROWS queries of one head and streams the keys and values by, COLUMNS at a time. A
 // warp owns whole rows of scores, so that the softmax needs no more than the four threads of a row:
-// for each tile, with m the greatest score of the row so far and s the sum of exp(score - m),
+// for each tile, with m about the greatest score of the row and s the sum of exp(score - m),
 //   m' = max(m, tile);  s' = s exp(m - m') + sum exp(tile - m');  sums' = sums exp(m - m') + P v
 // (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao,
 // "FlashAttention-2", 2023), and the division by s comes last. No score leaves the registers.
@@ -25,13 +25,19 @@ constexpr int V_TILES = 2 * steps_of_16(HEAD_V);
 constexpr int Q_BYTES = tile_bytes(ROWS, HEAD);
 constexpr int K_BYTES = tile_bytes(COLUMNS, HEAD);
 constexpr int STAGE_BYTES = K_BYTES + tile_bytes(COLUMNS, HEAD_V);
+constexpr float SLACK = 8.0f;  // probabilities stay below 2^8
 constexpr bool ADDED = MASK == ELEMENT_MASK || MASK == FLOAT32_MASK;
 
 // What a thread keeps of its rows lane / 4 + 8 i of each of its tiles.
 struct RowState {
-  float peak[M_TILES][2];  // greatest score so far, in units of 1 / factor
+  float peak[M_TILES][2];  // about the greatest score so far, in units of 1 / factor
   float sum[M_TILES][2];   // of this thread's columns
 };
+
+// What a row's scores are taken relative to; 0 as long as all of them are -inf.
+__device__ __forceinline__ float finite_base(float peak, float factor) {
+  return peak == MINUS_INFINITY ? 0.0f : peak * factor;
+}
 
 // Turns products into scores: masked, in units of 1 / factor with factor = ADDED ? 1 : scale.
 __device__ __forceinline__ void mask_tile(
@@ -59,37 +65,58 @@ __device__ __forceinline__ void mask_tile(
     }
 }
 
-// Scores become exp(score - new peak); sums are brought to the new peak.
+// Scores become exp(score - peak), and sums and state follow where the peak moves. It moves where a
+// score is above it by more than SLACK: any peak that keeps the powers of 2 in range gives the same
+// result, so most tiles leave the sums alone.
 __device__ __forceinline__ void exponentiate(
     float (&tile)[M_TILES][N_TILES][4], float (&sums)[M_TILES][V_TILES][4], RowState& state,
     float factor) {
+  float peak[M_TILES][2];
+  bool moves = false;
 #pragma unroll
   for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float peak = state.peak[m][half];
+      float found = fmaxf(tile[m][0][2 * half], tile[m][0][2 * half + 1]);
 #pragma unroll
-      for (int n = 0; n < N_TILES; ++n)
-        peak = fmaxf(peak, fmaxf(tile[m][n][2 * half], tile[m][n][2 * half + 1]));
-      peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 1));
-      peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, 2));
-      const float base = peak == MINUS_INFINITY ? 0.0f : peak * factor;
-      const float fade = power_of_2(state.peak[m][half] * factor - base);
-      float sum = state.sum[m][half] * fade;
+      for (int n = 1; n < N_TILES; ++n)
+        found = fmaxf(found, fmaxf(tile[m][n][2 * half], tile[m][n][2 * half + 1]));
+      found = fmaxf(found, __shfl_xor_sync(0xffffffffu, found, 1));
+      found = fmaxf(found, __shfl_xor_sync(0xffffffffu, found, 2));
+      const bool above = (found - state.peak[m][half]) * factor > SLACK;  // false for -inf - -inf
+      peak[m][half] = above ? found : state.peak[m][half];
+      moves = moves || above;
+    }
+  float fade[M_TILES][2];
+#pragma unroll
+  for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float base = finite_base(peak[m][half], factor);
+      fade[m][half] = power_of_2(state.peak[m][half] * factor - base);
+      state.sum[m][half] *= fade[m][half];
+      state.peak[m][half] = peak[m][half];
+    }
+  if (__any_sync(0xffffffffu, moves)) {
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+      for (int n = 0; n < V_TILES; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[m][n][i] *= fade[m][i / 2];
+  }
+#pragma unroll
+  for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float base = finite_base(state.peak[m][half], factor);
 #pragma unroll
       for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
           tile[m][n][i] = power_of_2(tile[m][n][i] * factor - base);
-          sum += tile[m][n][i];
+          state.sum[m][half] += tile[m][n][i];
         }
-#pragma unroll
-      for (int n = 0; n < V_TILES; ++n) {
-        sums[m][n][2 * half] *= fade;
-        sums[m][n][2 * half + 1] *= fade;
-      }
-      state.peak[m][half] = peak;
-      state.sum[m][half] = sum;
     }
 }
 
@@ -107,7 +134,7 @@ __device__ __forceinline__ void drop_tile(
         if (!bits.keeps(m, n, i)) tile[m][n][i] = 0.0f;
 }
 
-// sums += the tile's products with the keys, with queries from registers or shared memory.
+// The tile's products with the keys, with queries from registers or shared memory.
 __device__ __forceinline__ void multiply_queries(
     float (&tile)[M_TILES][N_TILES][4], const u32 (&kept)[KEEP_Q ? STEPS : 1][M_TILES][4],
     SharedAddress q, int row, SharedAddress k) {
@@ -121,8 +148,8 @@ __device__ __forceinline__ void multiply_queries(
         load_matrices(b, moved<HEAD>(start, 16 * n, step));
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m) {
-          multiply(tile[m][2 * n], kept[step][m], b[0], b[1]);
-          multiply(tile[m][2 * n + 1], kept[step][m], b[2], b[3]);
+          multiply_step(tile[m][2 * n], kept[step][m], b[0], b[1], step);
+          multiply_step(tile[m][2 * n + 1], kept[step][m], b[2], b[3], step);
         }
       }
   } else {
@@ -174,8 +201,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_fo
 ) {
   DYNAMIC_SHARED(memory);
   const int tiles = (int)((length + ROWS - 1) / ROWS);
-  const int number = (int)(blockIdx.x / tiles), turn = (int)(blockIdx.x % tiles);
-  const int first = (CAUSAL ? tiles - 1 - turn : turn) * ROWS;  // causal: the longest rows first
+  const int number = (int)(blockIdx.x / tiles);
+  const int first = (tiles - 1 - (int)(blockIdx.x % tiles)) * ROWS;  // the longest first, if causal
   const i64 batch = number / heads, head = number % heads, key_head = head / (heads / key_heads);
   const int warp = (int)(threadIdx.x / 32), own_row = warp * M_TILES * 16, end = (int)length;
   const Rows q_rows = rows_of(q + batch * q_batch + head * q_head, q_row);
@@ -246,7 +273,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_fo
       copy_commit();
     }
     float tile[M_TILES][N_TILES][4];
-    clear(tile);
     multiply_queries(tile, kept, shared_address(memory), own_row, shared_address(stage));
     if (MASK || scores.ragged(first + own_row, column, COLUMNS))
       mask_tile(tile, scores, first + own_row, column);

@@ -37,30 +37,48 @@ __device__ __forceinline__ Rows rows_of(const u16* base, i64 step) {
   return Rows{base, step, fits_16_bytes(base, step)};
 }
 
+// A thread's share of an aligned tile. Where chunks divide the threads it keeps its column, and goes
+// from row to row by additions. WHOLE: no row is behind the end.
+template <int ROWS, int E, int THREADS, bool WHOLE>
+__device__ __forceinline__ void load_chunks(
+    SharedAddress target, const Rows& rows, int first, int end) {
+  constexpr int CHUNKS = E / 8, WIDTH = padded_width(E);
+  constexpr int PASSES = (ROWS * CHUNKS + THREADS - 1) / THREADS;
+  constexpr bool COLUMN_STAYS = THREADS % CHUNKS == 0;
+  constexpr int STEP = COLUMN_STAYS ? THREADS / CHUNKS : 1;  // rows
+  const int start = thread_anew();
+  const u16* source =
+      rows.base + (i64)(first + start / CHUNKS) * rows.step + start % CHUNKS * 8;
+#pragma unroll
+  for (int i = 0; i < PASSES; ++i) {
+    const int number = i * THREADS + start;
+    const int row = COLUMN_STAYS ? start / CHUNKS + i * STEP : number / CHUNKS;
+    const int chunk = COLUMN_STAYS ? start % CHUNKS : number % CHUNKS;
+    if (!COLUMN_STAYS) source = rows.base + (i64)(first + row) * rows.step + chunk * 8;
+    if (ROWS * CHUNKS % THREADS == 0 || row < ROWS) {
+      const SharedAddress place = target + chunk_offset<WIDTH>(row, chunk);
+      if (WHOLE) copy_16(place, source);
+      else copy_16(place, source, first + row < end);
+    }
+    if (COLUMN_STAYS) source += STEP * rows.step;
+  }
+}
+
 // Starts to copy rows first .. first + ROWS into a tile, zeros from row `end` on. Complete after
 // copy_wait and a barrier.
 template <int ROWS, int E, int THREADS>
 __device__ __forceinline__ void load_tile(
     unsigned char* tile, const Rows& rows, int first, int end) {
-  constexpr int CHUNKS = E / 8, WIDTH = padded_width(E);
-  const SharedAddress target = shared_address(tile);
-  if (rows.aligned) {
-#pragma unroll
-    for (int i = 0; i < (ROWS * CHUNKS + THREADS - 1) / THREADS; ++i) {
-      const int number = i * THREADS + (int)threadIdx.x;
-      const int row = number / CHUNKS, chunk = number % CHUNKS;
-      if (ROWS * CHUNKS % THREADS == 0 || row < ROWS) {
-        const bool valid = first + row < end;
-        const u16* source = rows.base + (valid ? (first + row) * rows.step + chunk * 8 : 0);
-        copy_16(target + chunk_offset<WIDTH>(row, chunk), source, valid);
-      }
-    }
+  if (rows.aligned && first + ROWS <= end) {
+    load_chunks<ROWS, E, THREADS, true>(shared_address(tile), rows, first, end);
+  } else if (rows.aligned) {
+    load_chunks<ROWS, E, THREADS, false>(shared_address(tile), rows, first, end);
   } else {
 #pragma unroll 1
-    for (int number = (int)threadIdx.x; number < ROWS * E; number += THREADS) {
+    for (int number = thread_anew(); number < ROWS * E; number += THREADS) {
       const int row = number / E, column = number % E;
-      u16* place = (u16*)(tile + chunk_offset<WIDTH>(row, column / 8)) + column % 8;
-      *place = first + row < end ? rows.base[(first + row) * rows.step + column] : (u16)0;
+      u16* place = (u16*)(tile + chunk_offset<padded_width(E)>(row, column / 8)) + column % 8;
+      *place = first + row < end ? rows.base[(i64)(first + row) * rows.step + column] : (u16)0;
     }
   }
 }
@@ -123,7 +141,14 @@ __device__ __forceinline__ void clear(float (&sums)[M][N][4]) {
       for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.0f;
 }
 
-// sums (rows, columns) += own (rows from `row` on, E) stream (columns, E)^T.
+// One step of a sum of products, which the first begins.
+__device__ __forceinline__ void multiply_step(
+    float (&sums)[4], const u32 (&a)[4], u32 b0, u32 b1, int step) {
+  if (step == 0) multiply<true>(sums, a, b0, b1);
+  else multiply(sums, a, b0, b1);
+}
+
+// sums (rows, columns) = own (rows from `row` on, E) stream (columns, E)^T.
 template <int E, int M, int N>
 __device__ __forceinline__ void multiply_rows(
     float (&sums)[M][N][4], SharedAddress own, int row, SharedAddress stream) {
@@ -139,8 +164,8 @@ __device__ __forceinline__ void multiply_rows(
       load_matrices(b, moved<E>(b_start, 16 * n, step));
 #pragma unroll
       for (int m = 0; m < M; ++m) {
-        multiply(sums[m][2 * n], a[m], b[0], b[1]);
-        multiply(sums[m][2 * n + 1], a[m], b[2], b[3]);
+        multiply_step(sums[m][2 * n], a[m], b[0], b[1], step);
+        multiply_step(sums[m][2 * n + 1], a[m], b[2], b[3], step);
       }
     }
   }

@@ -40,6 +40,18 @@ __device__ __forceinline__ SharedAddress shared_address(void* place) {
 }
 #endif
 
+// threadIdx.x, read anew at each call: what is made of it is then made again in each pass of a loop,
+// where the compiler would keep it in registers that accumulators need.
+__device__ __forceinline__ int thread_anew() {
+#ifdef FLAME_HOST
+  return (int)threadIdx.x;
+#else
+  int number;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(number));
+  return number;
+#endif
+}
+
 // 16 bytes from device to shared memory, both 16-byte aligned; zeros where not `valid` (then
 // `source` is not read). Complete after copy_wait and a barrier.
 __device__ __forceinline__ void copy_16(SharedAddress target, const void* source, bool valid) {
@@ -48,6 +60,15 @@ __device__ __forceinline__ void copy_16(SharedAddress target, const void* source
 #else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(target), "l"(source),
                "r"(valid ? 16 : 0));
+#endif
+}
+
+// As above, always valid.
+__device__ __forceinline__ void copy_16(SharedAddress target, const void* source) {
+#ifdef FLAME_HOST
+  copy_16(target, source, true);
+#else
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(target), "l"(source));
 #endif
 }
 
@@ -120,12 +141,16 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&found)[4], Shared
 
 // --- products ------------------------------------------------------------------------------------
 
-// d (16, 8) += a (16, 16) b (16, 8), summed in float32; a warp's function.
+// d (16, 8) = a (16, 16) b (16, 8), plus d unless FRESH; summed in float32. A warp's function.
+template <bool FRESH = false>
 __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #ifdef FLAME_HOST
   const int lane = (int)(threadIdx.x % 32), g = lane / 4, t = lane % 4;
   HostTable own, *table = host_table(own);
-  for (int r = 0; r < 4; ++r) table->word[lane][r] = a[r];
+  for (int r = 0; r < 4; ++r) {
+    table->word[lane][r] = a[r];
+    if (FRESH) d[r] = 0.0f;
+  }
   table->word[lane][4] = b0;
   table->word[lane][5] = b1;
   __syncwarp(0xffffffffu);
@@ -138,17 +163,21 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b
           d[2 * r + n] += widen(x & 0xffff) * widen(y & 0xffff) + widen(x >> 16) * widen(y >> 16);
         }
   __syncwarp(0xffffffffu);
-#elif ELEMENT == BFLOAT16
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#if ELEMENT == BFLOAT16
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+#else
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+#endif
+  if (FRESH) {  // constant zeros need no registers
+    asm volatile(MMA "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};\n"
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+  } else {
+    asm volatile(MMA "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+#undef MMA
 #endif
 }

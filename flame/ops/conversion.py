@@ -58,7 +58,13 @@ def _lower(types: Types, outputs: tuple[TensorType, ...], **attributes: Any) -> 
 
     crossing = _crossing(nest)
     if crossing is None:
-        walk(k, nest, lambda index: k.store(target, index, read(index)), light=True)
+        walk(
+            k,
+            nest,
+            lambda index: k.store(target, index, read(index)),
+            light=True,
+            device=out.device,
+        )
     else:
         _transpose(k, nest, crossing, target, read)
     return k.finish()

@@ -17,6 +17,7 @@ from flame.core.types import TensorType, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering
 from flame.kernel.values import Value, cast, const
+from flame.ops import batch_tiles
 from flame.ops.elementwise import compute_dtype
 from flame.ops.norm_kernels import inverse_root
 from flame.ops.op import Types
@@ -56,6 +57,8 @@ def lower_columns_backward(rows: Rows, types: Types, outputs: tuple[TensorType, 
 
     Sums over runs, then their totals, then dx: grad and x are read twice.
     """
+    if outputs[0].device != "cpu" and batch_tiles.fits(rows, (0, 1, 2)):
+        return batch_tiles.lower_backward(rows, types, outputs)
     c = _Columns(rows, compute_dtype(type_of(types[1]).dtype))
     kernels = (
         _gradient_runs(c, types),
@@ -156,8 +159,10 @@ def _gradient(c: _Columns, types: Types, outputs: tuple[TensorType, ...]) -> Bou
 
 def lower_columns(rows: Rows, types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
     """As `norm_kernels.lower_forward` with outputs (y, mean, variance); x and y lead ``rows``."""
-    c = _Columns(rows, compute_dtype(type_of(types[0]).dtype))
     given = sum(1 for t in types[1:3] if t is not None)
+    if outputs[0].device != "cpu" and batch_tiles.fits(rows, (0, given + 1)):
+        return batch_tiles.lower_forward(rows, types, outputs)
+    c = _Columns(rows, compute_dtype(type_of(types[0]).dtype))
     kernels = (_runs(c, types), _combined(c, types, outputs), _scaled(c, types, outputs, given + 1))
     nbytes = c.partial.numel * c.compute.itemsize
     return Lowering(kernels, (nbytes, nbytes, c.channels * c.compute.itemsize))

@@ -16,6 +16,7 @@ from flame.core.types import Shape, TensorType, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering, Operand, Role
 from flame.kernel.values import Value, cast, const
+from flame.ops import group_tiles
 from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import broadcast_strides, by_stride, coalesce
 from flame.ops.norm_kernels import inverse_root, sum_parts
@@ -142,6 +143,8 @@ def _seen(t: TensorType, shape: Shape, strides: Shape, steps: Shape) -> TensorTy
 def lower_forward(types: Types, outputs: tuple[TensorType, ...], *, groups: int) -> Lowering:
     """y = (x - mean) * rstd * weight + bias, of (x, weight, bias, eps)."""
     x = type_of(types[0])
+    if x.device != "cpu" and group_tiles.fits(x, outputs[0]):
+        return group_tiles.lower_forward(types, outputs, groups=groups)
     g = _Groups("group_norm", [("input", 0, x), ("output", 0, outputs[0])], groups)
     k = g.k
     weight, bias = (None if t is None else g.each(i, t) for i, t in enumerate(types[1:3], 1))
@@ -167,6 +170,8 @@ def lower_forward(types: Types, outputs: tuple[TensorType, ...], *, groups: int)
 def lower_backward(types: Types, outputs: tuple[TensorType, ...], *, groups: int) -> Lowering:
     """Of (grad, x, weight, eps): dx, dweight and dbias."""
     grad, x = type_of(types[0]), type_of(types[1])
+    if x.device != "cpu" and group_tiles.fits(x, grad, outputs[0]):
+        return group_tiles.lower_backward(types, outputs, groups=groups)
     images: list[tuple[Role, int, TensorType]] = [
         ("input", 1, x), ("input", 0, grad), ("output", 0, outputs[0]),
     ]  # fmt: skip

@@ -15,12 +15,12 @@ from flame.core.types import Shape, TensorType, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Operand
 from flame.kernel.values import Value, cast, const
+from flame.ops import schedules
 from flame.ops.elementwise import compute_dtype
 from flame.ops.op import Types
 from flame.ops.rows import COLUMNS, Index, RowLoops, Rows, rows_of, type_of, unroll_for
 
 PARTS: Final = 64  # runs of rows whose contributions to a parameter's gradient are summed apart
-GPU_PARTS: Final = 264  # on a GPU, where each run is a team's, two for each multiprocessor
 
 Load = Callable[[Operand, Index], Value]
 
@@ -143,6 +143,11 @@ def _inputs(
 
 def _with_sums(k: KernelBuilder, sums: TensorType, outputs: tuple[TensorType, ...]) -> Lowering:
     """The kernel, then the sums over runs of the temporaries that it filled."""
+    if len(outputs) > 1 and schedules.on_gpu(outputs[0]):
+        given = [(i, sums) for i, _ in enumerate(outputs[1:])]
+        rest, more = schedules.sum_runs(given, list(enumerate(outputs))[1:], len(given))
+        nbytes = max(sums.numel, 1) * sums.dtype.itemsize
+        return Lowering((k.bind(), *rest), (*(nbytes for _ in given), *more))
     totals = [sum_parts(sums, i, out, i + 1) for i, out in enumerate(outputs[1:])]
     nbytes = max(sums.numel, 1) * sums.dtype.itemsize
     return Lowering((k.bind(), *totals), (nbytes,) * len(totals))
@@ -153,12 +158,21 @@ def lower_layer_backward(
 ) -> Lowering:
     """Of (grad, x, weight, eps): dx, and the sums dweight and dbias, from one visit of each row.
 
-    Rows are taken in at most `PARTS` (`GPU_PARTS`) runs; each sums its own dweight and dbias.
+    Rows are taken in at most `PARTS` runs (see `schedules.row_runs` for a GPU); each run sums its
+    own dweight and dbias.
     """
     x = type_of(types[1])
     compute = compute_dtype(x.dtype)
     count = x.numel // length if length else 0
-    step = max(1, -(-count // (PARTS if x.device == "cpu" else GPU_PARTS)))
+    gpu = schedules.on_gpu(outputs[0])
+    most = (
+        PARTS
+        if not gpu
+        else schedules.row_runs(count, length * x.dtype.itemsize)
+        if len(outputs) > 1
+        else count
+    )
+    step = max(1, -(-count // max(most, 1)))
     parts = max(1, -(-count // step))
     sums = tensor_type(compute, (parts, length))
     k = KernelBuilder("layer_norm_backward" if centred else "rms_norm_backward")
@@ -166,19 +180,28 @@ def lower_layer_backward(
     eps = k.number(3, float)
     dx = k.tensor("output", 0, tensor_type(outputs[0].dtype, (count, length)))
     partial = [k.tensor("temporary", i, sums) for i, _ in enumerate(outputs[1:])]
+    held = gpu and length <= schedules.HELD
+    rooms = [k.local(compute, (schedules.power_of_two(length),)) for _ in partial] if held else []
     size, total, run = k.size(length), k.size(count), k.size(step)
     unroll = unroll_for(length)
+
+    def add(part: Value, i: Value, found: list[Value]) -> None:
+        """To the sums of a run, which are kept in registers where there are rooms for them."""
+        if rooms:
+            k.store_all([(t, (i,), t[i] + v) for t, v in zip(rooms, found, strict=False)])
+        elif partial:
+            places = [(t, (part, i)) for t in partial]
+            k.store_all([(t, at, t[at] + v) for (t, at), v in zip(places, found, strict=False)])
+
     with k.parallel(parts, work=step * length * 6) as (part,):
         begin = part * run
-        for target in partial:
+        for target in rooms or partial:
             with k.vector(size, unroll) as i:
-                k.store(target, (part, i), const(0.0, compute))
+                k.store(target, (i,) if rooms else (part, i), const(0.0, compute))
         with k.loop(values.binary("min", total - begin, run)) as offset:
-            row = begin + offset
             _layer_row(
                 k,
-                row,
-                part,
+                begin + offset,
                 size,
                 unroll,
                 compute,
@@ -187,18 +210,21 @@ def lower_layer_backward(
                 scale,
                 eps,
                 dx,
-                partial,
+                lambda i, found: add(part, i, found),
                 centred,
             )
+        for room, target in zip(rooms, partial, strict=False):
+            with k.vector(size, unroll) as i:
+                k.store(target, (part, i), room[i])
     return _with_sums(k, sums, outputs)
 
 
 def _layer_row(
-    k: KernelBuilder, row: Value, part: Value, size: Value, unroll: int, compute: DType,
+    k: KernelBuilder, row: Value, size: Value, unroll: int, compute: DType,
     grad: Operand, x: Operand, weight: Operand | None, eps: Value, dx: Operand,
-    partial: list[Operand], centred: bool,
+    add: Callable[[Value, list[Value]], None], centred: bool,
 ) -> None:  # fmt: skip
-    """dx of one row, and its contributions to the run's sums."""
+    """dx of one row, and its contributions to the run's sums, which ``add`` takes."""
     count = cast(size, compute)
 
     def sums(terms: Callable[[Value], list[Value]], n: int) -> list[Value]:
@@ -227,11 +253,7 @@ def _layer_row(
         g, through, normal = scaled(i)
         k.accumulate(totals[0], "add", through)
         k.accumulate(totals[1], "add", through * normal)
-        writes = [
-            (t, (part, i), t[part, i] + v) for t, v in zip(partial, (g * normal, g), strict=False)
-        ]
-        if writes:
-            k.store_all(writes)
+        add(i, [g * normal, g])
     average, slope = (values.read(t) / count for t in totals)
     with k.vector(size, unroll) as i:
         _, through, normal = scaled(i)

@@ -21,6 +21,7 @@ from flame.kernel.program import identity as neutral
 from flame.kernel.values import Value, cast, const, read
 from flame.ops.bands import adaptive_windows
 from flame.ops.convolution.geometry import SPATIAL, spatial_view
+from flame.ops.convolution.operation import result_type
 from flame.ops.elementwise import compute_dtype
 from flame.ops.indexed import failure
 from flame.ops.indexed_writes import beginning
@@ -72,7 +73,7 @@ def _infer_add(types: Types, *, size: int) -> TensorType:
     return tensor_type(y.dtype, (*y.shape[:2], size), None, y.device)
 
 
-def _lower_add(types: Types, outputs: tuple[TensorType, ...], *, size: int) -> Lowering:
+def lower_add(types: Types, outputs: tuple[TensorType, ...], *, size: int) -> Lowering:
     """Each iteration owns a plane, so equal indices never meet on two threads."""
     (y, index), (out,) = types, outputs
     assert isinstance(y, TensorType)
@@ -96,7 +97,7 @@ def _lower_add_on_gpu(
     types: Types, outputs: tuple[TensorType, ...], *, size: int
 ) -> Lowering:  # fmt: skip
     return lower_put_cuda(
-        types, outputs, lambda: _lower_add(types, outputs, size=size),
+        types, outputs, lambda: lower_add(types, outputs, size=size),
         lambda: beginning((None,), outputs).bind(), axes=(0, 1, -1), combine="add", wrap=False,
         first=0,
     )  # fmt: skip
@@ -110,7 +111,7 @@ def _add_reference(y: Any, index: Any, *, size: int) -> Any:
 
 
 add_positions: Op = Op(
-    "add_positions", inputs=("y", "index"), infer=_infer_add, lower=_lower_add,
+    "add_positions", inputs=("y", "index"), infer=_infer_add, lower=lower_add,
     lower_cuda=_lower_add_on_gpu, failure=failure,
     vjp=(lambda g, index: take_positions(g, index), None),
     reference=_add_reference,
@@ -194,9 +195,8 @@ def _infer_max(types: Types, *, axes: tuple[Windows, ...]) -> tuple[TensorType, 
     if x.numel and x.numel // (x.shape[0] * x.shape[1]) >= 1 << 31:
         raise UnsupportedError(f"max_pool over more than 2**31 positions of a channel: {x.shape}")
     shape = (*x.shape[:2], *(a.outputs for a in axes))
-    return tensor_type(x.dtype, shape, None, x.device), tensor_type(
-        dtypes.int32, shape, None, x.device
-    )
+    made = result_type(x, shape)
+    return made, tensor_type(dtypes.int32, shape, made.strides, x.device)
 
 
 def _lower_max(
@@ -286,14 +286,11 @@ def _max_samples() -> list[Sample]:
     ]  # fmt: skip
 
 
-def _spread(g: Any, out: Any, x_type: TensorType) -> Any:
+def _spread(g: Any, out: Any, axes: tuple[Windows, ...]) -> Any:
     """The gradients at the positions of the largest elements, zeros elsewhere."""
-    index = out[1]
-    n, c, *sizes = x_type.shape
-    count = int(np.prod(sizes))
-    planes = (n, c, int(np.prod(g.shape[2:])))
-    spread = add_positions(g.reshape(planes), index.reshape(planes), size=count)
-    return spread.reshape(x_type.shape)
+    from flame.ops.max_gradient import max_pool_backward
+
+    return max_pool_backward(g, out[1], axes=axes)
 
 
 max_pool = Op(

@@ -192,9 +192,7 @@ def bernoulli(
         return bernoulli_(input.detach().clone(), p, generator=generator)
     if input.dtype.kind != "f":
         raise DTypeError(f"bernoulli takes floating probabilities, got {input.dtype.name}")
-    made: Tensor = draws.bernoulli(
-        input, *_place(generator, input.shape, input.type.device)
-    )
+    made: Tensor = draws.bernoulli(input, *_place(generator, input.shape, input.type.device))
     return made
 
 

@@ -56,7 +56,9 @@ def _lower_flip(
         k.tensor("input", 0, tensor_type(x.dtype, nest.sizes, nest.strides[0])), k.size(first)
     )
     target = k.tensor("output", 0, tensor_type(out.dtype, nest.sizes, nest.strides[1]))
-    walk(k, nest, lambda index: k.store(target, index, source[index]), light=True)
+    walk(
+        k, nest, lambda index: k.store(target, index, source[index]), light=True, device=out.device
+    )
     return k.finish()
 
 
@@ -191,11 +193,13 @@ def triu(input: Tensor, diagonal: int = 0) -> Tensor:
     return result
 
 
-def _indices(name: str, row: int, col: int, offset: int, dtype: DType | None) -> Tensor:
+def _indices(
+    name: str, row: int, col: int, offset: int, dtype: DType | None, device: Any
+) -> Tensor:
     if row < 0 or col < 0:
         raise ShapeError(f"{name}: sizes must not be negative, got {row} and {col}")
     find = np.tril_indices if name == "tril_indices" else np.triu_indices
-    made = constant(np.stack(find(row, offset, col)).astype(np.int64))
+    made = constant(np.stack(find(row, offset, col)).astype(np.int64), device=device)
     return made if dtype is None else made.to(dtype)
 
 
@@ -203,14 +207,14 @@ def tril_indices(
     row: int, col: int, offset: int = 0, *, dtype: DType | None = None, device: Any = None
 ) -> Tensor:
     """Coordinates of the lower triangle of a (row, col) matrix, (2, count)."""
-    return _indices("tril_indices", row, col, offset, dtype)
+    return _indices("tril_indices", row, col, offset, dtype, device)
 
 
 def triu_indices(
     row: int, col: int, offset: int = 0, *, dtype: DType | None = None, device: Any = None
 ) -> Tensor:
     """Coordinates of the upper triangle of a (row, col) matrix, (2, count)."""
-    return _indices("triu_indices", row, col, offset, dtype)
+    return _indices("triu_indices", row, col, offset, dtype, device)
 
 
 # --- diagonals ------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from flame.ops.conversion import convert
 from flame.ops.elementwise import compute_dtype, floating
 from flame.ops.loops import by_stride
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types, Vjp
+from flame.ops.schedules import across_parts, column_parts, on_gpu, part_step, row_parts
 from flame.ops.shapes import reshape, wrap_dims
 from flame.ops.views import ViewOp
 
@@ -39,11 +40,6 @@ METHODS = ("sum", "mean")
 COLUMNS = 64  # columns that one step of a parallel loop sums together
 SPLIT = 65536  # elements of one result from which its reduction is split over threads
 CHUNK = 16384  # elements of a part of a split reduction
-GPU_THREADS = 1 << 18  # threads, and teams of threads, that keep a GPU busy
-GPU_TEAMS = 1024
-GPU_PARTS = 512  # parts that one thread sums at most
-GPU_ROWS = 32  # elements of a part at least, of a thread and of a team
-GPU_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -82,22 +78,15 @@ def _coalesce(x: TensorType, dims: Sequence[int], kept_strides: Shape) -> Plan:
     return Plan(tuple(sizes), tuple(source), tuple(target), tuple(reduced))
 
 
-def _chunk(count: int, kept: int, plan: Plan) -> int | None:
-    """Elements of a part of each of ``kept`` results over ``count``; None: not to be split."""
-    return CHUNK if count >= SPLIT and kept <= COLUMNS else None
-
-
-def _chunk_of_gpu(count: int, kept: int, plan: Plan) -> int | None:
-    """As `_chunk`: a GPU needs many more parts at once than a CPU.
-
-    Where the innermost dimension is kept a result is a thread's, else that of a team of threads.
-    """
-    if not kept or not plan.sizes:
-        return None
-    columns = not plan.reduced[-1]
-    parts = min(GPU_THREADS // kept, GPU_PARTS) if columns else GPU_TEAMS // kept
-    parts = min(parts, count // (GPU_ROWS if columns else GPU_CHUNK))
-    return None if parts < 2 else -(-count // parts)
+def _parts(plan: Plan, out: TensorType, count: int, kept: int) -> int:
+    """About how many parts a reduction is cut into, each summed by itself; 1: none."""
+    if not on_gpu(out):
+        return 2 if count >= SPLIT and kept <= COLUMNS else 1
+    if not out.numel or True not in plan.reduced:
+        return 1
+    if not plan.reduced[-1]:
+        return column_parts(count, kept)
+    return row_parts(count, kept)
 
 
 class Reduction(Op):
@@ -124,7 +113,6 @@ class Reduction(Op):
             inputs=("x",),
             infer=self._infer,
             lower=self._lower,
-            lower_cuda=self._lower_cuda,
             vjp=vjp,
             reference=lambda x, *, dims, keepdim: reference(x, axis=dims, keepdims=keepdim),
             samples=_samples(empty) if samples is None else samples,
@@ -144,21 +132,6 @@ class Reduction(Op):
     def _lower(
         self, types: Types, outputs: tuple[TensorType, ...], *, dims: tuple[int, ...], keepdim: bool
     ) -> Lowering:
-        return self._lowered(types, outputs, dims, keepdim, _chunk)
-
-    def _lower_cuda(
-        self, types: Types, outputs: tuple[TensorType, ...], *, dims: tuple[int, ...], keepdim: bool
-    ) -> Lowering:
-        return self._lowered(types, outputs, dims, keepdim, _chunk_of_gpu)
-
-    def _lowered(
-        self,
-        types: Types,
-        outputs: tuple[TensorType, ...],
-        dims: tuple[int, ...],
-        keepdim: bool,
-        chunk_of: Callable[[int, int, Plan], int | None],
-    ) -> Lowering:
         (x,), (out,) = types, outputs
         assert isinstance(x, TensorType)
         count = math.prod(x.shape[d] for d in dims)
@@ -166,9 +139,9 @@ class Reduction(Op):
         plan = _coalesce(x, dims, strides)
         total = self.total_dtype(x.dtype, out.dtype)
         kept = math.prod(s for s, r in zip(plan.sizes, plan.reduced, strict=True) if not r)
-        chunk = chunk_of(count, kept, plan)
-        if chunk is not None:
-            return self._split(x, out, plan, total, count, chunk)
+        parts = _parts(plan, out, count, kept)
+        if parts > 1:
+            return self._split(x, out, plan, total, count, parts)
         k = KernelBuilder(self.name)
         source = k.tensor("input", 0, _flat(x.dtype, plan.sizes, plan.source))
         target = k.tensor("output", 0, _flat(out.dtype, plan.sizes, plan.target))
@@ -203,16 +176,20 @@ class Reduction(Op):
         return cast(value, dtype)
 
     def _split(
-        self, x: TensorType, out: TensorType, plan: Plan, total: DType, count: int, chunk: int
+        self, x: TensorType, out: TensorType, plan: Plan, total: DType, count: int, parts: int
     ) -> Lowering:
-        """Two kernels: parts along the outermost reduced dimension, then the sum of the parts."""
-        axis = max((i for i, r in enumerate(plan.reduced) if r), key=lambda i: plan.sizes[i])
+        """Two kernels: parts along the longest reduced dimension, then the sum of the parts."""
+        folded = [i for i, r in enumerate(plan.reduced) if r]
+        axis, gpu = max(folded, key=lambda i: plan.sizes[i]), on_gpu(out)
+        if gpu and axis == len(plan.sizes) - 1:  # whole runs of memory, where others are enough
+            axis = next((i for i in folded if plan.sizes[i] >= parts), axis)
         size = plan.sizes[axis]
-        step = max(1, chunk * size // count)
+        step = part_step(size, parts) if gpu else max(1, CHUNK * size // count)
         parts = -(-size // step)
         kept = [i for i, r in enumerate(plan.reduced) if not r]
         kept_sizes = tuple(plan.sizes[i] for i in kept)
-        partial = tensor_type(total, (parts, *kept_sizes))
+        side_by_side = across_parts(parts, kept_sizes) if gpu else None
+        partial = tensor_type(total, (parts, *kept_sizes), side_by_side)
         first = KernelBuilder(f"{self.name}_parts")
         source = first.tensor("input", 0, _flat(x.dtype, plan.sizes, plan.source))
         target = first.tensor("temporary", 0, partial)
@@ -227,11 +204,21 @@ class Reduction(Op):
             parts,
             kept,
             self.prepared(x.dtype, total),
+            COLUMNS if gpu else plan.sizes[-1],
         )
         second = KernelBuilder(f"{self.name}_total")
-        strides = (0, *(plan.target[i] for i in kept))
-        rest = Plan(partial.shape, partial.strides, strides, (True, *(False for _ in kept)))
-        source = second.tensor("temporary", 0, partial)
+        kept_target = tuple(plan.target[i] for i in kept)
+        rest = Plan(
+            partial.shape, partial.strides, (0, *kept_target), (True, *(False for _ in kept))
+        )
+        if gpu:  # the parts of a result lie side by side
+            rest = Plan(
+                (*kept_sizes, parts),
+                (*partial.strides[1:], 1),
+                (*kept_target, 0),
+                (*(False for _ in kept), True),
+            )
+        source = second.tensor("temporary", 0, _flat(total, rest.sizes, rest.source))
         result = second.tensor("output", 0, _flat(out.dtype, rest.sizes, rest.target))
         whole = second.size(count)
         self._loops(
@@ -256,18 +243,30 @@ class Reduction(Op):
         parts: int,
         kept: list[int],
         prepared: Callable[[Value], Value],
+        across: int,
     ) -> None:
-        """For each part: the loops of `_loops` over a range of dimension ``axis``."""
+        """For each part: the loops of `_loops` over a range of dimension ``axis``.
+
+        across: columns that one step takes.
+        """
         last = len(plan.sizes) - 1
         width = k.size(step)
         size = k.size(plan.sizes[axis])
         extents = {i: k.size(s) for i, s in enumerate(plan.sizes)}
         inner_kept = not plan.reduced[last]
         outer_kept = [i for i in kept if not (inner_kept and i == last)]
-        with k.parallel(parts, *(plan.sizes[i] for i in outer_kept), work=CHUNK) as (part, *outer):
+        blocks = -(-plan.sizes[last] // across) if inner_kept else 1
+        outer_sizes = [plan.sizes[i] for i in outer_kept]
+        cut = [blocks] if blocks > 1 else []
+        with k.parallel(parts, *outer_sizes, *cut, work=CHUNK) as (part, *outer):
             begin = part * width
             extents[axis] = values.binary("min", size - begin, width)
-            known = dict(zip(outer_kept, outer, strict=True))
+            known = dict(zip(outer_kept, outer, strict=False))
+            first = values.const(0)
+            if cut:
+                first = outer[-1] * across
+                rest = extents[last] - first
+                extents[last] = values.binary("min", rest, values.const(across))
 
             def fold(accumulate: Callable[[Value], None], fixed: dict[int, Value]) -> None:
                 loops = [i for i, r in enumerate(plan.reduced) if r]
@@ -285,8 +284,8 @@ class Reduction(Op):
             if inner_kept:
                 with k.vector(extents[last], 4) as column:
                     acc = k.register(neutral)
-                    fold(lambda v: k.accumulate(acc, self.combine, v), {**known, last: column})
-                    place = {**known, last: column}
+                    place = {**known, last: first + column}
+                    fold(lambda v: k.accumulate(acc, self.combine, v), place)
                     k.store(target, (part, *(place[i] for i in kept)), values.read(acc))
             else:
                 acc = k.register(neutral)

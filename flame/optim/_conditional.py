@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flame.core.errors import UnsupportedError
 from flame.ops.op import Stale, interpreter
 from flame.optim._recording import as_numbers
 from flame.optim._tensors import Tensor, float64, full, pointwise, where
@@ -151,8 +152,22 @@ def _parts(optimizer: Optimizer, taking_part: set[Tensor]) -> list[_Part]:
         shared: dict[int, list[Tensor]] = {}
         for parameter in parameters:
             shared.setdefault(id(counts[parameter]), []).append(parameter)
+        _check_counted(optimizer, group)
         found += [_Part(group, update, counts[each[0]], each) for each in shared.values()]
     return found
+
+
+def _check_counted(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Raise UnsupportedError where scalars depend on the count and nothing says how."""
+    if optimizer._counted(group) is not None:
+        return
+    first, later = optimizer._scalars(group, 1), optimizer._scalars(group, 2)
+    pairs = zip(first, later, strict=True)
+    if any(a is not b and not isinstance(a, Tensor) and a != b for a, b in pairs):
+        raise UnsupportedError(
+            f"{optimizer._name}: its scalars depend on the number of steps, which only the device "
+            "knows where steps may be skipped; define `_counted` beside `_scalars`"
+        )
 
 
 def _counts(optimizer: Optimizer, begun: dict[Tensor, int | Tensor]) -> dict[Tensor, Tensor]:

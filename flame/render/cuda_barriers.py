@@ -34,12 +34,15 @@ class _Access:
 _Accesses = frozenset[_Access]
 
 
-def barriers(kernel: Kernel, *, folds: bool) -> set[Statement]:
+def barriers(
+    kernel: Kernel, *, folds: bool, own: frozenset[Buffer] = frozenset()
+) -> set[Statement]:
     """The steps in front of which a barrier stands.
 
-    folds: whether threads wait for each other where a vector loop's sums are folded.
+    folds: whether threads wait for each other where a vector loop's sums are folded. own: buffers
+    of which every thread has its part to itself.
     """
-    return _Plan(kernel, folds).found
+    return _Plan(kernel, folds, own).found
 
 
 def writes_of(statement: Statement) -> Iterator[Buffer]:
@@ -69,8 +72,8 @@ def reads_of(statement: Statement) -> set[Buffer]:
 
 
 class _Plan:
-    def __init__(self, kernel: Kernel, folds: bool) -> None:
-        self.folds = folds
+    def __init__(self, kernel: Kernel, folds: bool, own: frozenset[Buffer]) -> None:
+        self.folds, self.own = folds, own
         self.private = {b for b, _ in (*kernel.scratch, *kernel.local)}
         self.found: set[Statement] = set()
         everything = [kernel.body, *walk(kernel.body.body)]
@@ -104,7 +107,8 @@ class _Plan:
         """What a statement itself touches; loads outside of vector loops are done by all."""
         many = isinstance(step, (Loop, Transpose))
         found = {_Access(b, step, False, True) for b in reads_of(statement)}
-        return found | {_Access(b, step, True, many) for b in writes_of(statement)}
+        found |= {_Access(b, step, True, many) for b in writes_of(statement)}
+        return {access for access in found if access.buffer not in self.own}
 
     def _whole(self, statement: Statement) -> set[_Access]:
         inner = walk(statement.body) if isinstance(statement, Loop) else ()

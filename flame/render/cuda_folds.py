@@ -31,6 +31,8 @@ class Folds:
             a, b = (instructions.widened(instructions.bare(x), dtype) for x in (a, b))
             made = instructions.binary(self.helpers, combine, dtypes.float32, a, b)
             return instructions.narrowed(made, dtype)
+        if combine == "mul" and dtype.kind == "f":
+            return instructions.product(dtype, a, b)
         return instructions.binary(self.helpers, combine, dtype, a, b)
 
     def fold(self, parts: dict[Register, str]) -> Iterator[str]:

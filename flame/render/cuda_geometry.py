@@ -5,16 +5,20 @@ Invariant: every choice is right for every kernel; it is here for speed alone.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from flame.core import dtypes
 from flame.kernel.builder import BoundKernel
 from flame.kernel.geometry import WARP, Geometry
 from flame.kernel.program import Kernel, Loop, LoopKind, Transpose
+from flame.render.cuda_held import Held, held_of, team_of
 from flame.render.cuda_index import Bounds, Indices, loops, walk
+from flame.render.cuda_packs import packs_of
 
 PROCESSORS: Final = 132  # of an H100; threads are spread over about so many multiprocessors
 RESIDENT: Final = 1024  # threads that keep one of them busy
+BUSY: Final = PROCESSORS * 512  # threads that hide the latency of memory
 MOST_BLOCKS: Final = PROCESSORS * 64
 MOST_BLOCKS_WITH_SCRATCH: Final = PROCESSORS * 8
 SHARED_BYTES: Final = 40 * 1024  # for scratch; static shared memory is 48 KiB
@@ -25,7 +29,13 @@ UNKNOWN: Final = 1024  # taken for the extent of a vector loop that depends on d
 def geometry_of(bound: BoundKernel, *, by_pointer: bool = False) -> Geometry:
     """The teams and blocks for one call."""
     bounds, kernel = Bounds(bound), bound.kernel
-    team = _team(bound, bounds)
+    held = held_of(kernel)
+    found = None if held is None else team_of(held, bounds, bound.extent, BUSY)
+    if found is None:
+        team, turns = _team(bound, bounds), 0
+    else:
+        assert held is not None
+        (team, turns), kernel = found, without(kernel, held)
     block = team if team > WARP else _block(team, bound.extent)
     while block > max(team, WARP) and scratch_bytes(kernel) * (block // team) > SHARED_BYTES:
         block //= 2
@@ -35,7 +45,13 @@ def geometry_of(bound: BoundKernel, *, by_pointer: bool = False) -> Geometry:
         wide=bound.extent >= 1 << 30 or not bounds.fit(kernel, Indices(kernel)),
         shared=scratch_bytes(kernel) * (block // team) <= SHARED_BYTES,
         by_pointer=by_pointer,
+        held=turns,
     )
+
+
+def without(kernel: Kernel, held: Held) -> Kernel:
+    """A kernel whose held buffers take no memory."""
+    return replace(kernel, local=tuple((b, n) for b, n in kernel.local if b not in held.local))
 
 
 def _team(bound: BoundKernel, bounds: Bounds) -> int:
@@ -43,8 +59,11 @@ def _team(bound: BoundKernel, bounds: Bounds) -> int:
     for loop in loops(bound.kernel.body):
         if loop.kind is LoopKind.VECTOR:
             extent = bounds.of(loop.extent)
-            longest = max(longest, UNKNOWN if extent is None else extent[1])
-            columns = columns or any(isinstance(s, Loop) for s in walk(loop.body))
+            steps = UNKNOWN if extent is None else extent[1]
+            if any(isinstance(s, Loop) for s in walk(loop.body)):
+                columns, packs = True, packs_of(loop)
+                steps = steps if packs is None else -(-steps // packs.width)
+            longest = max(longest, steps)
     if any(isinstance(s, Transpose) for s in walk(bound.kernel.body.body)):
         longest = max(longest, UNKNOWN)
     lanes = power_of_two(longest)
@@ -66,10 +85,10 @@ def _block(team: int, extent: int) -> int:
     return 128 if extent * team > PROCESSORS * 128 else WARP
 
 
-def grid_of(geometry: Geometry, bound: BoundKernel) -> int:
+def grid_of(geometry: Geometry, kernel: Kernel, extent: int) -> int:
     """Blocks that are started."""
-    wanted = -(-bound.extent // geometry.teams)
-    private = scratch_bytes(bound.kernel) > 0 and not geometry.shared
+    wanted = -(-extent // geometry.teams)
+    private = scratch_bytes(kernel) > 0 and not geometry.shared
     return max(1, min(wanted, MOST_BLOCKS_WITH_SCRATCH if private else MOST_BLOCKS))
 
 

@@ -27,6 +27,7 @@ class Helpers:
         name, function = f"{op}_{type_}", f"f{op}{'f' if type_ == 'float' else ''}"
         return self.add(name, (
             f"{_HEAD} {type_} {name}({type_} a, {type_} b) {{\n"
+            f"{_one_instruction(op) if type_ == 'float' else ''}"
             f"  return a != a || b != b ? a + b : {function}(a, b);\n"
             "}"
         ))  # fmt: skip
@@ -84,7 +85,7 @@ class Helpers:
         """Neighbours in memory that one access moves."""
         return self.add("Pack", (
             "template <typename T, int N>\n"
-            "struct alignas(sizeof(T) * N) Pack {\n"
+            "struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {\n"
             "  T item[N];\n"
             "};"
         ))  # fmt: skip
@@ -104,3 +105,14 @@ class Helpers:
             "  return a;\n"
             "}"
         ))  # fmt: skip
+
+
+def _one_instruction(op: str) -> str:
+    """An extreme of floats by the one instruction that passes NaN on."""
+    return (
+        "#if __CUDA_ARCH__ >= 800\n"
+        "  float made;\n"
+        f'  asm("{op}.NaN.f32 %0, %1, %2;" : "=f"(made) : "f"(a), "f"(b));\n'
+        "  return made;\n"
+        "#endif\n"
+    )

@@ -173,11 +173,17 @@ def _of_float(
     if op == "rsqrt":
         return f"{literal(1, dtype)} / sqrt{suffix}({bare(args[0])})"
     if op == "mul" and exact:
-        return f"{'__dmul_rn' if double else '__fmul_rn'}({', '.join(map(bare, args))})"
+        return product(dtype, *args)
     if len(args) == 2:
         short = _constant_power(value, args) if op == "pow" else None
         return short or binary(helpers, op, dtype, args[0], args[1])
     return f"{_FLOAT_FUNCTIONS[op]}{suffix}({', '.join(map(bare, args))})"
+
+
+def product(dtype: DType, a: str, b: str) -> str:
+    """A product of floats that no sum is joined with."""
+    name = "__dmul_rn" if dtype is dtypes.float64 else "__fmul_rn"
+    return f"{name}({bare(a)}, {bare(b)})"
 
 
 def _constant_power(value: Value, args: Sequence[str]) -> str | None:
@@ -186,13 +192,12 @@ def _constant_power(value: Value, args: Sequence[str]) -> str | None:
     if exponent.op != "const" or base.dtype in HALF_WIDTH:
         return None
     x, suffix = args[0], "" if base.dtype is dtypes.float64 else "f"
-    multiply = f"__{'d' if base.dtype is dtypes.float64 else 'f'}mul_rn"
-    square = f"{multiply}({bare(x)}, {bare(x)})"
+    square = product(base.dtype, x, x)
     return {
         0.0: literal(1, base.dtype),
         1.0: x,
         2.0: square,
-        3.0: f"{multiply}({square}, {bare(x)})",
+        3.0: product(base.dtype, square, x),
         -1.0: f"{literal(1, base.dtype)} / {x}",
         -2.0: f"{literal(1, base.dtype)} / {square}",
         -0.5: f"{literal(1, base.dtype)} / sqrt{suffix}({bare(x)})",
@@ -226,7 +231,7 @@ def binary(helpers: Helpers, op: str, dtype: DType, a: str, b: str) -> str:
     if op in ("max", "min"):
         return f"{a} {'>' if op == 'max' else '<'} {b} ? {a} : {b}"
     if op == "shr":
-        return _converted(dtype, f"({a} >> {b})")
+        return _converted(dtype, f"({a} >> {b})" if dtype.bits < 32 else f"{a} >> {b}")
     if op == "mulhi":
         return _high_product(dtype, a, b)
     if op == "pow":

@@ -1,77 +1,175 @@
 """Which loads and stores of a vector loop move 16 bytes at a time.
 
-Invariant: a packed loop does for each element what the plain loop does, all loads of a pack before
-all of its stores; loops in which that order could matter are not packed.
+A *run* is a stretch of the loop's body, or of a serial loop's in it, that a thread does for all
+elements of a pack at once: all of its loads before its store.
+
+Invariant: iterations of a vector loop are independent, so that they may go side by side, run by
+run; what decides which statements run at all is then the same for all of them, or the loop has no
+packs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from flame.core import dtypes
 from flame.core.dtypes import DType
 from flame.kernel import values
-from flame.kernel.program import Accumulate, Assign, Declare, Loop, Store, Target
-from flame.kernel.values import Buffer, Register, Value
-from flame.render.cuda_index import operands
+from flame.kernel.program import Accumulate, Assign, Declare, If, Loop, Statement, Store, Target
+from flame.kernel.values import Buffer, Value
+from flame.render.cuda_index import carried, operands, walk
 
 BYTES: Final = 16
+MOST: Final = 8  # elements of a pack beside serial loops, whose registers are as many
+
+Simple = Declare | Assign | Accumulate | Store
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where packs lie: at ``index`` plus the loop's counter, in ``buffer``.
+
+    start: the index where all serial loops in between are at their first step; steps: by how much
+    they move it.
+    """
+
+    buffer: Buffer
+    index: Value
+    start: Value
+    steps: tuple[Value, ...]
 
 
 @dataclass(frozen=True)
 class Packs:
-    """``width`` elements at a time: of these loads and targets, at the given offset plus the loop's
-    counter."""
+    """``width`` elements at a time: of these loads and targets."""
 
     width: int
-    loads: dict[Value, Value]
-    stores: dict[Target, Value]
+    loads: dict[Value, Place] = field(default_factory=dict)
+    stores: dict[Target, Place] = field(default_factory=dict)
 
-    def places(self) -> Iterator[tuple[Buffer, Value]]:
-        """Each place in memory that a loop starts from, once."""
-        found = [(v.attr, rest) for v, rest in self.loads.items()]
-        found += [(t.buffer, rest) for t, rest in self.stores.items()]
-        yield from dict.fromkeys(found)
+    def places(self) -> Iterator[Place]:
+        yield from dict.fromkeys((*self.loads.values(), *self.stores.values()))
 
 
 def item_bytes(dtype: DType) -> int:
     return 1 if dtype is dtypes.bool_ else dtype.itemsize
 
 
-def packs_of(loop: Loop) -> Packs | None:
-    """The packs of a vector loop; None where it has none."""
-    flat = [s for s in loop.body if isinstance(s, (Declare, Assign, Accumulate, Store))]
-    if len(flat) < len(loop.body):
-        return None
-    own: set[Register] = {s.register for s in flat if not isinstance(s, Store)}
-    targets = [t for s in flat if isinstance(s, Store) for t in s.targets]
-    stored = {t.buffer for t in targets}
-    loads: dict[Value, Value] = {}
-    done: dict[Buffer, Value] = {}  # buffers stored so far, and where
-    for statement in flat:
-        for value in _loads(statement):
-            if value.attr in stored:
-                index = [t.index for t in targets if t.buffer is value.attr]
-                if len(index) > 1 or index[0] is not value.args[0] or value.attr in done:
-                    return None  # the order of elements may matter
-            rest = None if len(value.args) > 1 else _start(value.args[0], loop.var, own, stored)
-            if rest is not None:
-                loads[value] = rest
-        if isinstance(statement, Store):
-            done.update((t.buffer, t.index) for t in statement.targets)
-    stores: dict[Target, Value] = {}
-    for target in targets:
-        alone = sum(t.buffer is target.buffer for t in targets) == 1
-        rest = _start(target.index, loop.var, own, stored)
-        if alone and target.where is None and rest is not None:
-            stores[target] = rest
-    sizes = [item_bytes(v.dtype) for v in loads] + [item_bytes(t.buffer.dtype) for t in stores]
-    return Packs(BYTES // max(sizes), loads, stores) if sizes else None
+def runs_of(body: Iterable[Statement]) -> Iterator[list[Simple] | Loop | If]:
+    """The body as runs, each up to its first store, and what stands between them."""
+    run: list[Simple] = []
+    for statement in body:
+        if isinstance(statement, (Declare, Assign, Accumulate, Store)):
+            run.append(statement)
+        if run and not isinstance(statement, (Declare, Assign, Accumulate)):
+            yield run
+            run = []
+        if isinstance(statement, (Loop, If)):
+            yield statement
+    if run:
+        yield run
 
 
-def _loads(statement: Declare | Assign | Accumulate | Store) -> Iterator[Value]:
+def packs_of(loop: Loop, width: int = 0) -> Packs | None:
+    """The packs of a vector loop, of ``width`` elements if given; None where it has none."""
+    return _Finder(loop).packs(width)
+
+
+class _Finder:
+    def __init__(self, loop: Loop) -> None:
+        self.var = loop.var
+        self.loop = loop
+        inner = list(walk(loop.body))
+        self.own = {s.register for s in inner if isinstance(s, Declare)} | {*carried(loop.body)}
+        self.stored = {t.buffer for s in inner if isinstance(s, Store) for t in s.targets}
+        self.uniform = all(
+            self._same(s.extent if isinstance(s, Loop) else s.condition)
+            for s in inner
+            if isinstance(s, (Loop, If))
+        ) and all(isinstance(s, (Declare, Assign, Accumulate, Store, Loop, If)) for s in inner)
+        self.loads: dict[Value, Place] = {}
+        self.stores: dict[Target, Place] = {}
+        self.sizes: dict[bool, list[int]] = {True: [], False: []}  # inside of serial loops, or not
+
+    def packs(self, width: int) -> Packs | None:
+        if not self.uniform:
+            return None
+        self._visit(self.loop.body, ())
+        if width:
+            return Packs(width, self.loads, self.stores)
+        if self.sizes[True]:
+            width = min(MOST, BYTES // max(self.sizes[True]))
+        elif self.sizes[False]:
+            width = BYTES // max(self.sizes[False])
+        else:
+            return None
+        return Packs(width, self.loads, self.stores) if width > 1 else None
+
+    def _visit(self, body: Sequence[Statement], around: tuple[Loop, ...]) -> None:
+        for part in runs_of(body):
+            if isinstance(part, Loop):
+                self._visit(part.body, (*around, part))
+            elif isinstance(part, If):
+                self._visit(part.body, around)
+            else:
+                self._run(part, around)
+
+    def _run(self, run: Sequence[Simple], around: tuple[Loop, ...]) -> None:
+        for statement in run:
+            for value in loads_of(statement):
+                where = value.args[1] if len(value.args) > 1 else None
+                place = self._place(value.attr, value.args[0], around)
+                if place is not None and (where is None or self._same(where)):
+                    self.loads[value] = place
+                    self.sizes[bool(around)].append(item_bytes(value.dtype))
+        targets = [t for s in run if isinstance(s, Store) for t in s.targets]
+        for target in targets:
+            alone = sum(t.buffer is target.buffer for t in targets) == 1
+            place = self._place(target.buffer, target.index, around)
+            if alone and target.where is None and place is not None:
+                self.stores[target] = place
+                self.sizes[bool(around)].append(item_bytes(target.buffer.dtype))
+
+    def _place(self, buffer: Buffer, index: Value, around: tuple[Loop, ...]) -> Place | None:
+        """The place of an index that counts up with the loop."""
+        line = values.linear(index, self.var)
+        if line is None or not values.is_const(line[0], 1) or not self._same(line[1]):
+            return None
+        start, steps = line[1], []
+        for loop in around:
+            found = values.linear(start, loop.var)
+            if found is None:
+                return None
+            if not values.is_const(found[0], 0):
+                steps.append(found[0])
+            start = found[1]
+        inner = {loop.var for loop in around}
+        if any(values.depends(v, name) for v in (start, *steps) for name in inner):
+            return None
+        return Place(buffer, line[1], start, tuple(dict.fromkeys(steps)))
+
+    def _same(self, value: Value) -> bool:
+        """Whether a value is the same for all iterations, and does not change between them."""
+        waiting, seen = [value], set()
+        while waiting:
+            value = waiting.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            if value.op == "var" and value.attr == self.var:
+                return False
+            if (value.op == "read" and value.attr in self.own) or (
+                value.op == "load" and value.attr in self.stored
+            ):
+                return False
+            waiting += value.args
+        return True
+
+
+def loads_of(statement: Simple) -> Iterator[Value]:
+    """What a statement reads from memory."""
     seen: set[Value] = set()
     waiting = operands(statement)
     while waiting:
@@ -81,19 +179,3 @@ def _loads(statement: Declare | Assign | Accumulate | Store) -> Iterator[Value]:
             waiting += value.args
             if value.op == "load":
                 yield value
-
-
-def _start(index: Value, var: str, own: set[Register], stored: set[Buffer]) -> Value | None:
-    """The index at the loop's start, if it counts up with the loop."""
-    line = values.linear(index, var)
-    if line is None or not values.is_const(line[0], 1):
-        return None
-    waiting = [line[1]]
-    while waiting:
-        value = waiting.pop()
-        if (value.op == "read" and value.attr in own) or (
-            value.op == "load" and value.attr in stored
-        ):
-            return None
-        waiting += value.args
-    return line[1]

@@ -16,7 +16,7 @@ from typing import Final
 from flame.core import dtypes
 from flame.core.errors import CompileError
 from flame.kernel import values
-from flame.kernel.program import Kernel
+from flame.kernel.program import Accumulate, Assign, Declare, Kernel, Store
 from flame.kernel.values import Buffer, Register, Value
 from flame.render import cuda_instructions as instructions
 from flame.render.cuda_helpers import Helpers
@@ -61,14 +61,18 @@ class ValueWriter:
         self.register_level: dict[Register, int] = {}
         self.uses_of: dict[Value, Uses] = {}
         self.times: Counter[Value] = Counter()
-        self.summed: set[Value] = set()  # what sums are taken of
+        self.summed: set[Value] = set()  # what sums are, or may be, taken of
         self._count_uses()
 
     def _count_uses(self) -> None:
+        read = {v.attr for v in every_value(self.kernel.body) if v.op == "load"}
         for statement in (self.kernel.body, *walk(self.kernel.body.body)):
             self.times.update(operands(statement))
-            if getattr(statement, "combine", None) == "add":
-                self.summed.update(operands(statement))
+            match statement:
+                case Declare(_, value) | Assign(_, value) | Accumulate(_, "add", value):
+                    self.summed.add(value)
+                case Store(targets):
+                    self.summed.update(t.value for t in targets if t.buffer in read)
         for value in every_value(self.kernel.body):
             self.times.update(value.args)
             if value.op in ("add", "sub", "neg"):
@@ -130,7 +134,10 @@ class ValueWriter:
 
     def level(self, value: Value) -> int:
         """The outermost scope in which ``value`` may be computed."""
-        uses = self.uses(value)
+        return self.level_of(self.uses(value))
+
+    def level_of(self, uses: Uses) -> int:
+        """The outermost scope in which all that a value depends on is known."""
         if uses.buffers & self.written:
             return self.level_here
         level = 0

@@ -28,7 +28,9 @@ def step_of(op: Op, sample: Sample, operands: Sequence[Any], device: str = "cpu"
     differentiable = [i for i, x in enumerate(sample.inputs) if is_differentiable(op, x)]
     attributes = attributes_on(op, sample, device)
 
-    def step(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Any]]:
+    def step(
+        tensors: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Any]]:
         inputs = list(operands)
         for place, tensor in zip(places, tensors, strict=True):
             inputs[place] = tensor.detach()

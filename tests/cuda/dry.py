@@ -12,10 +12,10 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
-from flame.core.errors import CudaError
 from flame.eager import Eager
 from flame.ops.op import interpreter
 from flame.runtime.cuda import modules
@@ -59,7 +59,12 @@ def kernels_of(works: Iterable[Callable[[], Any]]) -> list[Request]:
     """
     before = install_driver(DryDriver())
     try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
+        comparisons = {"assert_allclose": _agree, "assert_array_equal": _agree}
+        with (
+            warnings.catch_warnings(),
+            np.errstate(all="ignore"),
+            mock.patch.multiple(np.testing, **comparisons),
+        ):
             warnings.simplefilter("ignore")
             for work in works:
                 with contextlib.suppress(Exception):
@@ -68,6 +73,10 @@ def kernels_of(works: Iterable[Callable[[], Any]]) -> list[Request]:
     finally:
         forget_plans()
         install_driver(before)
+
+
+def _agree(*_: Any, **__: Any) -> None:
+    """Comparisons of numbers that were never computed."""
 
 
 def forget_plans() -> None:

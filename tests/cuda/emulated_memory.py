@@ -110,7 +110,7 @@ class EmulatedMemory:
         return found if pointer < found.pointer + found.nbytes else None
 
     def expect(self, call: str, pointer: int, nbytes: int, *, device: int | None = None) -> None:
-        """Raise CudaError unless the bytes lie in one allocation (of ``device``, or page-locked)."""
+        """Raise CudaError unless one allocation (of ``device``, or page-locked) has the bytes."""
         found = self.find(pointer)
         if nbytes == 0 and found is None:
             return

@@ -29,7 +29,7 @@ from .host_compiler import (
     cache_folder,
     compiler_identity,
 )
-from .library_emulation import prepare
+from .library_emulation import is_taken, prepare
 
 SHARED_LIMIT = 232448
 CHECKED = 256  # allocations up to which all guards are looked at after every launch
@@ -413,9 +413,9 @@ class EmulatedDriver:
     # --- libraries --------------------------------------------------------------------------------
 
     def prepare(self, problem: Problem, device: int) -> Prepared | None:
-        """A plan that solves the problem by NumPy."""
+        """A plan that solves the problem by NumPy; None for what NVIDIA's libraries do not take."""
         self._known_device("prepare", device)
-        return _Plan(self, problem)
+        return _Plan(self, problem) if is_taken(problem) else None
 
     def versions(self) -> dict[str, Any]:
         return {"driver": "emulated", "compiler": self.compiler_identity()}

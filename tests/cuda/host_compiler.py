@@ -35,6 +35,8 @@ _DYNAMIC = re.compile(
     r"^(?!\s*#)(.*)\bextern\s+__shared__\s+(?:__align__\(\d+\)\s*)?([\w\s]+?)\s*(\w+)\[\];",
     re.MULTILINE,
 )
+_BOUND = 'extern "C" char'  # where the linker puts the ends of a text's static shared memory
+_WEAK = '__attribute__((weak, visibility("hidden")))'
 _JOINED = re.compile(r"^namespace (flame_text_\d+) \{$", re.MULTILINE)  # of `modules.join`
 _DEFINE = re.compile(r"^\s*#\s*define\s+(\w+)", re.MULTILINE)
 
@@ -62,7 +64,7 @@ def compiler_identity() -> str:
 
 
 def unit_of(texts: Sequence[str]) -> str:
-    """One C++ file of many texts: each in a namespace of its own, with a launcher for each kernel."""
+    """One C++ file of many texts, each in a namespace of its own, and what launches its kernels."""
     parts = ['#include "cuda_host.h"\n']
     for number, text in enumerate(texts):
         space = f"text_{number}"
@@ -73,8 +75,8 @@ def unit_of(texts: Sequence[str]) -> str:
         parts.append(
             "#undef __shared__\n"
             f'#define __shared__ static __attribute__((section("shared_{space}")))\n'
-            f'extern "C" char __start_shared_{space}[] __attribute__((weak, visibility("hidden")));\n'
-            f'extern "C" char __stop_shared_{space}[] __attribute__((weak, visibility("hidden")));\n'
+            f"{_BOUND} __start_shared_{space}[] {_WEAK};\n"
+            f"{_BOUND} __stop_shared_{space}[] {_WEAK};\n"
             f'namespace {{ namespace {space} {{\n#line 1 "{space}"\n{body}\n}} }}\n'
         )
         waits = bool(_WAITS.search(text))
@@ -124,7 +126,7 @@ class _Launch(ctypes.Structure):
 
 
 class KernelFault(RuntimeError):
-    """What a kernel did that it must not: a barrier that some threads miss, a write out of bounds."""
+    """What a kernel did that it must not: a barrier that threads miss, a write out of bounds."""
 
 
 class HostLibrary:

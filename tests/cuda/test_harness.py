@@ -151,7 +151,7 @@ def test_parts_of_a_warp_go_their_own_ways(library: HostLibrary) -> None:
 
 
 def test_exchange_with_a_stranger_is_an_error(library: HostLibrary) -> None:
-    with pytest.raises(KernelFault, match="takes no part|mask lacks"):
+    with pytest.raises(KernelFault, match=r"takes no part|mask lacks"):
         run(library, "stranger", 32, np.zeros(32, np.int32))
 
 

@@ -161,7 +161,7 @@ def gpt(lib: Any) -> Any:
             self.head.weight = self.tokens.weight
 
         def forward(self, tokens: Any) -> Any:
-            places = lib.arange(tokens.shape[1])
+            places = lib.arange(tokens.shape[1], device=tokens.device)
             x = self.tokens(tokens) * 0.1 + self.positions(places)
             for block in self.blocks:
                 x = block(x)

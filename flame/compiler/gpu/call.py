@@ -6,14 +6,14 @@ Invariant: everything is queued on the current stream of the operands' device; n
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flame.compiler.gpu.steps import GpuStep, steps_of
+from flame.compiler.gpu.blueprint import bits_of
+from flame.compiler.gpu.steps import load, specs_of
 from flame.core.device import device_index
 from flame.core.errors import FlameError, UnsupportedError
-from flame.kernel.builder import BoundKernel, Lowering
+from flame.kernel.builder import Lowering
 from flame.runtime.cuda import errors, streams
 from flame.runtime.cuda.driver import driver
 from flame.runtime.cuda.transfer import copy
@@ -36,12 +36,11 @@ class GpuCall:
             )
         self.device, self.index = device, device_index(device)
         driver().use(self.index)
-        bounds = [b for b in lowering.steps if b.extent]
-        self.steps: list[GpuStep] = steps_of(bounds, self.index, by_pointer=False)
-        self.by_pointer = [not isinstance(b, BoundKernel) for b in bounds]
+        self.specs = specs_of(lowering.steps, by_pointer=False)
+        self.steps = load(self.specs, self.index)
         self.temporaries = lowering.temporaries
         self.constants = [on_device(array, device) for array in lowering.constants]
-        operands = [r for step in self.steps for r in step.operands if r is not None]
+        operands = [r for spec in self.specs for r in spec.operands if r is not None]
         checked = any(r.role == "error" for r in operands)
         self.slot = None
         if checked:
@@ -73,13 +72,10 @@ class GpuCall:
             assert self.slot is not None
             return int(self.slot.pointer)
 
-        for number, step in enumerate(self.steps):
-            if number < skip:
-                continue
-            by_pointer = self.by_pointer[number]
+        for spec, step in zip(self.specs[skip:], self.steps[skip:], strict=True):
             words = [
-                0 if r is None else word(r.role, r.position, by_pointer=by_pointer)
-                for r in step.operands
+                0 if r is None else word(r.role, r.position, by_pointer=spec.by_pointer)
+                for r in spec.operands
             ]
             scratch = Storage.allocate(step.scratch, self.device) if step.scratch else None
             step.enqueue(words, 0 if scratch is None else scratch.pointer, stream)
@@ -91,13 +87,6 @@ class GpuCall:
         word = ctypes.c_int64(bits_of(x))
         driver().copy_to_device(made.pointer, ctypes.addressof(word), 8, stream)
         return made.pointer
-
-
-def bits_of(number: Any) -> int:
-    """The 64-bit word of a number."""
-    if isinstance(number, float):
-        return int.from_bytes(struct.pack("<d", number), "little", signed=True)
-    return int(number)
 
 
 def on_device(array: Any, device: str) -> Storage:

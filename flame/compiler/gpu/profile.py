@@ -72,13 +72,13 @@ def profile(program: GpuProgram, words: Sequence[Any], runs: int) -> GpuProfile:
         made.record_event(end, stream)
         made.synchronize_event(end)
         whole.append(made.elapsed(begin, end) / 1e3)
-    count = len(program.launches) + 1
+    count = len(program.steps) + 1
     marks = [made.create_event(index, timing=True) for _ in range(count)]
-    each: list[list[float]] = [[] for _ in program.launches]
+    each: list[list[float]] = [[] for _ in program.steps]
     for _ in range(runs):
         made.record_event(marks[0], stream)
-        for mark, launch in zip(marks[1:], program.launches, strict=True):
-            launch.step.enqueue(launch.words, program.scratch.pointer, stream)
+        for mark, step, addresses in zip(marks[1:], program.steps, program.addresses, strict=True):
+            step.enqueue(addresses, program.scratch.pointer, stream)
             made.record_event(mark, stream)
         made.synchronize_event(marks[-1])
         for n, found in enumerate(each):
@@ -91,16 +91,17 @@ def profile(program: GpuProgram, words: Sequence[Any], runs: int) -> GpuProfile:
 def _rows(program: GpuProgram, each: Sequence[float]) -> tuple[GpuProfileRow, ...]:
     seconds: dict[int, float] = {}
     how: dict[int, list[str]] = {}
-    for launch, time in zip(program.launches, each, strict=True):
+    launches = program.blueprint.launches
+    for launch, step, time in zip(launches, program.steps, each, strict=True):
         seconds[launch.task] = seconds.get(launch.task, 0.0) + time
-        how.setdefault(launch.task, []).append(launch.step.name)
+        how.setdefault(launch.task, []).append(step.name)
     rows = []
     for t, time in seconds.items():
         names = " ".join(dict.fromkeys(how[t]))
         if t < 0:
             rows.append(GpuProfileRow(t, "copy", names, "", time, 0, 0))
             continue
-        info = program.tasks[t]
+        info = program.blueprint.tasks[t]
         rows.append(
             GpuProfileRow(
                 t, info.name, names, covered(info.ops), time, info.flops, info.read + info.written

@@ -15,32 +15,38 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 
-from flame.compiler.gpu.call import bits_of, on_device
+from flame.compiler import program_store
+from flame.compiler.gpu.blueprint import GpuBlueprint, Word, bits_of, make_blueprint
+from flame.compiler.gpu.call import on_device
 from flame.compiler.gpu.profile import GpuProfile, profile
 from flame.compiler.gpu.report import report
-from flame.compiler.gpu.steps import GpuStep, steps_of
-from flame.compiler.report import TaskInfo, task_info
-from flame.compiler.schedule.memory import Copy, MemoryPlan, Place, nbytes_of, plan_memory
+from flame.compiler.gpu.steps import GpuStep, load
+from flame.compiler.program_store import OpCall, failing_calls
+from flame.compiler.schedule.memory import nbytes_of, plan_memory
 from flame.compiler.schedule.reorder import replacing_last
 from flame.compiler.schedule.task import Schedule, Task
+from flame.core.determinism import are_deterministic_algorithms_enabled
 from flame.core.device import device_index
-from flame.core.errors import CompileError, TraceError, UnsupportedError
+from flame.core.errors import CompileError, FlameError, TraceError, UnsupportedError
 from flame.core.log import log
 from flame.core.types import TensorType
-from flame.graph import Operand, Symbol
-from flame.kernel.builder import Bound, Ref
-from flame.ops.conversion import copy as copy_op
+from flame.graph import Graph, Symbol
 from flame.runtime.cuda import errors, streams
 from flame.runtime.cuda.driver import driver
 from flame.runtime.cuda.graphs import Graph as CudaGraph
 from flame.runtime.cuda.graphs import capture
+from flame.runtime.cuda.transfer import from_host
 from flame.runtime.storage import Storage
+
+Failures = Mapping[int, Callable[[int], FlameError]]
 
 LARGE: Final = 1 << 20  # bytes from which copying is worth some captures to avoid
 MOVES: Final = (1, 6)  # how often memory may move from run to run before it is copied: small, large
@@ -72,189 +78,148 @@ class Port:
         self.pointer = self.slot.pointer
 
 
-class Launch:
-    """A step at its addresses; ``task`` is -1 for copies around the tasks."""
+@dataclass(frozen=True)
+class KeptProgram:
+    """What the disk keeps. ``failing``: by task, calls from which errors are made."""
 
-    def __init__(self, task: int, step: GpuStep, words: list[int]) -> None:
-        self.task, self.step, self.words = task, step, words
+    blueprint: GpuBlueprint
+    failing: dict[int, OpCall]
+
+    def failures(self) -> Failures:
+        return {t: partial(OpCall.failure, call) for t, call in self.failing.items()}
 
 
 class GpuProgram:
-    """See the head of this file."""
+    """See the head of this file. ``failures``: the error for a code, of each task that may fail."""
 
     def __init__(
-        self, schedule: Schedule, plan: MemoryPlan, state: Mapping[Symbol, int], device: str
+        self,
+        graph: Graph,
+        blueprint: GpuBlueprint,
+        state: Mapping[Symbol, int],
+        failures: Failures,
+        stages: dict[str, float],
     ) -> None:
-        graph = schedule.graph
-        self.schedule, self.plan, self.device = schedule, plan, device
-        self.index = device_index(device)
+        self.blueprint, self.device, self.stages = blueprint, blueprint.device, stages
+        self.index = device_index(self.device)
         self.inputs, self.outputs = graph.inputs, graph.outputs
-        self.result_types, self.output_places = plan.results, plan.outputs
-        self.tasks: tuple[TaskInfo, ...] = tuple(task_info(t) for t in schedule.tasks)
-        self.stages: dict[str, float] = {}
+        self.result_types = tuple((Symbol(n, t), nbytes) for n, t, nbytes in blueprint.results)
+        self.output_places = blueprint.outputs
         self.lock = threading.RLock()
         self.graph: CudaGraph | None = None
-        self.moves = 0
         self.stream = -1
         driver().use(self.index)
-        self.state = {graph.inputs.index(s): pointer for s, pointer in state.items()}
+        self._numbers = {s: i for i, s in enumerate(graph.inputs)}
+        self.state = {self._numbers[s]: pointer for s, pointer in state.items()}
         self.given = [i for i in range(len(graph.inputs)) if i not in self.state]
-        with self._stage("kernels"):
-            self._steps()
-        self._memory()
-        self.peak = plan.peak + self.scratch.nbytes
+        with stage(stages, "kernels"):
+            self.steps = load([launch.spec for launch in blueprint.launches], self.index)
+        self._memory(failures)
+        results = sum(nbytes for _, _, nbytes in blueprint.results)
+        self.peak = blueprint.arena + results + self.scratch.nbytes
         self._bind()
+        self._kept: KeptProgram | None = None
 
     @classmethod
     def build(cls, schedule: Schedule, state: Mapping[Symbol, int], device: str) -> GpuProgram:
         """Plan the memory of a schedule, and compile its kernels. Raises CompileError."""
-        _check_places(schedule, device)
+        stages: dict[str, float] = {}
+        check_places(schedule, device)
         schedule = replacing_last(schedule)
         log("schedule", lambda: f"{len(schedule.tasks)} tasks\n{schedule}")
-        started = time.perf_counter()
-        plan = plan_memory(schedule)
-        planned = time.perf_counter() - started
-        made = cls(schedule, plan, state, device)
-        made.stages = {"memory plan": planned, **made.stages}
+        with stage(stages, "memory plan"):
+            plan = plan_memory(schedule)
+        with stage(stages, "rendering"):
+            blueprint = make_blueprint(schedule, plan, device)
+        failures = {
+            t: task.failure for t, task in enumerate(schedule.tasks) if task.failure is not None
+        }
+        made = cls(schedule.graph, blueprint, state, failures, stages)
+        failing = failing_calls(schedule)
+        made._kept = None if failing is None else KeptProgram(blueprint, failing)
         log("memory", lambda: str(plan))
         log("compile", lambda: made.report().partition("\n")[0])
         return made
 
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - started
+    @classmethod
+    def restore(
+        cls, key: str | None, graph: Graph, state: Mapping[Symbol, int]
+    ) -> GpuProgram | None:
+        """The program that `save` kept under a key; None where there is none."""
+        stages: dict[str, float] = {}
+        with stage(stages, "found on disk"):
+            kept = None if key is None else program_store.read(key)
+        if not isinstance(kept, KeptProgram):
+            return None
+        blueprint = kept.blueprint
+        if blueprint.input_types != tuple(s.type for s in graph.inputs):
+            return None
+        if blueprint.output_types != tuple(s.type for s in graph.outputs):
+            return None
+        made = cls(graph, blueprint, state, kept.failures(), stages)
+        made._kept = kept
+        return made
 
-    # --- kernels ----------------------------------------------------------------------------------
-
-    def _steps(self) -> None:
-        """Everything that is to be launched, in order, with the task it belongs to."""
-        bounds: list[Bound] = []
-        owners: list[tuple[int, Copy | None]] = []
-        for copy in self.plan.before:
-            self._add_copy(copy, bounds, owners)
-        for t, task in enumerate(self.schedule.tasks):
-            if task.lowering.host is not None:
-                raise UnsupportedError(
-                    f"{task.name} has no kernel for a GPU; compute it outside of the step, on the "
-                    "CPU"
-                )
-            mine = task.lowering.steps[1 if t in self.plan.dropped else 0 :]
-            for bound in mine:
-                if bound.extent:
-                    bounds.append(bound)
-                    owners.append((t, None))
-        for copy in self.plan.after:
-            self._add_copy(copy, bounds, owners)
-        self.owners = owners
-        self.steps = steps_of(bounds, self.index, by_pointer=True)
-
-    def _add_copy(
-        self, copy: Copy, bounds: list[Bound], owners: list[tuple[int, Copy | None]]
-    ) -> None:
-        if nbytes_of(copy.type):
-            (bound,) = copy_op.lower((copy.type,), (copy.type,)).kernels
-            bounds.append(bound)
-            owners.append((-1, copy))
+    def save(self, key: str | None) -> bool:
+        """Keep the program on disk; whether it could be kept."""
+        if key is None or self._kept is None:
+            return False
+        return program_store.write(key, self._kept)
 
     # --- memory -----------------------------------------------------------------------------------
 
-    def _memory(self) -> None:
-        plan, graph = self.plan, self.schedule.graph
-        self.arena = Storage.allocate(plan.arena, self.device)
-        self.scratch = Storage.allocate(max([0, *(s.scratch for s in self.steps)]), self.device)
-        self.constants = [
-            on_device(np.ascontiguousarray(a), self.device) for a in graph.constants.values()
-        ]
-        self.task_constants = [
-            [on_device(np.ascontiguousarray(a), self.device) for a in task.lowering.constants]
-            for task in self.schedule.tasks
-        ]
+    def _memory(self, failures: Failures) -> None:
+        blueprint, device = self.blueprint, self.device
+        self.arena = Storage.allocate(blueprint.arena, device)
+        self.scratch = Storage.allocate(max([0, *(s.scratch for s in self.steps)]), device)
+        self.constants = [on_device(array, device) for array in blueprint.constants]
         self.arguments: dict[int, Port] = {}
         self.uploads: dict[int, Storage] = {}  # state on the CPU, by input
-        for i, symbol in enumerate(graph.inputs):
-            type_ = symbol.type
+        numbers: list[int] = []
+        for i, type_ in enumerate(blueprint.input_types):
             if not isinstance(type_, TensorType):
-                continue
-            if i not in self.state:
-                port = Port(nbytes_of(type_), self.device, on_host=type_.device == "cpu")
-                self.arguments[i] = port
+                numbers.append(i)
+            elif i not in self.state:
+                self.arguments[i] = Port(nbytes_of(type_), device, on_host=type_.device == "cpu")
             elif type_.device == "cpu":
-                self.uploads[i] = Storage.allocate(nbytes_of(type_), self.device)
-        self.numbers = {
-            i: n
-            for n, i in enumerate(
-                i for i, s in enumerate(graph.inputs) if not isinstance(s.type, TensorType)
-            )
-        }
-        self.literals: dict[tuple[type, Any], int] = {}
-        for task in self.schedule.tasks:
-            for x in task.inputs:
-                if x is not None and not isinstance(x, Symbol):
-                    key = (type(x), bits_of(x))
-                    self.literals.setdefault(key, len(self.numbers) + len(self.literals))
-        count = max(len(self.numbers) + len(self.literals), 1)
-        self.words = np.zeros(count, np.int64)
-        for (_, bits), place in self.literals.items():
-            self.words[place] = bits
-        self.word_memory = on_device(self.words, self.device)
-        self.results = [Port(nbytes, self.device) for _, nbytes in plan.results]
-        self.error_slots = {
-            t: errors.error_slot(self.index, task.failure)
-            for t, task in enumerate(self.schedule.tasks)
-            if task.failure is not None
-        }
+                self.uploads[i] = Storage.allocate(nbytes_of(type_), device)
+        self.results = [Port(nbytes, device) for _, _, nbytes in blueprint.results]
+        # the words of all numbers: those of the call, then those that stand in the graph
+        self.number_places = {i: n for n, i in enumerate(numbers)}
+        self.words = np.zeros(max(len(numbers) + len(blueprint.literals), 1), np.int64)
+        self.words[len(numbers) : len(numbers) + len(blueprint.literals)] = blueprint.literals
+        self.word_memory = on_device(self.words, device)
+        self.error_slots = {t: errors.error_slot(self.index, f) for t, f in failures.items()}
 
-    def _address(self, place: Place) -> int:
-        if place.space == "arena":
-            base = self.arena.pointer
-        elif place.space == "constant":
-            base = self.constants[place.index].pointer
-        elif place.space == "result":
-            base = self.results[place.index].pointer
-        elif place.index in self.arguments:
-            base = self.arguments[place.index].pointer
-        elif place.index in self.uploads:
-            base = self.uploads[place.index].pointer
-        else:
-            base = self.state[place.index]
-        return base + place.offset
+    def _address(self, word: Word) -> int:
+        space, index, offset = word
+        if space == "none":
+            return 0
+        if space == "number":
+            return int(self.word_memory.pointer) + 8 * self.number_places[index]
+        if space == "literal":
+            return int(self.word_memory.pointer) + 8 * (len(self.number_places) + index)
+        return self._base(space, index) + offset
+
+    def _base(self, space: str, index: int) -> int:
+        if space == "arena":
+            return int(self.arena.pointer)
+        if space == "constant":
+            return int(self.constants[index].pointer)
+        if space == "result":
+            return self.results[index].pointer
+        if space == "error":
+            return self.error_slots[index].pointer
+        if index in self.arguments:
+            return self.arguments[index].pointer
+        return int(self.uploads[index].pointer) if index in self.uploads else self.state[index]
 
     def _bind(self) -> None:
         """Resolve the operands of all steps to addresses."""
-        self.launches = [
-            Launch(t, step, [self._word(t, copy, ref) for ref in step.operands])
-            for step, (t, copy) in zip(self.steps, self.owners, strict=True)
+        self.addresses = [
+            [self._address(word) for word in launch.words] for launch in self.blueprint.launches
         ]
         self.graph = None
-
-    def _word(self, t: int, copy: Copy | None, ref: Ref | None) -> int:
-        if ref is None:
-            return 0
-        if copy is not None:
-            return self._address(copy.source if ref.role == "input" else copy.target)
-        task = self.schedule.tasks[t]
-        if ref.role == "input":
-            return self._operand(task.inputs[ref.position])
-        if ref.role == "output":
-            return self._operand(task.outputs[ref.position])
-        if ref.role == "temporary":
-            return int(self.arena.pointer) + self.plan.temporaries[t][ref.position]
-        if ref.role == "constant":
-            return int(self.task_constants[t][ref.position].pointer)
-        return self.error_slots[t].pointer
-
-    def _operand(self, operand: Operand) -> int:
-        if operand is None:
-            return 0
-        if isinstance(operand, Symbol):
-            if isinstance(operand.type, TensorType):
-                return self._address(self.plan.place(self.schedule, operand))
-            place = self.numbers[self.inputs.index(operand)]
-        else:
-            place = self.literals[type(operand), bits_of(operand)]
-        return int(self.word_memory.pointer) + 8 * place
 
     # --- running ----------------------------------------------------------------------------------
 
@@ -265,19 +230,28 @@ class GpuProgram:
             made.use(self.index)
             stream = streams.current_handle(self.index)
             if stream != self.stream:
-                if self.stream >= 0:
-                    streams.wait(stream, self.stream, self.index)
-                self.stream = stream
+                self._go_to(stream)
             results = words[len(self.given) :]
             self._place(words, results)
             self._take(words, stream)
             if self.graph is None:
-                with self._stage("capture"):
+                with stage(self.stages, "capture"):
                     self.graph = capture(self.index, self.enqueue)
             self.graph.launch(stream)
             for port, word in zip(self.results, results, strict=True):
                 if port.slot is not None:
                     made.copy_on_device(word, port.pointer, port.nbytes, stream)
+
+    def _go_to(self, stream: int) -> None:
+        """Run on another stream than before."""
+        if self.stream >= 0:
+            streams.wait(stream, self.stream, self.index)
+        self.stream = stream
+        ports = (*self.arguments.values(), *self.results)
+        slots = [port.slot for port in ports if port.slot is not None]
+        own = (self.arena, self.scratch, self.word_memory, *self.constants, *slots)
+        for storage in (*own, *self.uploads.values()):
+            storage.record_stream(stream)
 
     def _place(self, words: Sequence[int], results: Sequence[int]) -> None:
         """See to it that the graph reads arguments and writes results where they are."""
@@ -301,30 +275,32 @@ class GpuProgram:
         for i, word in zip(self.given, words, strict=False):
             port = self.arguments.get(i)
             if port is None:
-                bits, place = bits_of(word), self.numbers[i]
+                bits, place = bits_of(word), self.number_places[i]
                 if self.words[place] != bits:
                     self.words[place] = bits
                     changed = True
             elif port.slot is not None and port.nbytes:
-                move = made.copy_to_device if port.on_host else made.copy_on_device
-                move(port.pointer, word, port.nbytes, stream)
+                if port.on_host:
+                    from_host(self.index, port.pointer, word, port.nbytes, stream)
+                else:
+                    made.copy_on_device(port.pointer, word, port.nbytes, stream)
         for i, storage in self.uploads.items():
-            made.copy_to_device(storage.pointer, self.state[i], storage.nbytes, stream)
+            from_host(self.index, storage.pointer, self.state[i], storage.nbytes, stream)
         if changed:
-            address, size = self.words.ctypes.data, 8 * len(self.numbers)
+            address, size = self.words.ctypes.data, 8 * len(self.number_places)
             made.copy_to_device(self.word_memory.pointer, address, size, stream)
 
     def enqueue(self, stream: int) -> None:
         """Queue every step on a stream."""
         scratch = self.scratch.pointer
-        for launch in self.launches:
-            launch.step.enqueue(launch.words, scratch, stream)
+        for step, addresses in zip(self.steps, self.addresses, strict=True):
+            step.enqueue(addresses, scratch, stream)
 
     def rebind(self, state: Mapping[Symbol, int]) -> None:
         """Use other addresses for (some of) the state."""
         with self.lock:
             for symbol, pointer in state.items():
-                number = self.inputs.index(symbol)
+                number = self._numbers[symbol]
                 if number not in self.state:
                     raise CompileError(f"{symbol} is an argument of this program")
                 self.state[number] = pointer
@@ -344,8 +320,7 @@ class GpuProgram:
     @property
     def constant_bytes(self) -> int:
         """Bytes of the tables that kernels read."""
-        every = [*self.constants, *(s for each in self.task_constants for s in each)]
-        return sum(s.nbytes for s in every)
+        return sum(storage.nbytes for storage in self.constants)
 
     def report(self) -> str:
         """Tasks with what they cover, compute and move, what runs them; memory; compile times."""
@@ -356,10 +331,30 @@ class GpuProgram:
         return profile(self, words, runs)
 
     def __repr__(self) -> str:
-        return f"<program of {len(self.tasks)} tasks on {self.device}, {len(self.steps)} launches>"
+        tasks, launches = len(self.blueprint.tasks), len(self.steps)
+        return f"<program of {tasks} tasks on {self.device}, {launches} launches>"
 
 
-def _check_places(schedule: Schedule, device: str) -> None:
+def identity(device: str) -> tuple[object, ...]:
+    """What of a device and of this machine's libraries decides a program."""
+    made = driver()
+    properties = made.properties(device_index(device))
+    versions = sorted((name, str(version)) for name, version in made.versions().items())
+    return (
+        device, properties.name, properties.capability, properties.multiprocessor_count,
+        made.compiler_identity(), tuple(versions), are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+
+
+@contextmanager
+def stage(stages: dict[str, float], name: str) -> Iterator[None]:
+    """Count the seconds of what is done inside."""
+    started = time.perf_counter()
+    yield
+    stages[name] = stages.get(name, 0.0) + time.perf_counter() - started
+
+
+def check_places(schedule: Schedule, device: str) -> None:
     """Raise where something other than the inputs is on the CPU."""
     for task in schedule.tasks:
         for symbol in task.outputs:

@@ -16,12 +16,11 @@ def report(program: GpuProgram) -> str:
     name."""
     numbers = {step.text: k for k, step in enumerate(program.kernels)}
     runs: dict[int, list[str]] = {}
-    for launch in program.launches:
-        step = launch.step
+    for launch, step in zip(program.blueprint.launches, program.steps, strict=True):
         told = f"[{numbers[step.text]}]" if step.text else step.name
         runs.setdefault(launch.task, []).append(told)
     rows = [["task", "FLOPs", "read", "written", "runs", "name", "covers"]]
-    for t, info in enumerate(program.tasks):
+    for t, info in enumerate(program.blueprint.tasks):
         rows.append(
             [
                 str(t),
@@ -39,14 +38,15 @@ def report(program: GpuProgram) -> str:
 def head_of(program: GpuProgram) -> str:
     """Counts, memory, and the seconds of compiling."""
     calls = sum(not s.text for s in program.steps)
-    plan = program.plan
+    arena = program.blueprint.arena
+    results = sum(port.nbytes for port in program.results)
     counts = (
-        f"{len(program.tasks)} tasks, {len(program.steps)} launches in one graph on "
+        f"{len(program.blueprint.tasks)} tasks, {len(program.steps)} launches in one graph on "
         f"{program.device}: {len(program.kernels)} kernels, {calls} library calls"
     )
     memory = (
-        f"planned peak {readable(program.peak)}: arena {readable(plan.arena)}, results "
-        f"{readable(plan.peak - plan.arena)}, scratch {readable(program.scratch.nbytes)}; "
+        f"planned peak {readable(program.peak)}: arena {readable(arena)}, results "
+        f"{readable(results)}, scratch {readable(program.scratch.nbytes)}; "
         f"beside it constants {readable(program.constant_bytes)}"
     )
     return "\n".join([counts, memory, stage_line(program.stages)])

@@ -1,4 +1,4 @@
-"""What a lowering asks of a GPU, made ready to launch.
+"""What a lowering asks of a GPU: as plain data, which the disk can keep, and ready to launch.
 
 Invariant: a step depends on kernels and sizes alone; addresses are given with every launch, as one
 64-bit word for each operand, so a step serves eager calls and the capture of a graph alike.
@@ -8,15 +8,91 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from flame.core.errors import CompileError, UnsupportedError
-from flame.kernel.builder import Bound, BoundCall, BoundFill, BoundKernel, BoundSource, Ref
-from flame.kernel.geometry import KernelLaunch
+from flame.core.errors import UnsupportedError
+from flame.kernel.builder import Bound, BoundCall, BoundFill, BoundKernel, Ref
+from flame.kernel.library import Problem
 from flame.render.cuda import render
 from flame.runtime.cuda import modules
 from flame.runtime.cuda.driver import Dim, driver
+
+Refs = tuple[Ref | None, ...]
+
+
+# --- plain data -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel's text and launch. Arguments: operands, the address of ``scratch`` bytes of device
+    memory if that is not 0, then ``sizes``. by_pointer: numbers arrive as pointers to words."""
+
+    name: str
+    operands: Refs
+    text: str
+    symbol: str
+    grid: Dim
+    block: Dim
+    shared: int
+    scratch: int
+    sizes: tuple[int, ...]
+    by_pointer: bool
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """A call of a library."""
+
+    name: str
+    operands: Refs
+    problem: Problem
+    by_pointer: bool = True
+
+
+@dataclass(frozen=True)
+class FillSpec:
+    """Bytes that are all set alike."""
+
+    name: str
+    operands: Refs
+    nbytes: int
+    byte: int
+    by_pointer: bool = True
+
+
+Spec = KernelSpec | CallSpec | FillSpec
+
+
+def specs_of(lowered: Iterable[Bound], *, by_pointer: bool) -> list[Spec]:
+    """Kernels and calls in order, without those that have nothing to do.
+
+    by_pointer: whether generated kernels get numbers of the call as pointers to their words; others
+    always do.
+    """
+    return [_spec(bound, by_pointer=by_pointer) for bound in lowered if bound.extent]
+
+
+def _spec(bound: Bound, *, by_pointer: bool) -> Spec:
+    if isinstance(bound, BoundKernel):
+        made = render(bound, by_pointer=by_pointer)
+        return KernelSpec(
+            bound.kernel.name, bound.operands, made.text, made.symbol, made.grid, made.block,
+            made.shared, made.scratch, (*bound.sizes, bound.extent), by_pointer,
+        )  # fmt: skip
+    if isinstance(bound, BoundCall):
+        return CallSpec(bound.name, bound.operands, bound.problem)
+    if isinstance(bound, BoundFill):
+        return FillSpec(bound.name, bound.operands, bound.nbytes, bound.byte)
+    return KernelSpec(
+        bound.name, bound.operands, bound.text, bound.symbol, bound.grid, bound.block,
+        bound.shared, 0, bound.sizes, by_pointer=True,
+    )  # fmt: skip
+
+
+# --- ready to launch ------------------------------------------------------------------------------
 
 
 class GpuStep(Protocol):
@@ -26,7 +102,6 @@ class GpuStep(Protocol):
     name: str
     scratch: int
     text: str
-    operands: tuple[Ref | None, ...]
 
     def enqueue(self, words: Sequence[int], scratch: int, stream: int) -> None:
         """Queue it: a word (pointer or number; 0 for what is left out) for each operand, and the
@@ -34,25 +109,20 @@ class GpuStep(Protocol):
 
 
 class KernelStep:
-    """A kernel with its launch. Arguments: operands, scratch if any, sizes."""
+    """A kernel on a device."""
 
-    def __init__(
-        self, name: str, text: str, function: int, operands: tuple[Ref, ...], launch: _Launch
-    ) -> None:
-        self.name, self.text = name, text
-        self.operands: tuple[Ref | None, ...] = operands
-        self.scratch: int = launch.scratch
-        self._count = len(operands)
-        tail: list[int] = ([0] if launch.scratch else []) + list(launch.sizes)
-        self._words: Any = (ctypes.c_int64 * max(self._count + len(tail), 1))()
-        self._words[self._count : self._count + len(tail)] = tail  # type: ignore[assignment]
-        base = ctypes.addressof(self._words)
-        self._addresses = (ctypes.c_void_p * max(len(self._words), 1))(
-            *[base + 8 * i for i in range(len(self._words))]
-        )
+    def __init__(self, spec: KernelSpec, function: int) -> None:
+        self.name, self.text, self.scratch = spec.name, spec.text, spec.scratch
+        self._count = len(spec.operands)
+        tail = [*([0] if spec.scratch else []), *spec.sizes]
+        words: Any = (ctypes.c_int64 * max(self._count + len(tail), 1))()
+        words[self._count : self._count + len(tail)] = tail
+        base = ctypes.addressof(words)
+        self._words = words
+        self._addresses = (ctypes.c_void_p * len(words))(*[base + 8 * i for i in range(len(words))])
         self._arguments = ctypes.addressof(self._addresses)
         self._launch = driver().launch
-        self._fixed = (function, launch.grid, launch.block, launch.shared)
+        self._fixed = (function, spec.grid, spec.block, spec.shared)
         self._lock = threading.Lock()  # the words are read when the launch returns
 
     def enqueue(self, words: Sequence[int], scratch: int, stream: int) -> None:
@@ -64,30 +134,19 @@ class KernelStep:
             self._launch(*self._fixed, stream, self._arguments)
 
 
-class _Launch:
-    """Grid, block and what is passed beside the operands."""
-
-    def __init__(
-        self, grid: Dim, block: Dim, shared: int, scratch: int, sizes: tuple[int, ...]
-    ) -> None:
-        self.grid, self.block, self.shared = grid, block, shared
-        self.scratch, self.sizes = scratch, sizes
-
-
 class CallStep:
-    """A call of a library."""
+    """A library's plan on a device."""
 
     text = ""
 
-    def __init__(self, bound: BoundCall, device: int) -> None:
-        prepared = driver().prepare(bound.problem, device)
+    def __init__(self, spec: CallSpec, device: int) -> None:
+        prepared = driver().prepare(spec.problem, device)
         if prepared is None:
             raise UnsupportedError(
-                f"no library takes this {bound.name} on a GPU, and it has no kernel of its own: "
-                f"{bound.problem}"
+                f"no library takes this {spec.name} on a GPU, and it has no kernel of its own: "
+                f"{spec.problem}"
             )
-        self.name, self.operands = prepared.name, bound.operands
-        self.scratch = prepared.workspace
+        self.name, self.scratch = prepared.name, prepared.workspace
         self._enqueue = prepared.enqueue
 
     def enqueue(self, words: Sequence[int], scratch: int, stream: int) -> None:
@@ -100,47 +159,23 @@ class FillStep:
     text = ""
     scratch = 0
 
-    def __init__(self, bound: BoundFill) -> None:
-        self.name = bound.name
-        self.operands: tuple[Ref | None, ...] = bound.operands
-        self._byte, self._nbytes = bound.byte, bound.nbytes
+    def __init__(self, spec: FillSpec) -> None:
+        self.name = spec.name
+        self._byte, self._nbytes = spec.byte, spec.nbytes
         self._fill = driver().fill
 
     def enqueue(self, words: Sequence[int], scratch: int, stream: int) -> None:
         self._fill(words[0], self._byte, self._nbytes, stream)
 
 
-def steps_of(lowered: Iterable[Bound], device: int, *, by_pointer: bool) -> list[GpuStep]:
-    """The steps of kernels and calls in order, compiled together where neither cache has them.
-
-    by_pointer: whether generated kernels get numbers of the call as pointers to their words.
-    """
-    bounds = [b for b in lowered if b.extent]
-    rendered = [
-        render(b, by_pointer=by_pointer) if isinstance(b, BoundKernel) else None for b in bounds
-    ]
-    wanted: list[tuple[str, str, int]] = []
-    for bound, launch in zip(bounds, rendered, strict=True):
-        if launch is not None:
-            wanted.append((launch.text, launch.symbol, launch.shared))
-        elif isinstance(bound, BoundSource):
-            wanted.append((bound.text, bound.symbol, bound.shared))
-    functions = iter(modules.load_many(device, wanted))
-    return [_step(b, launch, functions, device) for b, launch in zip(bounds, rendered, strict=True)]
+def load(specs: Sequence[Spec], device: int) -> list[GpuStep]:
+    """Steps on a device; kernels are compiled together where neither cache has them."""
+    kernels = [s for s in specs if isinstance(s, KernelSpec)]
+    functions = iter(modules.load_many(device, [(s.text, s.symbol, s.shared) for s in kernels]))
+    return [_step(spec, functions, device) for spec in specs]
 
 
-def _step(bound: Bound, launch: KernelLaunch | None, functions: Any, device: int) -> GpuStep:
-    if isinstance(bound, BoundKernel):
-        assert launch is not None
-        shape = _Launch(
-            launch.grid, launch.block, launch.shared, launch.scratch, (*bound.sizes, bound.extent)
-        )
-        return KernelStep(bound.kernel.name, launch.text, next(functions), bound.operands, shape)
-    if isinstance(bound, BoundSource):
-        shape = _Launch(bound.grid, bound.block, bound.shared, 0, bound.sizes)
-        return KernelStep(bound.name, bound.text, next(functions), bound.operands, shape)
-    if isinstance(bound, BoundCall):
-        return CallStep(bound, device)
-    if isinstance(bound, BoundFill):
-        return FillStep(bound)
-    raise CompileError(f"a GPU cannot run {bound!r}")
+def _step(spec: Spec, functions: Iterator[int], device: int) -> GpuStep:
+    if isinstance(spec, KernelSpec):
+        return KernelStep(spec, next(functions))
+    return CallStep(spec, device) if isinstance(spec, CallSpec) else FillStep(spec)

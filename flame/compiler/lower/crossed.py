@@ -10,11 +10,13 @@ from __future__ import annotations
 from flame.compiler.lower.rows import RowKernel, Write, finish_fold, total_of
 from flame.compiler.lower.scalars import Scalars
 from flame.compiler.lower.space import Space
+from flame.core.dtypes import DType
 from flame.core.types import tensor_type
 from flame.graph import Node, tensor_of
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Operand
 from flame.kernel.values import Value, cast, const
+from flame.ops import schedules
 from flame.ops.norm_kernels import PARTS
 from flame.ops.reductions import COLUMNS, Reduction
 from flame.ops.rows import Index, Rows, unroll_for
@@ -37,7 +39,9 @@ class _Crossed(RowKernel):
     def __init__(self, space: Space) -> None:
         super().__init__(space)
         (self.total,), (self.length,) = self.rows.kept.sizes, self.rows.row.sizes
-        self.step = -(-self.total // PARTS)
+        gpu = space.on_gpu
+        most = schedules.row_runs(self.total, self._row_bytes()) if gpu else PARTS
+        self.step = -(-self.total // most)
         self.parts = -(-self.total // self.step)
         self.sums = [node for node in space.nodes if node in space.crossed]
         self.room: dict[Node, Operand] = {}
@@ -45,6 +49,20 @@ class _Crossed(RowKernel):
         for i, node in enumerate(self.sums):
             type_ = tensor_type(total_of(node), (self.parts, self.length))
             self.room[node] = self.k.tensor("temporary", i, type_)
+        self.own: dict[Node, Operand] = {}  # sums in registers, until a run's end
+        if gpu and self.length <= schedules.HELD:
+            room = (schedules.power_of_two(self.length),)
+            self.own = {node: self.k.local(total_of(node), room) for node in self.sums}
+
+    def _row_bytes(self) -> int:
+        space = self.space
+        return self.length * max(a.type.dtype.itemsize for a in (*space.accesses, *space.stores))
+
+    def _place_of(self, node: Node, i: Value) -> tuple[Operand, Index]:
+        """Where a run's sum at a place of the row stands."""
+        if node in self.own:
+            return self.own[node], (i,)
+        return self.room[node], (self.part, i)
 
     def lowering(self) -> Lowering:
         k = self.k
@@ -52,21 +70,53 @@ class _Crossed(RowKernel):
         work = self.step * self.length * self.passes.count
         with k.parallel(self.parts, work=work) as (self.part,):
             begin = self.part * run
-            for node, room in self.room.items():
+            for node in self.sums:
                 with k.vector(size, self.loops.unroll) as i:
-                    k.store(room, (self.part, i), const(0, total_of(node)))
+                    k.store(*self._place_of(node, i), const(0, total_of(node)))
             with k.loop(values.binary("min", total - begin, run)) as offset:
                 self.visit((begin + offset,))
+            for node, own in self.own.items():
+                with k.vector(size, self.loops.unroll) as i:
+                    k.store(self.room[node], (self.part, i), own[i])
         nbytes = [self.parts * self.length * total_of(n).itemsize for n in self.sums]
+        if self.space.on_gpu:
+            return self._summed_on_gpu(nbytes)
         totals = [self._sum(i, node) for i, node in enumerate(self.sums)]
         return Lowering((k.bind(), *totals), tuple(nbytes))
+
+    def _summed_on_gpu(self, nbytes: list[int]) -> Lowering:
+        """The kernel, then the runs in two steps; see `schedules.sum_runs`."""
+        found, kernels = list(nbytes), [self.k.bind()]
+        for i, node in enumerate(self.sums):
+            type_ = tensor_type(total_of(node), (self.parts, self.length))
+            position, stride, dtype = self._target(node)
+            out = tensor_type(dtype, (self.length,), (stride,))
+
+            def finish(k: KernelBuilder, total: Value, node: Node = node) -> Value:
+                return finish_fold(node, total, k.size(self.total))
+
+            more, rest = schedules.sum_runs(
+                [(i, type_)], [(position, out)], len(found), finish=finish
+            )
+            kernels += more
+            found += rest
+        return Lowering(tuple(kernels), tuple(found))
+
+    def _target(self, node: Node) -> tuple[int, int, DType]:
+        """Number, stride and dtype of the output that a crossed sum is."""
+        position, store = next(
+            (i, s) for i, s in enumerate(self.space.stores) if s.symbol is node.outputs[0]
+        )
+        accesses = (*self.space.accesses, *self.space.stores)
+        (stride,) = self.rows.row.strides[1 + accesses.index(store)]
+        return position, stride, store.type.dtype
 
     def more(self, number: int, index: Index, scalars: Scalars) -> list[Write]:
         made: list[Write] = []
         for node in self.passes.crossed(number):
             assert isinstance(node.op, Reduction)
-            room, total = self.room[node], total_of(node)
-            place = (self.part, index[-1])
+            total = total_of(node)
+            room, place = self._place_of(node, index[-1])
             prepared = node.op.prepared(tensor_of(node.inputs[0]).dtype, total)
             made.append(
                 (room, place, room[place] + cast(prepared(scalars.operand(node, 0)), total))
@@ -79,12 +129,8 @@ class _Crossed(RowKernel):
         source = k.tensor(
             "temporary", which, tensor_type(total_of(node), (self.parts, self.length))
         )
-        position, store = next(
-            (i, s) for i, s in enumerate(self.space.stores) if s.symbol is node.outputs[0]
-        )
-        accesses = (*self.space.accesses, *self.space.stores)
-        (stride,) = self.rows.row.strides[1 + accesses.index(store)]
-        out = k.tensor("output", position, tensor_type(store.type.dtype, (self.length,), (stride,)))
+        position, stride, dtype = self._target(node)
+        out = k.tensor("output", position, tensor_type(dtype, (self.length,), (stride,)))
         size, parts, count = k.size(self.length), k.size(self.parts), k.size(self.total)
         with k.parallel(-(-self.length // COLUMNS), work=self.parts * COLUMNS) as (block,):
             start = block * COLUMNS

@@ -25,14 +25,17 @@ from flame.compiler.lower.scalars import weight_of
 from flame.compiler.lower.space import Access, Space
 from flame.graph import Node, tensor_of
 from flame.kernel.builder import Lowering
+from flame.ops import schedules
 from flame.ops.loops import broadcast_strides
 from flame.ops.reductions import Reduction
+from flame.ops.rows import Rows
 
 MAX_OPERANDS = 24
 MAX_WEIGHT = 640
 ROW = 32768  # points of the longest row that is visited several times
 ROW_ACROSS = 2048  # points of the longest row beside others
 ROWS = 8  # rows that are enough to share among threads
+CUT = 4  # parts of rows side by side that are worth a second kernel
 SMALL = 65536  # points of all loops below which one thread does
 
 
@@ -64,6 +67,9 @@ def kind_of(space: Space) -> Kind:
     few = length * count <= SMALL
     if space.crossed and not can_cross(space, rows):
         raise Mismatch
+    if space.on_gpu and _in_parts(space, rows):
+        _check_vectors(space, len(space.loops) - 1)
+        return PARTS
     if few or (length <= (ROW_ACROSS if rows.columns else ROW) and count >= ROWS):
         classes = [atom in space.reduced for atom in space.loops]
         wanted = not rows.columns
@@ -74,6 +80,15 @@ def kind_of(space: Space) -> Kind:
         raise Mismatch
     _check_vectors(space, len(space.loops) - 1)
     return PARTS
+
+
+def _in_parts(space: Space, rows: Rows) -> bool:
+    """Whether rows of a GPU are better cut: they are few or lie side by side, and only reduced."""
+    if space.crossed or not space.reduced or _uses_results(space):
+        return False
+    if rows.columns:
+        return schedules.column_parts(rows.length, rows.count) >= CUT
+    return schedules.row_parts(rows.length, rows.count) > 1
 
 
 def _weight(space: Space) -> int:

@@ -24,9 +24,12 @@ from flame.graph import Node, Symbol
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering
 from flame.kernel.values import Register, Value, const
+from flame.ops import schedules
 from flame.ops.loops import Nest, coalesce
 from flame.ops.reductions import CHUNK, COLUMNS, Reduction
 from flame.ops.rows import unroll_for
+
+SHORT_RUN = 64  # elements along memory that are few for the threads of a warp
 
 Registers = Sequence[tuple[DType, Register]]
 Place = dict[int, Value]  # counters or extents by loop
@@ -76,6 +79,7 @@ class _Parts:
         self.late_reads = self._read_by(late)
         self.early_reads = self._read_by(set(space.full))
         self.totals = [total_of(node) for node in self.folds]
+        self.gpu = space.on_gpu
 
     def _read_by(self, nodes: set[Node]) -> list[Access]:
         found = {a: None for (n, _), a in self.space.reads.items() if n in nodes}
@@ -94,19 +98,31 @@ class _Parts:
         size = self.nest.sizes[self.axis]
         self.kept_count = math.prod(a.size for a in kept)
         columns = min(self.kept_count, COLUMNS) if not self.nest.reduced[-1] else 1
-        self.step = max(1, CHUNK * size // max(count * columns, 1))
+        # short runs of memory leave threads idle, so all reduced loops are one
+        self.flat = self.gpu and self.nest.reduced[-1] and self.nest.sizes[-1] < SHORT_RUN
+        if self.flat:
+            size = count
+        if self.gpu:
+            cut = schedules.row_parts if self.nest.reduced[-1] else schedules.column_parts
+            self.step = schedules.part_step(size, min(size, cut(count, self.kept_count)))
+        else:
+            self.step = max(1, CHUNK * size // max(count * columns, 1))
         self.parts = -(-size // self.step)
         first = self._first(accesses)
         second = self._second()
         nbytes = [self.parts * self.kept_count * total.itemsize for total in self.totals]
         return Lowering((first, second), tuple(nbytes))
 
+    def _partial_strides(self, kept: Shape) -> Shape:
+        """Strides of partial totals (parts, *kept): a GPU sums parts that lie side by side."""
+        return (1, *(self.parts * s for s in kept)) if self.gpu else (self.kept_count, *kept)
+
     def _first(self, accesses: Sequence[Access]) -> BoundKernel:
         """Each part by itself: its point of every loop, and its totals."""
         nest = self.nest
         self.k = k = KernelBuilder(f"{kernel_name(self.space)}_parts")
         self.bound = bind(k, self.space, accesses, Nest(nest.sizes, nest.strides))
-        strides, shape = (self.kept_count, *nest.strides[-1]), (self.parts, *nest.sizes)
+        strides, shape = self._partial_strides(nest.strides[-1]), (self.parts, *nest.sizes)
         self.partial = [
             k.tensor("temporary", i, tensor_type(total, shape, strides))
             for i, total in enumerate(self.totals)
@@ -118,6 +134,12 @@ class _Parts:
         outer = [i for i, gone in enumerate(nest.reduced) if not gone and i != last]
         extents = {i: k.size(n) for i, n in enumerate(nest.sizes)}
         width = k.size(self.step)
+        if self.flat:
+            count = k.size(math.prod(n for n, r in zip(nest.sizes, nest.reduced, strict=True) if r))
+            with k.parallel(self.parts, *(nest.sizes[i] for i in outer), work=CHUNK) as counters:
+                self.part, *kept = counters
+                self._flat_run(dict(zip(outer, kept, strict=True)), extents, count, width)
+            return k.bind()
         blocks = [] if nest.reduced[last] else [-(-nest.sizes[last] // COLUMNS)]
         sizes = [nest.sizes[i] for i in outer]
         with k.parallel(self.parts, *sizes, *blocks, work=CHUNK) as (self.part, *counters):
@@ -154,6 +176,21 @@ class _Parts:
             self._visit({**place, **dict(zip(serial, counters, strict=True)), inner: v}, registers)
         self._keep(place, registers)
 
+    def _flat_run(self, place: Place, extents: Place, count: Value, width: Value) -> None:
+        """One kept point, and a range of all reduced loops taken as one."""
+        k = self.k
+        folded = [i for i, gone in enumerate(self.nest.reduced) if gone]
+        registers = [start_fold(k, node) for node in self.folds]
+        begin, self.begin = self.part * width, const(0)
+        with k.vector(values.binary("min", count - begin, width), self.unroll) as v:
+            rest, here = begin + v, dict(place)
+            for i in reversed(folded[1:]):
+                here[i] = values.binary("urem", rest, extents[i])
+                rest = values.binary("udiv", rest, extents[i])
+            here[folded[0]] = rest
+            self._visit(here, registers)
+        self._keep(place, registers)
+
     def _visit(self, place: Place, registers: Registers) -> None:
         """One point of all loops."""
         index = tuple(
@@ -181,7 +218,7 @@ class _Parts:
         accesses = [*self.late_reads, *self.kept_stores]
         nest = coalesce(sizes, [*(a.strides(kept) for a in accesses), contiguous_strides(sizes)])
         self.bound = bind(k, self.space, accesses, nest)
-        strides = (self.kept_count, *nest.strides[-1])
+        strides = self._partial_strides(nest.strides[-1])
         self.partial = [
             k.tensor("temporary", i, tensor_type(t, (self.parts, *nest.sizes), strides))
             for i, t in enumerate(self.totals)
@@ -189,12 +226,13 @@ class _Parts:
         self.numbers = numbers_of(k, self.space)
         count = k.size(math.prod(a.size for a in self.space.reduced))
         parts = k.size(self.parts)
-        if not nest.sizes:
-            with k.parallel(work=self.parts):
+        if not nest.sizes or self.gpu:
+            with k.parallel(*nest.sizes, work=self.parts) as counters:
+                index = counters if nest.sizes else ()
                 registers = [start_fold(k, node) for node in self.folds]
                 with k.vector(parts, 4) as part:
-                    self._add((part,), registers)
-                self._finish((), registers, count)
+                    self._add((part, *index), registers)
+                self._finish(index, registers, count)
             return k.bind()
         *outer_sizes, inner = nest.sizes
         blocks = -(-inner // COLUMNS)

@@ -138,7 +138,9 @@ def passes_of(space: Space) -> Passes:
     reload = {
         symbol: access
         for symbol, access in stored.items()
-        if symbol in weights and (weights[symbol] >= 4 or reads[space.flow.producer[symbol]] > 1)
+        if not space.on_gpu  # which has the row in registers
+        and symbol in weights
+        and (weights[symbol] >= 4 or reads[space.flow.producer[symbol]] > 1)
     }
     made = Passes(space, first, {}, reload, count)
     for number in range(1, count):

@@ -60,6 +60,14 @@ class Space:
         return tuple(atom.size for atom in self.loops)
 
     @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
+
+    @property
+    def device(self) -> str:
+        return tensor_of(self.nodes[0].outputs[0]).device
+
+    @property
     def kept(self) -> tuple[Atom, ...]:
         return tuple(a for a in self.loops if a not in self.reduced)
 

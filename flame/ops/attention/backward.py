@@ -60,7 +60,6 @@ class _Backward:
         assert out is not None
         assert log_sum is not None
         mask = None if mask is None else matrix(mask)
-        shift = log_sum if shift is None else shift
         shifted = None if shift is None else column(shift)
         self.types = (grad, shifted, query, key, value, mask, out, column(log_sum))
         self.outputs, self.causal, self.scale = outputs, causal, scale

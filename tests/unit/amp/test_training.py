@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,6 +79,13 @@ def test_compiled_training_is_eager_training(dtype: str) -> None:
     eager = losses(flame, models[0][1], dtype)
     compiled = losses(flame, models[1][1], dtype, compiled=True)
     np.testing.assert_allclose(compiled, eager, rtol=0.03, atol=0.02)
+
+
+def test_the_example_of_the_document_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[3] / "docs/mixed_precision.md").read_text("utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    exec(code, {"__name__": "document"})
+    assert capsys.readouterr().out.startswith("tensor(2.")
 
 
 @pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])

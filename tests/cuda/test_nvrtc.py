@@ -1,0 +1,73 @@
+"""The texts compiled by NVRTC to machine code of two generations of GPUs; no GPU is needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flame.render.cuda import render
+
+from .instruction_cases import kernels_of_many
+from .op_cases import cases_of, ops_with_kernels
+
+nvrtc: Any = pytest.importorskip(
+    "cuda.bindings.nvrtc", reason="NVRTC is not installed: pip install flame[cuda13]"
+)
+nvidia: Any = pytest.importorskip("nvidia", reason="the CUDA headers are not installed")
+
+ARCHITECTURES = ("sm_80", "sm_90a")
+EVERY = 8  # of so many ops, one is compiled here
+
+
+@cache
+def headers() -> Path:
+    """The folder of cuda_fp16.h."""
+    for root in nvidia.__path__:
+        for found in Path(root).glob("*/include/cuda_fp16.h"):
+            return found.parent
+    pytest.skip("the CUDA headers are not installed: pip install nvidia-cuda-runtime")
+
+
+def machine_code(texts: Sequence[str], architecture: str) -> bytes:
+    """All texts as one cubin, each in a namespace of its own. Fails with NVRTC's words."""
+    parts = ["#include <cuda_fp16.h>\n#include <cuda_bf16.h>\n"]
+    for number, text in enumerate(texts):
+        body = re.sub(r"^#include.*$", "", text, flags=re.MULTILINE)
+        parts.append(f"namespace text_{number} {{\n{body}\n}}\n")
+    source = "".join(parts).encode()
+    status, program = nvrtc.nvrtcCreateProgram(source, b"texts.cu", 0, [], [])
+    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS
+    options = [f"--gpu-architecture={architecture}", "-std=c++17", "-default-device",
+               f"-I{headers()}"]  # fmt: skip
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    _, size = nvrtc.nvrtcGetProgramLogSize(program)
+    log = b" " * size
+    nvrtc.nvrtcGetProgramLog(program, log)
+    assert status == nvrtc.nvrtcResult.NVRTC_SUCCESS, log.decode()[:4000]
+    assert b"warning" not in log, log.decode()[:4000]
+    _, size = nvrtc.nvrtcGetCUBINSize(program)
+    cubin = b" " * size
+    nvrtc.nvrtcGetCUBIN(program, cubin)
+    nvrtc.nvrtcDestroyProgram(program)
+    return cubin
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ops_compile(architecture: str) -> None:
+    texts: dict[str, str] = {}
+    for op in ops_with_kernels()[ARCHITECTURES.index(architecture) :: EVERY]:
+        for case in cases_of(op)[:1]:
+            texts |= {launch.symbol: launch.text for launch in case.launches if launch is not None}
+    cubin = machine_code(list(texts.values()), architecture)
+    assert cubin.startswith(b"\x7fELF")
+    assert all(symbol.encode() in cubin for symbol in texts)
+
+
+def test_every_instruction_compiles() -> None:
+    texts = [render(bound).text for bound in kernels_of_many()]
+    assert machine_code(texts, "sm_90a").startswith(b"\x7fELF")
