@@ -111,9 +111,7 @@ def _pictures(console: Console, task: Task, folder: RunFolder) -> list[Path]:
         return []
 
 
-def test(
-    path: Path, *, device: str | None, data: str | None, precision: str | None = None
-) -> int:
+def test(path: Path, *, device: str | None, data: str | None, precision: str | None) -> int:
     """Prints the accuracy of a run's checkpoint, and draws its pictures if they are missing."""
     console = Console(highlight=False, soft_wrap=True)
     task, folder, totals = runs.evaluate_checkpoint(path, device, data, precision)

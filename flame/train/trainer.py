@@ -10,7 +10,8 @@ some steps behind (`flame.train.readings`).
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import flame
@@ -87,7 +88,7 @@ class Trainer:
 
         The checkpoint is written after every epoch and on SIGINT, once the step at hand is done.
         """
-        with Interrupt() as interrupt:
+        with Interrupt() as interrupt, _reproducible(self.task):
             self._tell("on_start")
             try:
                 while not self.finished and not interrupt.requested:
@@ -184,6 +185,17 @@ class Trainer:
             ) from error
 
 
+@contextmanager
+def _reproducible(task: Task) -> Iterator[None]:
+    """The same bits on every run: on a GPU that has to be asked of NVIDIA's libraries."""
+    before = flame.are_deterministic_algorithms_enabled()
+    flame.use_deterministic_algorithms(before or task.device != "cpu")
+    try:
+        yield
+    finally:
+        flame.use_deterministic_algorithms(before)
+
+
 class _Step(NamedTuple):
     """What the host knows of a step when it queues it."""
 
@@ -215,7 +227,7 @@ def evaluate(task: Task) -> Totals:
         for count, (loss, hits) in readings.take(everything=everything):
             totals.add(loss, int(hits), count)
 
-    with flame.no_grad():
+    with flame.no_grad(), _reproducible(task):
         for images, labels in prefetch_to_device(task.test_batches, task.device):
             with task.autocast():
                 logits = task.model(images)
