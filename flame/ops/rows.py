@@ -117,11 +117,11 @@ class RowLoops:
         elif self.flat and limit is None:
             total = k.size(self.rows.length)
             with k.vector(total, self.unroll) as rest:
-                inner = []
+                places: list[Value] = []
                 for size in reversed(sizes[1:]):
-                    inner.insert(0, values.binary("urem", rest, size))
+                    places.insert(0, values.binary("urem", rest, size))
                     rest = values.binary("udiv", rest, size)
-                yield (*kept, rest, *inner)
+                yield (*kept, rest, *places)
         else:
             with k.nest(sizes[:-1]) as inner, k.vector(sizes[-1], self.unroll) as last:
                 yield (*kept, *inner, last)

@@ -128,5 +128,6 @@ def _add_bias(bias: TensorType, ref: Ref, out: TensorType) -> BoundKernel:
         nest,
         lambda i: k.store(target, i, cast(target[i], wide) + cast(given[i], wide)),
         light=True,
+        device=out.device,
     )
     return k.bind()
