@@ -42,8 +42,11 @@ def records(run: Path) -> list[dict[str, object]]:
     return [{**json.loads(line), "time": 0} for line in lines]
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
-@pytest.mark.parametrize("eager", [(), ("--eager",)], ids=["compiled", "eager"])
+@pytest.mark.parametrize(
+    ("precision", "eager"),
+    [("float32", ()), ("fp16", ()), ("bf16", ("--eager",))],
+    ids=["compiled-float32", "compiled-fp16", "eager-bf16"],
+)
 def test_a_run_is_trained_resumed_and_tested(
     tmp_path: Path,
     precision: str,
