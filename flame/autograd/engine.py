@@ -16,9 +16,11 @@ from flame.autograd.mode import mode, set_grad_enabled
 from flame.autograd.node import Edge, Node
 from flame.core.autocast import as_then, autocast
 from flame.core.errors import DTypeError, GradientError, ShapeError
+from flame.core.types import TensorType
 from flame.ops.arithmetic import add
 from flame.ops.conversion import convert
 from flame.ops.creation import ones_like, zeros
+from flame.ops.op import empty_of
 from flame.ops.reductions import sum_to
 
 
@@ -273,8 +275,10 @@ def _accumulate(leaf: Any, grad: Any, create_graph: bool) -> None:
     grad = _leaf_hooks(leaf, grad)
     if leaf.grad is None:
         exclusive = sys.getrefcount(grad) <= 4 and sys.getrefcount(grad.storage) <= 2
-        if create_graph or (exclusive and grad.type.dense):
+        if create_graph or (exclusive and _lies_well(grad.type, leaf.type)):
             leaf.grad = grad
+        elif leaf.type.device != "cpu" and leaf.type.dense:
+            leaf.grad = empty_of(leaf.type).copy_(grad)
         else:
             leaf.grad = grad.clone()
     elif create_graph:
@@ -283,6 +287,14 @@ def _accumulate(leaf: Any, grad: Any, create_graph: bool) -> None:
         leaf.grad.add_(grad)
     for hook in list((leaf.after_hooks or {}).values()):
         hook(leaf)
+
+
+def _lies_well(grad: TensorType, leaf: TensorType) -> bool:
+    """Whether a gradient can be a leaf's own as it lies: on a GPU in the leaf's order of memory, so
+    that an optimizer's kernels read lines of both."""
+    if leaf.device == "cpu" or not leaf.dense:
+        return grad.dense
+    return grad.strides == leaf.strides or (grad.contiguous and leaf.contiguous)
 
 
 def _keep_grad(tensor: Any, grad: Any, create_graph: bool) -> None:

@@ -68,6 +68,11 @@ class TensorType:
         return tensor_type, (self.dtype, self.shape, self.strides, self.device)
 
     @property
+    def repeats(self) -> bool:
+        """Whether elements share memory, as in an expanded tensor."""
+        return any(s == 0 and n > 1 for s, n in zip(self.strides, self.shape, strict=True))
+
+    @property
     def dense(self) -> bool:
         """Whether the elements fill their span without gaps or overlap, in whatever order."""
         return self.span == self.numel and _non_overlapping(self.shape, self.strides)
@@ -122,8 +127,27 @@ def on_device(type_: TensorType, device: str) -> TensorType:
 def like_strides(shape: Shape, model: TensorType) -> Shape:
     """Dense strides for ``shape`` in the memory order of ``model``, which has the same shape.
 
-    Elementwise results keep the layout of their operand, as in PyTorch's preserve_format.
+    Elementwise results keep the layout of their operand, as in PyTorch's preserve_format. On the
+    CPU a model with gaps gives row-major results; on a GPU, whose kernels read a line of memory at
+    once, its order counts too.
     """
-    if model.contiguous or not model.dense:
+    if model.contiguous:
         return contiguous_strides(shape)
-    return model.strides
+    if model.dense:
+        return model.strides
+    return contiguous_strides(shape) if model.device == "cpu" else ordered_strides(shape, model)
+
+
+def ordered_strides(shape: Shape, model: TensorType) -> Shape:
+    """Dense strides for ``shape`` with the dimensions in the memory order of ``model``, which has
+    as many; row-major where elements of ``model`` share memory."""
+    if model.repeats:
+        return contiguous_strides(shape)
+    # dimensions of one element say nothing: they stay beside the one before them
+    every = sorted(range(len(shape)), key=lambda d: -model.strides[d])
+    order = [d for d in every if model.shape[d] > 1]
+    for d in range(len(shape)):
+        if model.shape[d] <= 1:
+            order.insert(order.index(d - 1) + 1 if d - 1 in order else 0, d)
+    dense = contiguous_strides(tuple(shape[d] for d in order))
+    return tuple(dense[order.index(d)] for d in range(len(shape)))

@@ -139,9 +139,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
   const int own_end = (int)(KEYS ? key_length : length);
   const int stream_end = (int)(KEYS ? length : key_length);
   const int tiles = (own_end + ROWS - 1) / ROWS;
-  const int number = (int)(blockIdx.x / tiles), turn = (int)(blockIdx.x % tiles);
+  const int number = (int)(blockIdx.x / tiles), place = (int)(blockIdx.x % tiles);
   // Causal: the longest first, which are the last queries, or the first keys.
-  const int first = (CAUSAL && !KEYS ? tiles - 1 - turn : turn) * ROWS;
+  const int first = (CAUSAL && !KEYS ? tiles - 1 - place : place) * ROWS;
   const i64 owners = KEYS ? gradient_heads : heads;
   const i64 batch = number / owners, owner = number % owners;
   const int group = (int)(heads / owners);  // query heads that this block sums over
@@ -168,17 +168,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
                                threshold, gain_bits);
 #endif
 
-  // The passes: for each head of the group, the stream from `begin` on.
+  // What is streamed, for each head of the group.
   const int begin = CAUSAL && KEYS ? first / COLUMNS * COLUMNS : 0;
   const int last = CAUSAL && !KEYS ? smaller(key_length, first + ROWS) : stream_end;
-  const int per_head = last > begin ? (last - begin + COLUMNS - 1) / COLUMNS : 0;
-  const int passes = per_head * group;
 
   // Starts to copy one pass's tiles, and draws what it drops.
-  auto load_stage = [&](int pass) {
-    unsigned char* stage = stages + pass % 2 * STAGE_BYTES;
-    const int member = KEYS ? pass / per_head : 0;
-    const int column = begin + (pass - member * per_head) * COLUMNS;
+  auto load_stage = [&](unsigned char* stage, int member, int column) {
     Rows rows = KEYS ? q_rows : k_rows, v_part = KEYS ? grad_rows : v_rows;
     if (KEYS) {
       rows.base += member * q_head;
@@ -187,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
     load_tile<COLUMNS, HEAD, THREADS>(stage, rows, column, stream_end);
     load_tile<COLUMNS, HEAD_V, THREADS>(stage + STREAM_BYTES, v_part, column, stream_end);
     if (KEYS) {
-      for (int i = (int)threadIdx.x; i < 2 * COLUMNS; i += THREADS) {
+      for (int i = thread_anew(); i < 2 * COLUMNS; i += THREADS) {
         const int place = column + i % COLUMNS;
         const float* source = (i < COLUMNS ? log_sum : delta) + member * length;
         const bool valid = place < stream_end;
@@ -212,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
   }
   load_tile<ROWS, HEAD, THREADS>(memory, KEYS ? k_rows : q_rows, first, own_end);
   if (FIRST) load_tile<ROWS, HEAD_V, THREADS>(own_v, KEYS ? v_rows : grad_rows, first, own_end);
-  if (passes) load_stage(0);
+  if (begin < last) load_stage(stages, 0, begin);
 
   Queries queries;
   if (!KEYS) {
@@ -231,15 +226,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
   clear(second_sums);
 
 #pragma unroll 1
-  for (int pass = 0; pass < passes; ++pass) {
-    const int member = KEYS ? pass / per_head : 0;
-    const int column = begin + (pass - member * per_head) * COLUMNS;
-    unsigned char* stage = stages + pass % 2 * STAGE_BYTES;
+  for (int member = 0, column = begin, turn = 0; begin < last && member < group; turn ^= 1) {
+    unsigned char* stage = stages + turn * STAGE_BYTES;
+    const bool head_ends = column + COLUMNS >= last;
+    const int next_member = member + head_ends, next = head_ends ? begin : column + COLUMNS;
     const SharedAddress stream = shared_address(stage);
     const SharedAddress stream_v = shared_address(stage + STREAM_BYTES);
     copy_wait<0>();
     __syncthreads();  // this pass's tiles are there, and all are done with the other stage
-    if (pass + 1 < passes) load_stage(pass + 1);
+    if (next_member < group)
+      load_stage(stages + (turn ^ 1) * STAGE_BYTES, next_member, next);
     queries.staged = (const float*)(stage + STREAM_BYTES + STREAM_V_BYTES);
 #if MASK
     scores.mask = mask + batch * mask_batch + (first_head + member) * mask_head;
@@ -277,6 +273,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
       slopes_of(slopes, tile, queries);
       multiply_columns<HEAD>(first_sums, slopes, stream);
     }
+    member = next_member;
+    column = next;
   }
 
   float scale = (float)number_of(scale_bits), gain = 1.0f;

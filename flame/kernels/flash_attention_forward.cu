@@ -87,21 +87,23 @@ __device__ __forceinline__ void exponentiate(
       peak[m][half] = above ? found : state.peak[m][half];
       moves = moves || above;
     }
+  float fade[M_TILES][2];
+#pragma unroll
+  for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float base = finite_base(peak[m][half], factor);
+      fade[m][half] = power_of_2(state.peak[m][half] * factor - base);
+      state.sum[m][half] *= fade[m][half];
+      state.peak[m][half] = peak[m][half];
+    }
   if (__any_sync(0xffffffffu, moves)) {
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float base = finite_base(peak[m][half], factor);
-        const float fade = power_of_2(state.peak[m][half] * factor - base);
-        state.sum[m][half] *= fade;
-        state.peak[m][half] = peak[m][half];
+      for (int n = 0; n < V_TILES; ++n)
 #pragma unroll
-        for (int n = 0; n < V_TILES; ++n) {
-          sums[m][n][2 * half] *= fade;
-          sums[m][n][2 * half + 1] *= fade;
-        }
-      }
+        for (int i = 0; i < 4; ++i) sums[m][n][i] *= fade[m][i / 2];
   }
 #pragma unroll
   for (int m = 0; m < M_TILES; ++m)
@@ -199,8 +201,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_fo
 ) {
   DYNAMIC_SHARED(memory);
   const int tiles = (int)((length + ROWS - 1) / ROWS);
-  const int number = (int)(blockIdx.x / tiles), turn = (int)(blockIdx.x % tiles);
-  const int first = (CAUSAL ? tiles - 1 - turn : turn) * ROWS;  // causal: the longest rows first
+  const int number = (int)(blockIdx.x / tiles);
+  const int first = (tiles - 1 - (int)(blockIdx.x % tiles)) * ROWS;  // the longest first, if causal
   const i64 batch = number / heads, head = number % heads, key_head = head / (heads / key_heads);
   const int warp = (int)(threadIdx.x / 32), own_row = warp * M_TILES * 16, end = (int)length;
   const Rows q_rows = rows_of(q + batch * q_batch + head * q_head, q_row);

@@ -42,8 +42,8 @@ struct KeepBits {
       }
   }
 
-  // Rows of the tile are keys, columns queries: bits that draw_by_columns left in shared memory, for
-  // a warp whose first row is `row`.
+  // Rows of the tile are keys, columns queries: bits that draw_by_columns left in shared memory,
+  // for a warp whose first row is `row`.
   template <int OWN>
   __device__ __forceinline__ void read_columns(const u16* drawn, int row) {
     const int lane = (int)(threadIdx.x % 32);

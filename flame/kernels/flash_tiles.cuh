@@ -37,8 +37,8 @@ __device__ __forceinline__ Rows rows_of(const u16* base, i64 step) {
   return Rows{base, step, fits_16_bytes(base, step)};
 }
 
-// A thread's share of an aligned tile. Where chunks divide the threads it keeps its column, and goes
-// from row to row by additions. WHOLE: no row is behind the end.
+// A thread's share of an aligned tile. Where chunks divide the threads it keeps its column, and
+// goes from row to row by additions. WHOLE: no row is behind the end.
 template <int ROWS, int E, int THREADS, bool WHOLE>
 __device__ __forceinline__ void load_chunks(
     SharedAddress target, const Rows& rows, int first, int end) {

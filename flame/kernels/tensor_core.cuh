@@ -40,8 +40,8 @@ __device__ __forceinline__ SharedAddress shared_address(void* place) {
 }
 #endif
 
-// threadIdx.x, read anew at each call: what is made of it is then made again in each pass of a loop,
-// where the compiler would keep it in registers that accumulators need.
+// threadIdx.x, read anew at each call: what is made of it is then made again in each pass of a
+// loop, where the compiler would keep it in registers that accumulators need.
 __device__ __forceinline__ int thread_anew() {
 #ifdef FLAME_HOST
   return (int)threadIdx.x;

@@ -158,6 +158,10 @@ def _reference_gelu(z: Any) -> tuple[Any, Any]:
     return OPS["gelu_tanh"].reference(z), z
 
 
+def _double(*shape: int) -> Arg:
+    return Arg(shape, kind="double")
+
+
 def _infer_gelu_product(types: Types) -> TensorType:
     g, weight, z = (type_of(t) for t in types)
     if not g.dtype is weight.dtype is z.dtype or g.dtype.kind != "f":
@@ -200,10 +204,8 @@ matmul_gelu_backward = Op(
     flops=lambda types, outputs: 2 * outputs[0].numel * type_of(types[0]).shape[-1],
     reference=lambda g, weight, z: _reference_slope(g @ weight, z),
     samples=[
-        Sample((Arg((5, 4), kind="double"), Arg((4, 3), kind="double"), Arg((5, 3), kind="double"))),
-        Sample(
-            (Arg((2, 40), kind="double"), Arg((40, 70), kind="double"), Arg((2, 70), kind="double"))
-        ),
+        Sample((_double(5, 4), _double(4, 3), _double(5, 3))),
+        Sample((_double(2, 40), _double(40, 70), _double(2, 70))),
     ],
 )  # fmt: skip
 
@@ -216,7 +218,7 @@ def _reference_slope(product: Any, z: Any) -> Any:
     return (product * slope).astype(z.dtype)
 
 
-# --- for users --------------------------------------------------------------------------------------
+# --- for users ----------------------------------------------------------------------------------
 
 
 @autocasts("lower")

@@ -15,6 +15,7 @@ from flame.core.types import TensorType, contiguous_strides, like_strides, tenso
 from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
 from flame.kernel.values import Value, cast, const, select
+from flame.ops.copies_cuda import lower_turn
 from flame.ops.elementwise import compute_dtype, nest_of, walk
 from flame.ops.loops import Nest
 from flame.ops.op import Arg, Op, Sample, Types
@@ -58,10 +59,23 @@ def _lower(types: Types, outputs: tuple[TensorType, ...], **attributes: Any) -> 
 
     crossing = _crossing(nest)
     if crossing is None:
-        walk(k, nest, lambda index: k.store(target, index, read(index)), light=True)
+        walk(
+            k,
+            nest,
+            lambda index: k.store(target, index, read(index)),
+            light=True,
+            device=out.device,
+        )
     else:
         _transpose(k, nest, crossing, target, read)
     return k.finish()
+
+
+def _lower_cuda(types: Types, outputs: tuple[TensorType, ...], **attributes: Any) -> Lowering:
+    (x,), (out,) = types, outputs
+    assert isinstance(x, TensorType)
+    turned = lower_turn(x, out, nest_of(types, outputs))
+    return _lower(types, outputs, **attributes) if turned is None else turned
 
 
 def _crossing(nest: Nest) -> int | None:
@@ -120,6 +134,7 @@ copy = Op(
     inputs=("x",),
     infer=_infer,
     lower=_lower,
+    lower_cuda=_lower_cuda,
     vjp=(lambda g: g,),  # the engine gives it the dtype of the input
     reference=_reference,
     samples=[Sample((Arg((3, 5)),)), Sample((Arg(()),)), Sample((Arg((0, 4)),)),

@@ -61,7 +61,7 @@ def _fill(name: str, types: Types, outputs: tuple[TensorType, ...], value: Any) 
     def body(index: tuple[Value, ...]) -> None:
         k.store(target, index, cast(value(numbers, target.at(index)), compute))
 
-    walk(k, nest, body, light=True)
+    walk(k, nest, body, light=True, device=out.device)
     return k.finish()
 
 

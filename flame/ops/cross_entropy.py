@@ -131,15 +131,15 @@ def _row_gradient(
             k.accumulate(weights, "add", kernel.weight(row, kernel.position(index)))
         mass = own + values.read(weights) * share
 
-    def gradient(index: Index, position: Value) -> Value:
-        made = values.unary("exp", kernel.load("x", index) - base) * mass
-        return made - kernel.weight(row, position) * share if smoothing else made
-
     with kernel.loops.each(row) as index:
-        made = gradient(index, kernel.position(index)) * scale
-        k.store(out, index, values.select(counts, made, zero))
-    here = kernel.at(row, chosen)
-    k.store(out, here, (gradient(here, chosen) - own) * scale, where=counts)
+        position = kernel.position(index)
+        made = values.unary("exp", kernel.load("x", index) - base) * mass
+        if smoothing:
+            made = made - kernel.weight(row, position) * share
+        # Here and not in a store of its own afterwards: the score is read before its gradient
+        # comes to lie over it.
+        made = made - values.select(values.compare("eq", position, chosen), own, zero)
+        k.store(out, index, values.select(counts, made * scale, zero))
 
 
 def _reference(

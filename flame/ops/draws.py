@@ -19,6 +19,7 @@ from flame.ops import philox
 from flame.ops.elementwise import compute_dtype, walk
 from flame.ops.loops import BLOCK, by_stride, coalesce
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types, Vjp
+from flame.ops.schedules import block_of, on_gpu
 
 __all__ = ["Draw", "bernoulli", "drop", "exponential", "integers", "normal", "trial", "uniform"]
 
@@ -108,9 +109,10 @@ class Draw(Op):
                 element(index, philox.words(key, offset + position), None)
 
         if self.shared and len(nest.sizes) == 1 and nest.strides[-1] == (1,):
-            _by_groups(k, nest.sizes[0], key, offset, element)
+            by_groups = _by_blocks if on_gpu(out) else _by_groups
+            by_groups(k, nest.sizes[0], key, offset, element)
         else:
-            walk(k, nest, body, light=False)
+            walk(k, nest, body, light=False, device=out.device)
         return k.finish()
 
 
@@ -129,6 +131,25 @@ def _by_groups(
             words = philox.words(key, offset + (start + group) * philox.RUN + lane)
             for number, word in enumerate(words):
                 index = first + number * philox.RUN + lane
+                element((index,), (word,) * 4, index < limit)
+
+
+def _by_blocks(
+    k: KernelBuilder, count: int, key: Value, offset: Value, element: Callable[..., None]
+) -> None:
+    """As `_by_groups`, with a thread for each block of random words."""
+    total = philox.shared_blocks(count)
+    step = max(32, block_of(count, "cuda") // 4)
+    limit = k.size(count)
+    with k.parallel(-(-total // step), work=BLOCK) as (part,):
+        start = part * step
+        with k.vector(values.binary("min", k.size(total) - start, const(step))) as lane:
+            block = start + lane
+            group = values.binary("udiv", block, const(philox.RUN))
+            place = values.binary("urem", block, const(philox.RUN))
+            words = philox.words(key, offset + block)
+            for number, word in enumerate(words):
+                index = group * philox.GROUP + number * philox.RUN + place
                 element((index,), (word,) * 4, index < limit)
 
 

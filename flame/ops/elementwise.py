@@ -21,8 +21,9 @@ from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
 from flame.kernel.evaluate import evaluate
 from flame.kernel.values import Value, cast, const
-from flame.ops.loops import BLOCK, Nest, broadcast_shapes, broadcast_strides, by_stride, coalesce
+from flame.ops.loops import Nest, broadcast_shapes, broadcast_strides, by_stride, coalesce
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types, Vjp
+from flame.ops.schedules import block_of
 
 LIGHT: Final = 16  # instructions up to which a vector loop is unrolled
 
@@ -143,7 +144,7 @@ class Elementwise(Op):
         _, results = self.rule(self.name, types)
         strides = contiguous_strides(shape)
         for t in tensors:
-            if t.shape == shape and t.dense:
+            if t.shape == shape and (t.dense or (t.device != "cpu" and not t.repeats)):
                 strides = like_strides(shape, t)
                 break
         made = tuple(tensor_type(dtype, shape, strides) for dtype in results)
@@ -183,7 +184,8 @@ class Elementwise(Op):
             if error is not None and self.invalid is not None:
                 k.store(error, (const(0),), const(1), where=self.invalid(*loaded))
 
-        walk(k, nest, body, light=self._instructions(operand_dtypes, attributes) <= LIGHT)
+        light = self._instructions(operand_dtypes, attributes) <= LIGHT
+        walk(k, nest, body, light=light, device=outputs[0].device)
         return k.finish()
 
     def _instructions(self, operand_dtypes: Sequence[DType], attributes: dict[str, Any]) -> int:
@@ -295,15 +297,17 @@ def nest_of(types: Types, outputs: Sequence[TensorType]) -> Nest:
 
 
 def walk(
-    k: KernelBuilder, nest: Nest, body: Callable[[tuple[Value, ...]], None], *, light: bool
-) -> None:
+    k: KernelBuilder, nest: Nest, body: Callable[[tuple[Value, ...]], None], *, light: bool,
+    device: str,
+) -> None:  # fmt: skip
     """Run ``body`` for every index of ``nest``: parallel outside, vectors inside."""
     unroll = 4 if light else 1
     if len(nest.sizes) <= 1:
         count = nest.sizes[0] if nest.sizes else 1
-        with k.parallel(-(-count // BLOCK), work=BLOCK) as (block,):
-            start = block * BLOCK
-            extent = values.binary("min", k.size(count) - start, values.const(BLOCK))
+        size = block_of(count, device)
+        with k.parallel(-(-count // size), work=size) as (block,):
+            start = block * size
+            extent = values.binary("min", k.size(count) - start, values.const(size))
             with k.vector(extent, unroll) as i:
                 body((start + i,) if nest.sizes else ())
         return

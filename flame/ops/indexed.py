@@ -24,8 +24,9 @@ from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
 from flame.kernel.values import Value, cast, const
 from flame.ops.elementwise import compute_dtype
-from flame.ops.loops import BLOCK, by_stride, coalesce
+from flame.ops.loops import by_stride, coalesce
 from flame.ops.op import Arg, Joint, Op, Sample, Types
+from flame.ops.schedules import block_of
 
 REPORTED = 1 << 58  # indices beyond are reported as this
 
@@ -179,7 +180,7 @@ def lower_take(
                 copy((*outer, v if start is None else start + v), known)
         check.report()
 
-    _rows(k, nest.sizes, run)
+    _rows(k, nest.sizes, run, out.device)
     return k.finish()
 
 
@@ -187,13 +188,15 @@ def _rows(
     k: KernelBuilder,
     sizes: Shape,
     run: Callable[[tuple[Value, ...], Value, Value | None], None],
+    device: str,
 ) -> None:
     """``run(outer counters, extent, start)`` for pieces of the innermost dimension."""
     if len(sizes) <= 1:
         count = sizes[0] if sizes else 1
-        with k.parallel(-(-count // BLOCK), work=BLOCK) as (block,):
-            start = block * BLOCK
-            run((), values.binary("min", k.size(count) - start, const(BLOCK)), start)
+        size = block_of(count, device)
+        with k.parallel(-(-count // size), work=size) as (block,):
+            start = block * size
+            run((), values.binary("min", k.size(count) - start, const(size)), start)
         return
     with k.parallel(*sizes[:-1], work=sizes[-1]) as outer:
         run(outer, k.size(sizes[-1]), None)

@@ -62,7 +62,7 @@ def beginning(types: Types, outputs: tuple[TensorType, ...]) -> KernelBuilder:
     walk(
         k, nest,
         lambda index: k.store(target, index, source[index] if given else const(0, out.dtype)),
-        light=True,
+        light=True, device=out.device,
     )  # fmt: skip
     return k
 

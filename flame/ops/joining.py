@@ -11,7 +11,7 @@ import numpy as np
 from flame.core.dtypes import DType
 from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.core.handle import is_tensor
-from flame.core.types import Shape, TensorType, tensor_type
+from flame.core.types import Shape, TensorType, ordered_strides, tensor_type
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
 from flame.kernel.values import Value, cast, const
 from flame.ops.conversion import contiguous
@@ -70,7 +70,9 @@ def _lower_place(
     offset = k.number(1, int)
     part = k.tensor("output", 0, tensor_type(x.dtype, nest.sizes, nest.strides[1]))
     target = Shifted(part, offset)
-    walk(k, nest, lambda index: k.store(target, index, source[index]), light=True)
+    walk(
+        k, nest, lambda index: k.store(target, index, source[index]), light=True, device=out.device
+    )
     return Lowering((zeroing(out).bind(), k.bind()))
 
 
@@ -79,7 +81,13 @@ def zeroing(out: TensorType) -> KernelBuilder:
     k = KernelBuilder("zero")
     nest = coalesce((out.numel,), [(1,)])
     target = k.tensor("output", 0, tensor_type(out.dtype, nest.sizes, nest.strides[0]))
-    walk(k, nest, lambda index: k.store(target, index, const(0, out.dtype)), light=True)
+    walk(
+        k,
+        nest,
+        lambda index: k.store(target, index, const(0, out.dtype)),
+        light=True,
+        device=out.device,
+    )
     return k
 
 
@@ -124,7 +132,8 @@ def _infer_cat(types: Types, *, dim: int, dtype: DType | None = None) -> TensorT
             )
         total += t.shape[dim]
     shape = (*first.shape[:dim], total, *first.shape[dim + 1 :])
-    return tensor_type(dtype or common_dtype(types), shape, None, first.device)
+    strides = None if first.device == "cpu" else ordered_strides(shape, first)
+    return tensor_type(dtype or common_dtype(types), shape, strides, first.device)
 
 
 def _lower_cat(
@@ -169,7 +178,7 @@ def _copies(
         for source, target in zip(sources, targets, strict=True):
             k.store(target, index, cast(source[index], wide))
 
-    walk(k, nest, body, light=len(sources) == 1)
+    walk(k, nest, body, light=len(sources) == 1, device=out.device)
     return k
 
 

@@ -39,7 +39,7 @@ def _copy(name: str, source: tuple[int, TensorType], target: TensorType) -> Boun
     def body(index: tuple[Value, ...]) -> None:
         k.store(out, index, cast(x[index], target.dtype))
 
-    walk(k, nest, body, light=True)
+    walk(k, nest, body, light=True, device=target.device)
     return k.bind()
 
 
@@ -59,7 +59,7 @@ def _lower(
     def body(index: tuple[Value, ...]) -> None:
         k.store(target, index, cast(x[index], out.dtype))
 
-    walk(k, nest, body, light=True)
+    walk(k, nest, body, light=True, device=out.device)
     return Lowering((first, k.bind()))
 
 

@@ -56,7 +56,9 @@ def _lower_flip(
         k.tensor("input", 0, tensor_type(x.dtype, nest.sizes, nest.strides[0])), k.size(first)
     )
     target = k.tensor("output", 0, tensor_type(out.dtype, nest.sizes, nest.strides[1]))
-    walk(k, nest, lambda index: k.store(target, index, source[index]), light=True)
+    walk(
+        k, nest, lambda index: k.store(target, index, source[index]), light=True, device=out.device
+    )
     return k.finish()
 
 

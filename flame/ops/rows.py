@@ -22,6 +22,7 @@ from flame.kernel.values import Value
 from flame.ops.loops import Nest, by_stride, coalesce
 
 COLUMNS: Final = 64  # rows side by side that one step of a parallel loop takes, at most
+SHORT: Final = 64  # elements along memory that are few for the threads of a GPU's team
 BLOCKS: Final = 8  # steps that are enough to keep the threads busy
 
 Index = tuple[Value, ...]
@@ -72,8 +73,10 @@ def _block_width(kept: Shape) -> int:
 class RowLoops:
     """Writes the loops over `Rows` into a kernel."""
 
-    def __init__(self, k: KernelBuilder, rows: Rows) -> None:
+    def __init__(self, k: KernelBuilder, rows: Rows, *, flat: bool = False) -> None:
         self.k, self.rows = k, rows
+        short = len(rows.row.sizes) > 1 and rows.row.sizes[-1] < SHORT
+        self.flat = flat and short and not rows.columns  # a row's dimensions as one loop
         self.width = _block_width(rows.kept.sizes) if rows.columns else 0
         self.unroll = unroll_for(self.width or (rows.row.sizes[-1] if rows.row.sizes else 1))
         self.sizes = [k.size(n) for n in rows.row.sizes]
@@ -111,6 +114,14 @@ class RowLoops:
                 yield (*kept, *inner)
         elif not sizes:
             yield kept
+        elif self.flat and limit is None:
+            total = k.size(self.rows.length)
+            with k.vector(total, self.unroll) as rest:
+                places: list[Value] = []
+                for size in reversed(sizes[1:]):
+                    places.insert(0, values.binary("urem", rest, size))
+                    rest = values.binary("udiv", rest, size)
+                yield (*kept, rest, *places)
         else:
             with k.nest(sizes[:-1]) as inner, k.vector(sizes[-1], self.unroll) as last:
                 yield (*kept, *inner, last)

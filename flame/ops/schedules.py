@@ -33,9 +33,9 @@ def on_gpu(type_: TensorType) -> bool:
     return type_.device != "cpu"
 
 
-def block_of(count: int, type_: TensorType) -> int:
+def block_of(count: int, device: str) -> int:
     """Elements of a flat range that a step takes: fewer where there would be few steps."""
-    if not on_gpu(type_):
+    if device == "cpu":
         return BLOCK
     return next((size for size in FLAT if count >= size * PROCESSORS * 4), FLAT[-1])
 
@@ -91,9 +91,8 @@ def sum_runs(
     """
     runs, length = sums[0][1].shape
     dtype = sums[0][1].dtype
-    parts = column_parts(runs, length)
-    step = -(-runs // parts)
-    parts = -(-runs // step)
+    step = -(-max(runs, 1) // max(column_parts(runs, length), 1))
+    parts = -(-max(runs, 1) // step)
     between = tensor_type(dtype, (parts, length), across_parts(parts, (length,)))
     k = KernelBuilder("sum_runs")
     sources = [k.tensor("temporary", position, type_) for position, type_ in sums]

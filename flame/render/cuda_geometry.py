@@ -18,11 +18,14 @@ from flame.render.cuda_packs import packs_of
 
 PROCESSORS: Final = 132  # of an H100; threads are spread over about so many multiprocessors
 RESIDENT: Final = 1024  # threads that keep one of them busy
-BUSY: Final = PROCESSORS * 512  # threads that hide the latency of memory
+BUSY: Final = PROCESSORS * 256  # threads with packs that hide the latency of memory
 MOST_BLOCKS: Final = PROCESSORS * 64
 MOST_BLOCKS_WITH_SCRATCH: Final = PROCESSORS * 8
 SHARED_BYTES: Final = 40 * 1024  # for scratch; static shared memory is 48 KiB
 ALIGN: Final = 16
+# the team for rows of so many elements; so few of the longest are under way that they stay in cache
+TEAMS: Final = ((1024, WARP), (2048, 128), (16384, 256), (32768, 512))
+LARGEST: Final = 1024
 UNKNOWN: Final = 1024  # taken for the extent of a vector loop that depends on data
 
 
@@ -55,21 +58,25 @@ def without(kernel: Kernel, held: Held) -> Kernel:
 
 
 def _team(bound: BoundKernel, bounds: Bounds) -> int:
-    longest, columns = 1, False
+    longest, most_packs, columns = 1, 1, False
     for loop in loops(bound.kernel.body):
         if loop.kind is LoopKind.VECTOR:
             extent = bounds.of(loop.extent)
             steps = UNKNOWN if extent is None else extent[1]
+            packs = packs_of(loop)
+            packed = steps if packs is None else -(-steps // packs.width)
             if any(isinstance(s, Loop) for s in walk(loop.body)):
-                columns, packs = True, packs_of(loop)
-                steps = steps if packs is None else -(-steps // packs.width)
-            longest = max(longest, steps)
+                columns, steps = True, packed
+            longest, most_packs = max(longest, steps), max(most_packs, packed)
     if any(isinstance(s, Transpose) for s in walk(bound.kernel.body.body)):
         longest = max(longest, UNKNOWN)
+    lanes = power_of_two(most_packs)
+    if lanes <= WARP and bound.extent * lanes >= BUSY:
+        return lanes  # short rows, of which there are many
     lanes = power_of_two(longest)
     if lanes <= WARP or (columns and lanes <= 256):
         return lanes
-    team = WARP if longest <= 1024 else 128 if longest <= 2048 else 256 if longest <= 16384 else 512
+    team = next((team for most, team in TEAMS if longest <= most), LARGEST)
     while team < 1024 and team * 4 < longest and bound.extent * team < PROCESSORS * RESIDENT:
         team *= 2
     return team

@@ -41,7 +41,8 @@ Key = tuple[Buffer, Value]  # an operand, and where in it a row starts
 @dataclass(frozen=True)
 class Held:
     """width: elements of a pack. loops: the held ones. keys: by loop, the loads that are held.
-    first: the loop that reads a held operand from memory. local: the buffers in registers."""
+    first: the loop that reads a held operand from memory: the first one of those in line, so that
+    all that is held is on its way at once. local: the buffers in registers."""
 
     width: int
     loops: frozenset[Loop]
@@ -75,7 +76,9 @@ def held_of(kernel: Kernel) -> Held | None:
             kept = {value: key for value, key in mine.items() if key in several}
             if kept:
                 keys[loop] = kept
-        first |= {key: readers[key][0] for key in several}
+        if several:
+            begin = next(loop for loop in loops if loop in keys)
+            first |= dict.fromkeys(several, begin)
     touched = {loop for loop in _flat_loops(everything) if not local.isdisjoint(_buffers(loop))}
     if not keys and not touched:
         return None

@@ -14,7 +14,7 @@ from typing import Final
 
 from flame.core.errors import CompileError
 from flame.kernel import values
-from flame.kernel.geometry import WARP, Geometry
+from flame.kernel.geometry import Geometry
 from flame.kernel.program import (
     Accumulate,
     Assign,
@@ -44,7 +44,8 @@ from flame.render.cuda_packs import (
 )
 from flame.render.cuda_values import Scope, Uses, ValueWriter
 
-AHEAD: Final = 4  # packs on their way in a serial loop
+AHEAD: Final = 8  # packs on their way in a serial loop
+AHEAD_STORING: Final = 4  # the same where it stores
 
 
 class VectorWriter(ValueWriter):
@@ -111,7 +112,7 @@ class VectorWriter(ValueWriter):
         if self.held is not None and loop in self.held.loops:
             self._held_loop(loop, self.held, extent, lane)
         else:
-            if packs is not None and self.team >= _fewest(loop):
+            if packs is not None:
                 lane = self._packed_loop(loop, packs, extent, lane)
             head = self._head(loop.var, lane, extent, str(self.team))
             self._inside(Scope(var=loop.var), loop.body, head)
@@ -176,7 +177,7 @@ class VectorWriter(ValueWriter):
         mine = {v: p for v, p in packs.loads.items() if v not in keys and v.attr not in held.local}
         stores = {t: p for t, p in packs.stores.items() if t.buffer not in held.local}
         moved = Packs(width, mine, stores)
-        fills = [key for key in dict.fromkeys(keys.values()) if held.first[key] is loop]
+        fills = [key for key, first in held.first.items() if first is loop]
         for key in fills:
             name = self.rows[key] = f"{key[0].name}_held{self.fresh('')}"
             self.emit(f"{self._pack(key[0])} {name}[{self.geometry.held}];")
@@ -284,8 +285,8 @@ class VectorWriter(ValueWriter):
                 self._run(loop, part, packs, pack)
 
     def _serial(self, loop: Loop, part: Loop, packs: Packs, pack: str) -> None:
-        """A serial loop; where it stores, which would keep loads from going ahead of it, the packs
-        of several steps are loaded first."""
+        """A serial loop, the packs of several steps loaded first, so that they are on their way
+        together; stores between them would forbid the compiler to do so."""
         extent = self.named(part.extent)
         ahead = _ahead(loop, part, packs)
         if not ahead:
@@ -294,7 +295,8 @@ class VectorWriter(ValueWriter):
                 write=lambda: self._runs(loop, part.body, packs, pack),
             )  # fmt: skip
             return
-        steps = max(1, AHEAD // len(ahead))
+        storing = any(isinstance(s, Store) for s in part.body)
+        steps = max(1, (AHEAD_STORING if storing else AHEAD) // len(ahead))
         first, step = f"{part.var}_first", self.fresh("u")
 
         def several() -> None:
@@ -427,7 +429,7 @@ class VectorWriter(ValueWriter):
 
 
 def _ahead(loop: Loop, part: Loop, packs: Packs) -> dict[Value, Place]:
-    """The packs that a serial loop with stores can load some steps ahead: of what is not stored.
+    """The packs that a serial loop can load some steps ahead: of what is not stored.
 
     An output may be the memory of an input: of the same element, which is loaded before.
     """
@@ -435,8 +437,8 @@ def _ahead(loop: Loop, part: Loop, packs: Packs) -> dict[Value, Place]:
         return {}
     inner = [s for s in walk(loop.body) if isinstance(s, Store)]
     stored = {t.buffer for s in inner for t in s.targets}
-    if not any(isinstance(s, Store) for s in part.body):
-        return {}
+    if values.is_const(part.extent):
+        return {}  # the compiler unrolls it
     return {
         value: packs.loads[value]
         for s in part.body
@@ -445,8 +447,3 @@ def _ahead(loop: Loop, part: Loop, packs: Packs) -> dict[Value, Place]:
         if value in packs.loads and value.attr not in stored and len(value.args) == 1
         and values.depends(value, part.var)
     }  # fmt: skip
-
-
-def _fewest(loop: Loop) -> int:
-    """Threads of a team from which packs are moved; beside serial loops, any."""
-    return 1 if any(isinstance(s, Loop) for s in walk(loop.body)) else WARP

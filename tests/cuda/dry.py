@@ -57,7 +57,10 @@ def kernels_of(works: Iterable[Callable[[], Any]]) -> list[Request]:
 
     What goes wrong in a call ends it: without numbers nothing that looks at them can go on.
     """
+    eager = interpreter()
+    assert isinstance(eager, Eager)
     before = install_driver(DryDriver())
+    plans, eager.plans = eager.plans, {}  # they hold kernels of the driver that they were made with
     try:
         comparisons = {"assert_allclose": _agree, "assert_array_equal": _agree}
         with (
@@ -69,9 +72,9 @@ def kernels_of(works: Iterable[Callable[[], Any]]) -> list[Request]:
             for work in works:
                 with contextlib.suppress(Exception):
                     work()
-        return [request for _, *request in modules.modules()._functions]
+        return [(text, symbol, shared) for _, text, symbol, shared in modules.modules()._functions]
     finally:
-        forget_plans()
+        eager.plans = plans
         install_driver(before)
 
 
@@ -79,13 +82,6 @@ def _agree(*_: Any, **__: Any) -> None:
     """Comparisons of numbers that were never computed."""
 
 
-def forget_plans() -> None:
-    """Plans hold kernels of the driver that they were made with."""
-    eager = interpreter()
-    assert isinstance(eager, Eager)
-    eager.plans.clear()
-
-
-def compile_together(requests: Sequence[Request]) -> None:
-    """Get kernels ready on the current driver's first device."""
-    modules.load_many(0, [tuple(r) for r in requests])
+def get_ready(works: Sequence[Callable[[], Any]]) -> None:
+    """Compile what calls will need on the current driver's first device."""
+    modules.load_many(0, kernels_of(works))

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flame.core.errors import CompileError, CudaError
-from flame.kernel.library import Problem
+from flame.core.errors import CompileError, CudaError, CudnnError
+from flame.kernel.library import MatmulProblem, Problem, operands_of
 from flame.runtime.cuda.driver import DeviceProperties, Dim, Prepared
 
 from .emulated_memory import HOST, EmulatedMemory, move
@@ -29,7 +29,7 @@ from .host_compiler import (
     cache_folder,
     compiler_identity,
 )
-from .library_emulation import prepare
+from .library_emulation import is_taken, prepare
 
 SHARED_LIMIT = 232448
 CHECKED = 256  # allocations up to which all guards are looked at after every launch
@@ -413,9 +413,9 @@ class EmulatedDriver:
     # --- libraries --------------------------------------------------------------------------------
 
     def prepare(self, problem: Problem, device: int) -> Prepared | None:
-        """A plan that solves the problem by NumPy."""
+        """A plan that solves the problem by NumPy; None for what NVIDIA's libraries do not take."""
         self._known_device("prepare", device)
-        return _Plan(self, problem)
+        return _Plan(self, problem) if is_taken(problem) else None
 
     def versions(self) -> dict[str, Any]:
         return {"driver": "emulated", "compiler": self.compiler_identity()}
@@ -429,11 +429,16 @@ class _Plan:
     def __init__(self, driver: EmulatedDriver, problem: Problem) -> None:
         self._driver = driver
         self._solve, self._operands = prepare(problem)
+        # cuDNN's kernels load 16 bytes at once
+        self.alignment = 1 if isinstance(problem, MatmulProblem) else 16
+        self._tensors = len(operands_of(problem))
         self.name = f"emulated {type(problem).__name__}"
 
     def enqueue(self, pointers: Sequence[int], workspace: int, stream: int) -> None:
         """Queue the call; operands are read and written when it runs."""
         given = list(pointers)
+        if any(pointer % self.alignment for pointer in given[: self._tensors]):
+            raise CudnnError(f"{self.name}: operands are not aligned: {given}")
         if len(given) != self._operands:
             raise CudaError(f"{self.name}: {len(given)} operands, wanted {self._operands}")
 

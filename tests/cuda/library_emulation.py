@@ -22,6 +22,7 @@ from flame.kernel.library import (
     MatmulProblem,
     Problem,
 )
+from flame.runtime.cuda.libraries import cudnn, matmul_layout
 
 Array = np.ndarray[Any, Any]
 Solve = Callable[[Sequence[int]], None]
@@ -29,6 +30,16 @@ Solve = Callable[[Sequence[int]], None]
 
 def prepare(problem: Problem) -> tuple[Solve, int]:
     """What solves a problem, given the addresses of its operands; and how many it takes."""
+    solve, count = _solver(problem)
+
+    def quiet(given: Sequence[int]) -> None:
+        with np.errstate(over="ignore"):  # what half-width floats cannot hold becomes infinite
+            solve(given)
+
+    return quiet, count
+
+
+def _solver(problem: Problem) -> tuple[Solve, int]:
     if isinstance(problem, MatmulProblem):
         extra = {"none": 0, "gelu_aux_bias": 2}.get(problem.epilogue, 1)
         return (lambda given: _matmul(problem, given)), 3 + extra
@@ -37,6 +48,13 @@ def prepare(problem: Problem) -> tuple[Solve, int]:
     count = (11 if problem.backward else 6) + 2 * (problem.dropout > 0)
     solve = _attention_backward if problem.backward else _attention
     return (lambda given: solve(problem, given)), count
+
+
+def is_taken(problem: Problem) -> bool:
+    """Whether NVIDIA's libraries have a form for the problem."""
+    if isinstance(problem, MatmulProblem):
+        return matmul_layout.describe(problem) is not None
+    return cudnn.describe(problem) is not None
 
 
 def array_at(pointer: int, dtype: DType, shape: Sequence[int], strides: Sequence[int]) -> Array:
@@ -198,7 +216,7 @@ def _attention(p: AttentionProblem, given: Sequence[int]) -> None:
 def _attention_backward(p: AttentionProblem, given: Sequence[int]) -> None:
     grad, shift, mask, result, log_sum = given[0], given[1], given[5], given[6], given[7]
     q, k, v = _heads(p, given[2:5])
-    g = wide(tensor_at(grad, p.result))
+    g = wide(tensor_at(grad, p.grad or p.result))
     scores = _scores(p, q, k, mask)
     sums = wide(tensor_at(log_sum, _log_sums(p)))[..., None]
     weights = np.where(np.isfinite(sums), np.exp(scores - np.where(np.isfinite(sums), sums, 0)), 0)
@@ -218,6 +236,7 @@ def _attention_backward(p: AttentionProblem, given: Sequence[int]) -> None:
         summed(np.swapaxes(inner, -1, -2) @ q),
         summed(np.swapaxes(weights * kept, -1, -2) @ g),
     )
-    for at, type_, value in zip(given[8:11], (p.query, p.key, p.value), made, strict=True):
+    types = p.gradients or (p.query, p.key, p.value)
+    for at, type_, value in zip(given[8:11], types, made, strict=True):
         target = tensor_at(at, type_)
         target[...] = value.astype(target.dtype)

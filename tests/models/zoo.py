@@ -161,7 +161,7 @@ def gpt(lib: Any) -> Any:
             self.head.weight = self.tokens.weight
 
         def forward(self, tokens: Any) -> Any:
-            places = lib.arange(tokens.shape[1])
+            places = lib.arange(tokens.shape[1], device=tokens.device)
             x = self.tokens(tokens) * 0.1 + self.positions(places)
             for block in self.blocks:
                 x = block(x)
@@ -235,7 +235,8 @@ def unet(lib: Any) -> Any:
 
         def forward(self, x: Any, times: Any) -> Any:
             half = embedding // 2
-            rates = lib.exp(lib.arange(half, dtype=lib.float32) * (-math.log(10000.0) / half))
+            steps = lib.arange(half, dtype=lib.float32, device=times.device)
+            rates = lib.exp(steps * (-math.log(10000.0) / half))
             angles = times[:, None] * rates[None, :]
             time = self.time(lib.cat([angles.sin(), angles.cos()], dim=-1))
             one = self.down1(self.first(x), time)

@@ -29,6 +29,8 @@ from flame.ops.loops import Nest, coalesce
 from flame.ops.reductions import CHUNK, COLUMNS, Reduction
 from flame.ops.rows import unroll_for
 
+SHORT_RUN = 64  # elements along memory that are few for the threads of a warp
+
 Registers = Sequence[tuple[DType, Register]]
 Place = dict[int, Value]  # counters or extents by loop
 
@@ -96,6 +98,10 @@ class _Parts:
         size = self.nest.sizes[self.axis]
         self.kept_count = math.prod(a.size for a in kept)
         columns = min(self.kept_count, COLUMNS) if not self.nest.reduced[-1] else 1
+        # short runs of memory leave threads idle, so all reduced loops are one
+        self.flat = self.gpu and self.nest.reduced[-1] and self.nest.sizes[-1] < SHORT_RUN
+        if self.flat:
+            size = count
         if self.gpu:
             cut = schedules.row_parts if self.nest.reduced[-1] else schedules.column_parts
             self.step = schedules.part_step(size, min(size, cut(count, self.kept_count)))
@@ -128,6 +134,12 @@ class _Parts:
         outer = [i for i, gone in enumerate(nest.reduced) if not gone and i != last]
         extents = {i: k.size(n) for i, n in enumerate(nest.sizes)}
         width = k.size(self.step)
+        if self.flat:
+            count = k.size(math.prod(n for n, r in zip(nest.sizes, nest.reduced, strict=True) if r))
+            with k.parallel(self.parts, *(nest.sizes[i] for i in outer), work=CHUNK) as counters:
+                self.part, *kept = counters
+                self._flat_run(dict(zip(outer, kept, strict=True)), extents, count, width)
+            return k.bind()
         blocks = [] if nest.reduced[last] else [-(-nest.sizes[last] // COLUMNS)]
         sizes = [nest.sizes[i] for i in outer]
         with k.parallel(self.parts, *sizes, *blocks, work=CHUNK) as (self.part, *counters):
@@ -162,6 +174,21 @@ class _Parts:
             k.vector(extents[inner], self.unroll) as v,
         ):
             self._visit({**place, **dict(zip(serial, counters, strict=True)), inner: v}, registers)
+        self._keep(place, registers)
+
+    def _flat_run(self, place: Place, extents: Place, count: Value, width: Value) -> None:
+        """One kept point, and a range of all reduced loops taken as one."""
+        k = self.k
+        folded = [i for i, gone in enumerate(self.nest.reduced) if gone]
+        registers = [start_fold(k, node) for node in self.folds]
+        begin, self.begin = self.part * width, const(0)
+        with k.vector(values.binary("min", count - begin, width), self.unroll) as v:
+            rest, here = begin + v, dict(place)
+            for i in reversed(folded[1:]):
+                here[i] = values.binary("urem", rest, extents[i])
+                rest = values.binary("udiv", rest, extents[i])
+            here[folded[0]] = rest
+            self._visit(here, registers)
         self._keep(place, registers)
 
     def _visit(self, place: Place, registers: Registers) -> None:

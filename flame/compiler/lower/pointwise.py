@@ -7,8 +7,9 @@ from flame.compiler.lower.scalars import Scalars, weight_of
 from flame.compiler.lower.space import Space
 from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering
-from flame.ops.loops import BLOCK, coalesce
+from flame.ops.loops import coalesce
 from flame.ops.rows import Index
+from flame.ops.schedules import block_of
 
 
 def unroll_of(weight: int) -> int:
@@ -31,9 +32,10 @@ def lower_pointwise(space: Space) -> Lowering:
 
     if len(nest.sizes) <= 1:
         count = nest.sizes[0] if nest.sizes else 1
-        with k.parallel(-(-count // BLOCK), work=BLOCK) as (block,):
-            start = block * BLOCK
-            extent = values.binary("min", k.size(count) - start, values.const(BLOCK))
+        size = block_of(count, space.device)
+        with k.parallel(-(-count // size), work=size) as (block,):
+            start = block * size
+            extent = values.binary("min", k.size(count) - start, values.const(size))
             with k.vector(extent, unroll) as i:
                 body((start + i,) if nest.sizes else ())
     else:

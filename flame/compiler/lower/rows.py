@@ -63,7 +63,7 @@ class RowKernel:
         )
         self.bound: dict[Access, Operand] = bind(k, space, (*space.accesses, *space.stores), nest)
         self.numbers = numbers_of(k, space)
-        self.loops = RowLoops(k, rows)
+        self.loops = RowLoops(k, rows, flat=space.on_gpu)
         self.count = k.size(rows.length)
         self.passes: Passes = passes_of(space)
         self.loops.unroll = min(self.loops.unroll, self._unroll())

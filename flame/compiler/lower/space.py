@@ -61,7 +61,11 @@ class Space:
 
     @property
     def on_gpu(self) -> bool:
-        return any(tensor_of(s).device != "cpu" for s in self.nodes[0].outputs)
+        return self.device != "cpu"
+
+    @property
+    def device(self) -> str:
+        return tensor_of(self.nodes[0].outputs[0]).device
 
     @property
     def kept(self) -> tuple[Atom, ...]:

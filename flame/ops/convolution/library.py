@@ -106,10 +106,11 @@ def _by_library(
     return Lowering((), tuple(temporaries), calls=calls)
 
 
-def _copied(source: TensorType, read: Ref, target: TensorType, written: Ref) -> BoundKernel:
-    (kernel,) = copy.lower((source,), (target,)).kernels
+def _copied(source: TensorType, read: Ref, target: TensorType, written: Ref) -> Bound:
+    (step,) = copy.lowering((source,), (target,), {}).steps
     places = {"input": read, "output": written}
-    return replace(kernel, operands=tuple(places[ref.role] for ref in kernel.operands))
+    operands = tuple(places[ref.role] for ref in step.operands if ref is not None)
+    return replace(step, operands=operands)
 
 
 def _add_bias(bias: TensorType, ref: Ref, out: TensorType) -> BoundKernel:
@@ -128,5 +129,6 @@ def _add_bias(bias: TensorType, ref: Ref, out: TensorType) -> BoundKernel:
         nest,
         lambda i: k.store(target, i, cast(target[i], wide) + cast(given[i], wide)),
         light=True,
+        device=out.device,
     )
     return k.bind()

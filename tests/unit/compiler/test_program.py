@@ -244,3 +244,18 @@ def test_no_run_takes_more_than_the_planned_peak(seed: int) -> None:
     measured = allocator.statistics().peak_allocated - outside
     classes = rounded(runner.program.blueprint.arena) + sum(map(rounded, results))
     assert measured <= classes <= 1.125 * runner.program.peak + 64 * (len(results) + 1)
+
+
+def test_a_gradient_lies_over_the_scores_that_it_is_of() -> None:
+    x, y = flame.randn(16, 40), flame.randint(0, 10, (16,))
+    w = flame.randn(40, 10).requires_grad_()
+
+    def step(x: flame.Tensor, y: flame.Tensor) -> tuple[flame.Tensor, ...]:
+        scores = x @ w
+        loss = flame.nn.functional.cross_entropy(scores, y, label_smoothing=0.1)
+        (gradient,) = flame.autograd.grad(loss, w)
+        return loss.detach(), gradient, scores.argmax(1)
+
+    compiled = flame.compile(step)
+    for ours, theirs in zip(compiled(x, y), step(x, y), strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-5, atol=1e-6)
