@@ -7,7 +7,7 @@ whose saved index is its own; so nothing is written twice, and the order of sums
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from flame.ops.elementwise import compute_dtype
 from flame.ops.op import Arg, Op, Sample, Types
 from flame.ops.planes import Windows, lower_add, take_positions
 from flame.ops.rows import type_of
+
+SHORT: Final = 12  # elements of windows whose places are written out
 
 
 def _infer(types: Types, *, axes: tuple[Windows, ...]) -> TensorType:
@@ -43,11 +45,13 @@ class _Cover:
 
     def __init__(self, k: KernelBuilder, windows: Windows, made: list[Any]) -> None:
         self.windows = w = windows
+        self.short = False  # few enough elements between windows, and in one, to write out
         if w.kernel:
             self.reach = w.dilation * (w.kernel - 1) + 1
             self.taps = min(-(-self.reach // w.stride), max(w.outputs, 1))
             self.last_window = k.size(max(w.outputs - 1, 0))
             self.before = k.size(w.padding)
+            self.short = max(self.reach, w.stride) <= SHORT
             return
         begin, end = adaptive_windows(w.inputs, w.outputs)
         places = np.arange(w.inputs)
@@ -88,7 +92,7 @@ def _lower(types: Types, outputs: tuple[TensorType, ...], *, axes: tuple[Windows
 def _gather(
     grad: TensorType, index: TensorType, out: TensorType, axes: tuple[Windows, ...]
 ) -> Lowering:
-    by_channel = channels_last(out)
+    by_channel, on_gpu = channels_last(out), out.device != "cpu"
     grad, index, out = (spatial_view(t) for t in (grad, index, out))
     k = KernelBuilder("max_pool_backward")
     source, places = k.tensor("input", 0, grad), k.tensor("input", 1, index)
@@ -99,7 +103,10 @@ def _gather(
     n, c, d, h, w = out.shape
     sizes = [k.size(s) for s in (h, w)]
     work = math.prod(cover.taps for cover in covers)
-    if by_channel:
+    if by_channel and on_gpu and covers[-1].short:
+        with k.parallel(n, d, h, work=work * c * w) as at, k.vector(k.size(c)) as v:
+            _collect_row(k, (source, places, target), covers, sizes, (*at, v))
+    elif by_channel:
         with k.parallel(n, d, h, w, work=work * c) as (i, *at), k.vector(k.size(c)) as v:
             _collect(k, (source, places, target), covers, sizes, (i, v, *at))
     else:
@@ -129,6 +136,44 @@ def _collect(
         passed = cast(source.load(*here, where=inside), dtype)
         k.accumulate(total, "add", values.select(mine, passed, const(0.0, dtype)))
     k.store(target, at, read(total))
+
+
+def _collect_row(
+    k: KernelBuilder, operands: tuple[Operand, Operand, Operand], covers: list[_Cover],
+    sizes: list[Value], at: tuple[Value, ...],
+) -> None:  # fmt: skip
+    """The elements of a line, for a vector of channels.
+
+    With windows of stride s, element s q + r - padding is in those numbered q - t for t from 0 to
+    (reach - 1 - r) / s; so addresses are linear in q, and few windows are looked at in vain.
+    """
+    source, places, target = operands
+    image, d, h, channel = at
+    dtype, last = compute_dtype(source.dtype), covers[2]
+    w, width = last.windows, sizes[1]
+    line = cast((d * sizes[0] + h) * width, places.dtype)
+    ranges = [cover.between(p) for cover, p in zip(covers[:2], (d, h), strict=True)]
+    with k.loop(k.size(-(-(w.inputs + w.padding) // w.stride))) as q:
+        for r in range(w.stride):
+            place = q * w.stride + (r - w.padding)
+            total = k.register(0.0, dtype)
+            taps = max((last.reach - 1 - r) // w.stride + 1, 0)
+            with k.nest([const(covers[0].taps), const(covers[1].taps)]) as outer:
+                inside = const(True, dtypes.bool_)
+                begins = [first + tap for (first, _), tap in zip(ranges, outer, strict=True)]
+                for window, (_, end) in zip(begins, ranges, strict=True):
+                    inside = inside & (window <= end)
+                for tap in range(taps):
+                    window = q - tap
+                    where = inside & (window >= 0) & (window <= last.last_window)
+                    here = (image, channel, *begins, window)
+                    own = line + cast(place, places.dtype)
+                    found = places.load(*here, where=where, otherwise=const(-1, places.dtype))
+                    passed = cast(source.load(*here, where=where), dtype)
+                    gained = values.select(found == own, passed, const(0.0, dtype))
+                    k.accumulate(total, "add", gained)
+            with k.when((place >= 0) & (place < width)):
+                k.store(target, (image, channel, d, h, place), read(total))
 
 
 def _reference(grad: Any, index: Any, *, axes: tuple[Windows, ...]) -> Any:

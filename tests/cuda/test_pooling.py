@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("eager_cuda")
 WAYS = {
     "windows that meet": lambda x: F.max_pool2d(x, 3, 2, 1),
     "windows side by side": lambda x: F.max_pool2d(x, 2),
+    "windows apart": lambda x: F.max_pool2d(x, 2, 3),
     "dilated, of unequal sides": lambda x: F.max_pool2d(x, (2, 3), (3, 1), (1, 1), (3, 2)),
     "the last one reaches out": lambda x: F.max_pool2d(x, 3, 4, 1, ceil_mode=True),
     "adaptive": lambda x: F.adaptive_max_pool2d(x, (5, 3)),
@@ -56,3 +57,17 @@ def test_gradients_keep_channels_together() -> None:
     for device in ("cpu", "cuda"):
         y, grad = results(x, WAYS["windows that meet"], device)
         assert y.stride()[1] == grad.stride()[1] == 1
+
+
+def test_what_follows_the_gradient_joins_its_kernel() -> None:
+    x = image(np.random.default_rng(0), (2, 8, 9, 9), dtypes.float32)
+
+    def step(x: Any) -> Any:
+        leaf = x.detach().requires_grad_()
+        (F.max_pool2d(leaf.relu(), 3, 2, 1) ** 2).sum().backward()
+        return leaf.grad
+
+    compiled = flame.compile(step)
+    there = x.to("cuda")
+    close(compiled(there), step(x), 2e-5)
+    assert "max_pool_backward_relu_backward" in compiled.report()
