@@ -15,11 +15,12 @@ find_python() {
     return 1
 }
 
-# ensure_environment EXTRA: installs this project with the extra, once for each pyproject.toml.
+# ensure_environment EXTRAS: installs this project with the extras (separated by commas), once for
+# each pyproject.toml.
 ensure_environment() {
-    local extra=$1 python stamp
+    local extras=$1 python stamp
     environment=${FLAME_VENV:-$PWD/.venv}
-    stamp="$environment/.flame-$extra"
+    stamp="$environment/.flame-$extras"
     if [ -x "$environment/bin/python" ] && cmp -s pyproject.toml "$stamp"; then
         return
     fi
@@ -31,8 +32,8 @@ ensure_environment() {
             return 1
         fi
     fi
-    echo "Installing flame-engine[$extra] into it (first use only) ..." >&2
+    echo "Installing flame-engine[$extras] into it (first use only) ..." >&2
     "$environment/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --editable ".[$extra]" >&2
+        --editable ".[$extras]" >&2
     cp pyproject.toml "$stamp"
 }

@@ -19,6 +19,7 @@ RunPath = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Whole = Annotated[int | None, _own("INT")]
 Real = Annotated[float | None, _own("FLOAT")]
 Device = Annotated[str | None, _own("DEVICE")]
+Precision = Annotated[str | None, _own("PRECISION")]
 Folder = Annotated[Path | None, _own("DIR")]
 Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 
@@ -45,6 +46,7 @@ def train(
     batch_size: Whole = None,
     seed: Whole = None,
     device: Device = None,
+    precision: Precision = None,
     data: Folder = None,
     limit: Whole = None,
     eager: Flag = False,
@@ -63,7 +65,8 @@ def train(
         lr: the largest learning rate
         batch_size: images in a step
         seed: of weights, order and augmentation
-        device: cpu
+        device: cpu, cuda, or cuda:N
+        precision: float32, bf16 (autocast), or fp16 (autocast and a scaled loss)
         data: an image folder, DIR/CLASS/*.png, or DIR/train/CLASS/*.png and DIR/test/CLASS/*.png
         limit: use at most so many training images, and so many test images
         eager: run operation by operation instead of as one compiled program
@@ -79,6 +82,7 @@ def train(
         "batch_size": batch_size,
         "seed": seed,
         "device": device,
+        "precision": precision,
         "data": None if data is None else str(data.absolute()),
         "limit": limit,
         "eager": eager or None,
@@ -92,6 +96,7 @@ def evaluate(
     /,
     *,
     device: Device = None,
+    precision: Precision = None,
     data: Folder = None,
     debug: Flag = False,
 ) -> int:
@@ -99,18 +104,20 @@ def evaluate(
 
     Args:
         run: the folder of a run
-        device: cpu
+        device: cpu, cuda, or cuda:N
+        precision: float32, bf16 (autocast), or fp16 (autocast and a scaled loss)
         data: an image folder, instead of the run's data
         debug: show the traceback of an error
     """
     from flame.cli.train import test
 
-    return test(run, device=device, data=None if data is None else str(data.absolute()))
+    place = None if data is None else str(data.absolute())
+    return test(run, device=device, data=place, precision=precision)
 
 
 @_app.command
 def doctor(*, debug: Flag = False) -> int:
-    """Print what this machine has for FLAME: CPU, threads, cache, versions, extras.
+    """Print what this machine has for FLAME: CPU, GPUs, threads, caches, versions, extras.
 
     Args:
         debug: show the traceback of an error

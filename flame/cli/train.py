@@ -55,7 +55,13 @@ def _compare(console: Console, run: Run) -> None:
     import flame
 
     config = run.folder.config()
-    for name, now in (("flame", flame.__version__), ("threads", flame.get_num_threads())):
+    here: list[tuple[str, Any]] = [
+        ("flame", flame.__version__),
+        ("device", runs.device_name(run.task.device)),
+    ]
+    if run.task.device == "cpu":  # those of a GPU do not count on the threads
+        here.append(("threads", flame.get_num_threads()))
+    for name, now in here:
         before = config.get(name)
         if before != now:
             console.print(
@@ -68,11 +74,14 @@ def _introduce(console: Console, run: Run) -> None:
     import flame
 
     task, settings = run.task, run.settings
+    where = runs.device_name(task.device)
+    if task.device == "cpu":
+        where += f" with {flame.get_num_threads()} threads"
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
     console.print(
         f"{run.recipe.name}: {parameters:,} parameters, {settings.epochs} epochs of "
         f"{run.trainer.steps_per_epoch} steps of {settings.batch_size} images, on "
-        f"{settings.device} with {flame.get_num_threads()} threads"
+        f"{where}, {settings.precision}"
     )
     console.print(f"run folder: {run.folder.path}")
 
@@ -102,10 +111,10 @@ def _pictures(console: Console, task: Task, folder: RunFolder) -> list[Path]:
         return []
 
 
-def test(path: Path, *, device: str | None, data: str | None) -> int:
+def test(path: Path, *, device: str | None, data: str | None, precision: str | None) -> int:
     """Prints the accuracy of a run's checkpoint, and draws its pictures if they are missing."""
     console = Console(highlight=False, soft_wrap=True)
-    task, folder, totals = runs.evaluate_checkpoint(path, device, data)
+    task, folder, totals = runs.evaluate_checkpoint(path, device, data, precision)
     console.print(
         f"test accuracy {totals.accuracy:.2%} ({totals.correct} of {totals.items} images), "
         f"loss {totals.loss:.4f}"

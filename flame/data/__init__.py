@@ -13,7 +13,7 @@ from flame.data.dataset import (
 )
 from flame.data.images import ImageFolder
 from flame.data.loader import DataLoader
-from flame.data.placement import prefetch_to_device
+from flame.data.placement import DevicePrefetcher, prefetch_to_device
 from flame.data.sampler import (
     BatchSampler,
     RandomSampler,
@@ -28,6 +28,7 @@ __all__ = [
     "ConcatDataset",
     "DataLoader",
     "Dataset",
+    "DevicePrefetcher",
     "FashionMNIST",
     "ImageFolder",
     "IterableDataset",

@@ -12,7 +12,14 @@ from functools import partial
 from itertools import count, islice
 from typing import Any
 
-from flame.core.errors import ArgumentError, DTypeError, StateError, UnsupportedError
+from flame.core.device import Device
+from flame.core.errors import (
+    ArgumentError,
+    DeviceError,
+    DTypeError,
+    StateError,
+    UnsupportedError,
+)
 from flame.data._arguments import whole_number
 from flame.data._batches import BatchMaker, BatchTransform, Collate, SampleStream
 from flame.data._random import seed_of
@@ -46,6 +53,7 @@ class DataLoader:
             `flame.manual_seed`. Only the seed is read, at the first iteration.
         prefetch_factor: batches made ahead for each worker; by default 2.
         persistent_workers: keep the threads from epoch to epoch.
+        pin_memory_device: a GPU's name; pinned memory serves all of them, so it changes nothing.
         batch_transform: `batch_transform(batch, generator)` changes each finished batch, in the
             worker; `generator` holds the random numbers of that batch in that epoch.
 
@@ -74,10 +82,15 @@ class DataLoader:
         *,
         prefetch_factor: int | None = None,
         persistent_workers: bool = False,
+        pin_memory_device: str = "",
         batch_transform: BatchTransform | None = None,
     ) -> None:
         _check_workers(num_workers, timeout, prefetch_factor, persistent_workers)
         _check_order(dataset, batch_size, shuffle, sampler, batch_sampler, drop_last)
+        if pin_memory_device and Device(pin_memory_device).type != "cuda":
+            raise DeviceError(
+                f"DataLoader: pin_memory_device must name a GPU, got {pin_memory_device!r}"
+            )
         if multiprocessing_context is not None:
             raise UnsupportedError(
                 "DataLoader: multiprocessing_context must be None, workers are threads"

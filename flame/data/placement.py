@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flame.core.device import check_device, device_index
+from flame.core.errors import StateError
 from flame.data._arguments import whole_number
 from flame.data._tensors import Tensor
 
-__all__ = ["pinned", "prefetch_to_device"]
+__all__ = ["DevicePrefetcher", "pinned", "prefetch_to_device"]
 
 
 def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -34,46 +35,92 @@ def pinned(batch: Any) -> Any:
 
 def prefetch_to_device(
     batches: Iterable[Any], device: Any = "cuda", *, ahead: int = 2
-) -> Iterator[Any]:
+) -> DevicePrefetcher:
     """The batches, with all their tensors on a device.
 
     On a GPU up to ``ahead`` of them are copied on a stream of their own, beside the work on those
     before. That takes pinned memory (``DataLoader(..., pin_memory=True)``); others are pinned here.
-    A batch counts as handed out by a loader when it was copied, so that a resume in the middle of
-    an epoch leaves out those that were copied ahead; save at the end of an epoch.
     """
-    whole_number("prefetch_to_device", "ahead", ahead, least=1)
-    place = check_device(device)
-    if place == "cpu":
-        return (each_tensor(batch, lambda t: t.cpu()) for batch in batches)
-    return _prefetched(iter(batches), place, ahead)
+    return DevicePrefetcher(batches, device, ahead=ahead)
 
 
-def _prefetched(batches: Iterator[Any], place: str, ahead: int) -> Iterator[Any]:
-    from flame.runtime.cuda.streams import Event, Stream, current_stream, stream_context
+class DevicePrefetcher:
+    """What `prefetch_to_device` gives: iterated like the loader that it takes the batches from.
 
-    side = Stream(device_index(place))
-    waiting: deque[tuple[Any, Event]] = deque()
+    Its ``state_dict`` is the loader's as it was when the latest batch was handed out here, so that
+    those copied ahead are made again after a resume.
+    """
 
-    def fill() -> None:
-        while len(waiting) < ahead:
-            try:
-                batch = pinned(next(batches))
-            except StopIteration:
-                return
-            with stream_context(side):
-                moved = each_tensor(batch, lambda t: t.to(place, non_blocking=True))
-                waiting.append((moved, side.record_event()))
+    def __init__(self, batches: Iterable[Any], device: Any = "cuda", *, ahead: int = 2) -> None:
+        whole_number("prefetch_to_device", "ahead", ahead, least=1)
+        self.batches = batches
+        self.device = check_device(device)
+        self.ahead = ahead
+        self._state: Any = None  # the loader's, where it has gone on already
 
-    fill()
-    while waiting:
-        batch, copied = waiting.popleft()
-        stream = current_stream(device_index(place))
-        stream.wait_event(copied)
-        _use_on(stream, batch)
-        yield batch
-        del batch  # the user alone decides how long it lives
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]  # Python's own error where it has none
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.batches)
+        self._state = None
+        if self.device == "cpu":
+            return (each_tensor(batch, lambda t: t.cpu()) for batch in batches)
+        self._state = self._present()
+        return self._prefetched(batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See the class. Raises StateError where the batches are not a loader's."""
+        state = self._present() if self._state is None else self._state
+        if state is None:
+            raise StateError(
+                f"prefetch_to_device: {type(self.batches).__name__} has no state_dict; prefetch "
+                "from a DataLoader to save where an epoch stands"
+            )
+        return dict(state)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Let the next iteration go on where ``state_dict()`` stood. Raises StateError."""
+        load = getattr(self.batches, "load_state_dict", None)
+        if load is None:
+            raise StateError(
+                f"prefetch_to_device: {type(self.batches).__name__} has no load_state_dict"
+            )
+        load(state_dict)
+        self._state = None
+
+    def _present(self) -> Any:
+        """The loader's state; None where it keeps none."""
+        ask = getattr(self.batches, "state_dict", None)
+        return None if ask is None else ask()
+
+    def _prefetched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        from flame.runtime.cuda.streams import Event, Stream, current_stream, stream_context
+
+        index = device_index(self.device)
+        side = Stream(index)
+        waiting: deque[tuple[Any, Event, Any]] = deque()
+
+        def fill() -> None:
+            while len(waiting) < self.ahead:
+                try:
+                    batch = pinned(next(batches))
+                except StopIteration:
+                    return
+                with stream_context(side):
+                    moved = each_tensor(batch, lambda t: t.to(self.device, non_blocking=True))
+                    waiting.append((moved, side.record_event(), self._present()))
+
         fill()
+        while waiting:
+            batch, copied, self._state = waiting.popleft()
+            stream = current_stream(index)
+            stream.wait_event(copied)
+            _use_on(stream, batch)
+            yield batch
+            del batch  # the user alone decides how long it lives
+            fill()
+        self._state = None
 
 
 def _use_on(stream: Any, batch: Any) -> None:

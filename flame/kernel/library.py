@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flame.core.dtypes import DType
-from flame.core.types import Shape, TensorType
+from flame.core.dtypes import DType, float32
+from flame.core.types import Shape, TensorType, tensor_type
 
 Epilogue = Literal["none", "bias", "relu_bias", "gelu_bias", "gelu_aux_bias", "dgelu"]
 Direction = Literal["forward", "input_gradient", "weight_gradient"]
@@ -104,3 +104,29 @@ class AttentionProblem:
 
 
 Problem = MatmulProblem | ConvolutionProblem | AttentionProblem
+
+
+def operands_of(problem: Problem) -> tuple[tuple[TensorType | None, bool], ...]:
+    """(type, whether it is written) of the tensors among a call's operands, in order; nothing of
+    products, whose library takes any alignment."""
+    if isinstance(problem, ConvolutionProblem):
+        x, weight, y = problem.x, problem.weight, problem.y
+        tensors = {
+            "forward": ((x, False), (weight, False), (y, True)),
+            "input_gradient": ((y, False), (weight, False), (x, True)),
+            "weight_gradient": ((y, False), (x, False), (weight, True)),
+        }[problem.direction]
+        result = tensors[2][0]
+        bias = tensor_type(result.dtype, result.shape[1:2], None, result.device)
+        return (*tensors, (bias, False)) if problem.bias else tensors
+    if isinstance(problem, AttentionProblem):
+        given = (problem.query, problem.key, problem.value)
+        inputs = tuple((t, False) for t in (*given, problem.mask))
+        rows = tensor_type(float32, problem.query.shape[:3], None, problem.query.device)
+        if not problem.backward:
+            return (*inputs, (problem.result, True), (rows, True))
+        grad = problem.grad or problem.result
+        made = tuple((t, True) for t in problem.gradients or given)
+        before = ((grad, False), (rows if problem.shift else None, False))
+        return (*before, *inputs, (problem.result, False), (rows, False), *made)
+    return ()

@@ -116,7 +116,7 @@ def _collect(
     source, places, target = operands
     image, channel, *place = at
     dtype = compute_dtype(source.dtype)
-    own = cast((place[0] * sizes[0] + place[1]) * sizes[1] + place[2], dtypes.int32)
+    own = cast((place[0] * sizes[0] + place[1]) * sizes[1] + place[2], places.dtype)
     total = k.register(0.0, dtype)
     ranges = [cover.between(p) for cover, p in zip(covers, place, strict=True)]
     with k.nest([const(cover.taps) for cover in covers]) as taps:
@@ -125,7 +125,7 @@ def _collect(
         for window, (_, last) in zip(windows, ranges, strict=True):
             inside = inside & (window <= last)
         here = (image, channel, *windows)
-        mine = places.load(*here, where=inside, otherwise=const(-1, dtypes.int32)) == own
+        mine = places.load(*here, where=inside, otherwise=const(-1, places.dtype)) == own
         passed = cast(source.load(*here, where=inside), dtype)
         k.accumulate(total, "add", values.select(mine, passed, const(0.0, dtype)))
     k.store(target, at, read(total))

@@ -91,9 +91,8 @@ def sum_runs(
     """
     runs, length = sums[0][1].shape
     dtype = sums[0][1].dtype
-    parts = column_parts(runs, length)
-    step = -(-runs // parts)
-    parts = -(-runs // step)
+    step = -(-max(runs, 1) // max(column_parts(runs, length), 1))
+    parts = -(-max(runs, 1) // step)
     between = tensor_type(dtype, (parts, length), across_parts(parts, (length,)))
     k = KernelBuilder("sum_runs")
     sources = [k.tensor("temporary", position, type_) for position, type_ in sums]

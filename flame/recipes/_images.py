@@ -30,6 +30,7 @@ from flame.tensor import Tensor
 SIZE = 28
 MEAN, STD = 0.2864, 0.3533  # of the bundled training images, as fractions of white
 TEST_BATCH = 250
+WORKERS = 4  # threads that make batches for a GPU
 Images = TensorDataset | ImageFolder | Subset[Any]
 
 
@@ -57,6 +58,10 @@ def image_loaders(settings: Settings, *, crop_padding: int) -> Loaders:
             f"--batch-size {settings.batch_size} is more than the {len(train)} training images; "
             "choose a smaller one"
         )
+    # A GPU waits for no batch: threads make them ahead, in memory that it reads by itself.
+    on_gpu = settings.device != "cpu"
+    ways = {"num_workers": WORKERS, "persistent_workers": True, "pin_memory": True}
+    making: dict[str, Any] = ways if on_gpu else {}
     augment = [RandomCrop(SIZE, padding=crop_padding), RandomHorizontalFlip()]
     normalize = [ToFloat(), Normalize(MEAN, STD)]
     return Loaders(
@@ -67,8 +72,9 @@ def image_loaders(settings: Settings, *, crop_padding: int) -> Loaders:
             drop_last=True,
             generator=_generator(settings),
             batch_transform=OnField(Compose([*augment, *normalize])),
+            **making,
         ),
-        test=DataLoader(test, TEST_BATCH, batch_transform=OnField(Compose(normalize))),
+        test=DataLoader(test, TEST_BATCH, batch_transform=OnField(Compose(normalize)), **making),
         classes=classes,
     )
 

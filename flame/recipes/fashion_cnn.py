@@ -15,7 +15,7 @@ from flame.nn.functional import cross_entropy
 from flame.optim import AdamW
 from flame.optim.lr_scheduler import LambdaLR
 from flame.recipes._images import image_loaders, to_pictures
-from flame.recipes.recipe import Recipe, Settings
+from flame.recipes.recipe import Recipe, Settings, check_device
 from flame.tensor import Tensor
 from flame.train.task import Task
 
@@ -66,9 +66,11 @@ def warm_cosine(steps: int, *, warm_up: float) -> Callable[[int], float]:
 
 def build(settings: FashionSettings) -> Task:
     """The model, AdamW and a cosine schedule, on the bundled or the given images."""
+    device = check_device(settings.device)
     flame.manual_seed(settings.seed)
     loaders = image_loaders(settings, crop_padding=settings.crop_padding)
-    network = model(len(loaders.classes), dropout=settings.dropout)
+    # The first weights are drawn on the CPU, so that they are the same whatever the device.
+    network = model(len(loaders.classes), dropout=settings.dropout).to(device)
     optimizer = AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     steps = settings.epochs * len(loaders.train)
     scheduler = LambdaLR(optimizer, warm_cosine(steps, warm_up=settings.warm_up))
@@ -85,6 +87,8 @@ def build(settings: FashionSettings) -> Task:
         test_batches=loaders.test,
         classes=loaders.classes,
         pictures=to_pictures,
+        device=device,
+        precision=settings.precision,
     )
 
 

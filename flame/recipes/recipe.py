@@ -5,15 +5,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
+from flame.core import device as devices
 from flame.core.errors import ArgumentError, DeviceError
-from flame.train.task import Task
+from flame.train.task import PRECISIONS, Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What every recipe can be told. A recipe's own class gives the defaults and may add fields.
 
-    ``eager`` runs the training step operation by operation instead of compiled.
+    ``device`` is ``cpu``, ``cuda`` or ``cuda:N``; ``precision`` is one of
+    `flame.train.task.PRECISIONS`. ``eager`` runs the training step operation by operation instead
+    of compiled.
     ``data`` is an image folder, or None for the data that the recipe brings along; ``limit`` is the
     largest number of training images, and of test images, or None for all.
     """
@@ -23,6 +26,7 @@ class Settings:
     batch_size: int
     seed: int = 0
     device: str = "cpu"
+    precision: str = "float32"
     data: str | None = None
     limit: int | None = None
     eager: bool = False
@@ -38,7 +42,10 @@ class Settings:
                 )
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ArgumentError(f"--lr must be a positive number, got {self.lr!r}")
-        check_device(self.device)
+        if self.precision not in PRECISIONS:
+            raise ArgumentError(
+                f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
 
     def with_options(self, options: Mapping[str, Any]) -> Self:
         """These settings with the given ones in their place; None leaves a setting as it is."""
@@ -67,13 +74,16 @@ def _option(name: str) -> str:
     return name.replace("_", "-")
 
 
-def check_device(name: str) -> None:
-    """Raises DeviceError, with the way out, for a device that this build cannot train on."""
-    if name == "cpu":
-        return
-    if name.partition(":")[0] == "cuda":
-        raise DeviceError("CUDA is not available in this build of FLAME; use --device cpu")
-    raise DeviceError(f"there is no device {name!r}; use --device cpu")
+def check_device(name: str) -> str:
+    """The full name of a device, ``cpu`` or ``cuda:N``. Raises DeviceError, with what is missing
+    and the way out, for one that this machine cannot train on."""
+    try:
+        return devices.check_device(name)
+    except DeviceError as error:
+        raise DeviceError(
+            f"cannot use --device {name}: {error} The command doctor shows what this machine has; "
+            "--device cpu trains without a GPU"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import flame
 from flame.core.errors import ArgumentError, CheckpointError, StateError
 from flame.recipes import find
-from flame.recipes.recipe import Recipe, Settings, check_device
+from flame.recipes.recipe import Recipe, Settings
 from flame.train.folder import RunFolder
 from flame.train.task import Task
 from flame.train.totals import Totals
@@ -37,8 +37,9 @@ def start(
 ) -> Run:
     """A new run of the recipe ``name``, its settings replaced by the ``options`` that are not None.
 
-    Raises ArgumentError for an unknown recipe or a bad option, DataError for data that cannot be
-    read, CheckpointError where the run folder cannot be written.
+    Raises ArgumentError for an unknown recipe or a bad option, DeviceError for a device that is not
+    there, DataError for data that cannot be read, CheckpointError where the run folder cannot be
+    written.
     """
     recipe = find(name)
     settings = recipe.defaults.with_options(options)
@@ -47,6 +48,7 @@ def start(
         "recipe": recipe.name,
         "flame": flame.__version__,
         "threads": flame.get_num_threads(),
+        "device": device_name(task.device),
         "classes": list(task.classes),
         "settings": settings.to_config(),
     }
@@ -86,13 +88,21 @@ def resume(
     return run
 
 
+def device_name(device: str) -> str:
+    """What computes: ``cpu``, or the GPU's name. Bits may differ between two of them."""
+    return device if device == "cpu" else flame.cuda.get_device_name(device)
+
+
 def evaluate_checkpoint(
-    path: Path, device: str | None = None, data: str | None = None
+    path: Path,
+    device: str | None = None,
+    data: str | None = None,
+    precision: str | None = None,
 ) -> tuple[Task, RunFolder, Totals]:
     """Loss and accuracy of the checkpoint in the run folder ``path`` on the test images."""
     folder = RunFolder.open(path)
     recipe, settings = _read(folder)
-    settings = settings.with_options({"device": device, "data": data})
+    settings = settings.with_options({"device": device, "data": data, "precision": precision})
     state = folder.load()
     task = _rebuild(recipe, settings, folder)
     try:
@@ -123,7 +133,6 @@ def _read(folder: RunFolder) -> tuple[Recipe, Settings]:
 
 def _rebuild(recipe: Recipe, settings: Settings, folder: RunFolder) -> Task:
     """The task of a run that was started before, on data with the same classes."""
-    check_device(settings.device)
     task = recipe.build(settings)
     classes = tuple(folder.config()["classes"])
     if task.classes != classes:

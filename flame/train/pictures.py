@@ -71,8 +71,9 @@ def _predictions(task: Task) -> "Figure":
     """The first test images with what the model takes them for: green where right, else red."""
     task.model.eval()
     images, labels = next(iter(task.test_batches))  # (N, 1, H, W), (N,)
-    with flame.no_grad():
-        scores = flame.nn.functional.softmax(task.model(images), dim=1).numpy()
+    with flame.no_grad(), task.autocast():
+        logits = task.model(images.to(task.device))
+        scores = flame.nn.functional.softmax(logits, dim=1).float().cpu().numpy()
     pixels = task.pictures(images).numpy()
     figure = _figure(COLUMNS * 1.35, ROWS * 1.6)
     grid = figure.subplots(ROWS, COLUMNS, squeeze=False)

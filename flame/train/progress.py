@@ -63,14 +63,15 @@ class ProgressReport:
         self._last = now
         self._items += trainer.totals.items - self._seen
         self._seen = trainer.totals.items
+        figures = (
+            f"loss {trainer.totals.loss:.3f}  accuracy {trainer.totals.accuracy:.1%}  "
+            f"{self._speed:,.0f} items/s"
+        )
         self._bar.update(
             self._task,
             completed=trainer.step,
             description=self._where(trainer),
-            figures=(
-                f"loss {trainer.totals.loss:.3f}  accuracy {trainer.totals.accuracy:.1%}  "
-                f"{self._speed:,.0f} items/s"
-            ),
+            figures=figures if trainer.totals.items else "",  # a GPU's first ones come later
         )
 
     def on_epoch(self, trainer: Trainer, record: Record) -> None:

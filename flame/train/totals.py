@@ -7,6 +7,12 @@ import flame
 from flame.tensor import Tensor
 
 
+def figures(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss of a batch and the number of its hits: float64, (2,), on their device."""
+    hits = (flame.argmax(logits.detach(), 1) == labels).sum()
+    return flame.stack([loss.detach().double(), hits.double()])
+
+
 @dataclass
 class Totals:
     """Loss, hits and items so far; exact in a checkpoint, so an epoch can be cut anywhere."""
@@ -15,11 +21,10 @@ class Totals:
     correct: int = 0
     loss_sum: float = 0.0
 
-    def add(self, loss: float, logits: Tensor, labels: Tensor) -> None:
-        """``loss``: the mean over the batch; logits (N, classes), labels (N,)."""
-        count = labels.shape[0]
+    def add(self, loss: float, hits: int, count: int) -> None:
+        """A batch of ``count`` items: its mean loss, and its hits."""
         self.items += count
-        self.correct += int((flame.argmax(logits.detach(), 1) == labels).sum().item())
+        self.correct += hits
         self.loss_sum += loss * count
 
     @property

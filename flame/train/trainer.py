@@ -1,22 +1,29 @@
 """The training loop.
 
 Invariant: `Trainer.state_dict` is all that the next step depends on (weights, optimizer, schedule,
-random state, position in the data, sums of the epoch), so that a run that goes on from it ends
-bitwise equal to one that was never interrupted.
+loss scale, random state, position in the data, sums of the epoch), so that a run that goes on from
+it on the same device ends bitwise equal to one that was never interrupted.
+
+On a GPU the host runs ahead: batches are copied while the step before runs, and losses are read
+some steps behind (`flame.train.readings`).
 """
 
 import math
 import time
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import flame
+from flame.amp import GradScaler
 from flame.core.errors import CheckpointError, FlameError, StateError
+from flame.data import prefetch_to_device
 from flame.tensor import Tensor
 from flame.train.folder import Record, RunFolder
 from flame.train.interrupt import Interrupt
+from flame.train.readings import Readings
 from flame.train.task import Task
-from flame.train.totals import Totals
+from flame.train.totals import Totals, figures
 
 
 class Observer(Protocol):
@@ -26,7 +33,8 @@ class Observer(Protocol):
         """The first step comes next."""
 
     def on_step(self, trainer: "Trainer") -> None:
-        """A step was done, ``trainer.totals`` are those of the epoch so far."""
+        """A step was queued; ``trainer.totals`` are those of the steps of this epoch that were
+        read, on a GPU up to `readings.BEHIND` less, but none less after the epoch's last step."""
 
     def on_epoch(self, trainer: "Trainer", record: Record) -> None:
         """An epoch was done and tested."""
@@ -38,7 +46,8 @@ class Observer(Protocol):
 class Trainer:
     """Runs ``task`` for ``epochs`` epochs, keeping metrics and the checkpoint in ``folder``.
 
-    The step runs as one compiled program, or, with ``eager``, operation by operation.
+    The step runs as one compiled program, or, with ``eager``, operation by operation; in float16
+    with a loss scale (`flame.amp.GradScaler`).
     """
 
     def __init__(
@@ -55,11 +64,14 @@ class Trainer:
         self.folder = folder
         self.epochs = epochs
         self.epoch = 0  # epochs that are done
-        self.step = 0  # steps that are done, over all epochs
+        self.step = 0  # steps that are done, or queued on the device, over all epochs
         self.totals = Totals()  # of the epoch that runs now
         self._observers = tuple(observers)
         self._record_every = record_every
         self._learn = _learn if eager else flame.compile(_learn)
+        self._scaler = GradScaler(task.device_type, enabled=task.precision == "fp16")
+        self._batches = prefetch_to_device(task.train_batches, task.device)
+        self._readings: Readings[_Step] = Readings(task.device)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -76,7 +88,7 @@ class Trainer:
 
         The checkpoint is written after every epoch and on SIGINT, once the step at hand is done.
         """
-        with Interrupt() as interrupt:
+        with Interrupt() as interrupt, _reproducible(self.task):
             self._tell("on_start")
             try:
                 while not self.finished and not interrupt.requested:
@@ -90,27 +102,34 @@ class Trainer:
     def _train_epoch(self, interrupt: Interrupt) -> bool:
         """The rest of the epoch; False where SIGINT cut it."""
         self.task.model.train()
-        for images, labels in self.task.train_batches:
+        last = (self.epoch + 1) * self.steps_per_epoch
+        for images, labels in self._batches:
             self._train_step(images, labels)
+            self._read(everything=self.step == last)
             self._tell("on_step")
-            if interrupt.requested and self.step < (self.epoch + 1) * self.steps_per_epoch:
+            if interrupt.requested and self.step < last:
+                self._read(everything=True)
                 return False
         return True
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
-        rate = self.task.optimizer.param_groups[0]["lr"]
-        loss, logits = self._learn(self.task, images, labels)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FlameError(
-                f"the loss is {value} at step {self.step + 1}, and training cannot recover from "
-                "it; start again with a smaller --lr, or look for bad values in the data"
-            )
+        rate = float(self.task.optimizer.param_groups[0]["lr"])
+        values = self._learn(self.task, self._scaler, images, labels)
         self.step += 1
-        self.totals.add(value, logits, labels)
-        if self.step % self._record_every == 0:
-            record = {"kind": "step", "step": self.step, "loss": value, "lr": float(rate)}
-            self.folder.append(record)
+        self._readings.put(_Step(self.step, rate, labels.shape[0]), values)
+
+    def _read(self, *, everything: bool) -> None:
+        """Take in the figures of steps that the device has done, or of all."""
+        for step, (loss, hits) in self._readings.take(everything=everything):
+            if not math.isfinite(loss):
+                raise FlameError(
+                    f"the loss is {loss} at step {step.number}, and training cannot recover from "
+                    "it; start again with a smaller --lr, or look for bad values in the data"
+                )
+            self.totals.add(loss, int(hits), step.items)
+            if step.number % self._record_every == 0:
+                record = {"kind": "step", "step": step.number, "loss": loss, "lr": step.rate}
+                self.folder.append(record)
 
     def _end_epoch(self) -> None:
         test = evaluate(self.task)
@@ -139,7 +158,8 @@ class Trainer:
             "model": task.model.state_dict(),
             "optimizer": task.optimizer.state_dict(),
             "scheduler": task.scheduler.state_dict(),
-            "batches": task.train_batches.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "batches": self._batches.state_dict(),
             "random": flame.get_rng_state(),
             "epoch": self.epoch,
             "step": self.step,
@@ -153,7 +173,8 @@ class Trainer:
             task.model.load_state_dict(state["model"])
             task.optimizer.load_state_dict(state["optimizer"])
             task.scheduler.load_state_dict(state["scheduler"])
-            task.train_batches.load_state_dict(state["batches"])
+            self._scaler.load_state_dict(state["scaler"])
+            self._batches.load_state_dict(state["batches"])
             flame.set_rng_state(state["random"])
             self.epoch, self.step = state["epoch"], state["step"]
             self.totals = Totals(**state["totals"])
@@ -164,23 +185,54 @@ class Trainer:
             ) from error
 
 
-def _learn(task: Task, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of training; the mean loss of the batch, and its logits (N, classes)."""
+@contextmanager
+def _reproducible(task: Task) -> Iterator[None]:
+    """The same bits on every run: on a GPU that has to be asked of NVIDIA's libraries."""
+    before = flame.are_deterministic_algorithms_enabled()
+    flame.use_deterministic_algorithms(before or task.device != "cpu")
+    try:
+        yield
+    finally:
+        flame.use_deterministic_algorithms(before)
+
+
+class _Step(NamedTuple):
+    """What the host knows of a step when it queues it."""
+
+    number: int
+    rate: float
+    items: int
+
+
+def _learn(task: Task, scaler: GradScaler, images: Tensor, labels: Tensor) -> Tensor:
+    """One step of training; its `figures`."""
     task.optimizer.zero_grad()
-    logits = task.model(images)
-    loss = task.loss(logits, labels)
-    loss.backward()
-    task.optimizer.step()
+    with task.autocast():
+        logits = task.model(images)
+        loss = task.loss(logits, labels)
+    scaler.scale(loss).backward()
+    scaler.step(task.optimizer)
+    scaler.update()
     task.scheduler.step()
-    return loss.detach(), logits.detach()
+    return figures(loss, logits, labels)
 
 
 def evaluate(task: Task) -> Totals:
     """Loss and accuracy over the test images; the model is in evaluation mode afterwards."""
     task.model.eval()
     totals = Totals()
-    with flame.no_grad():
-        for images, labels in task.test_batches:
-            logits = task.model(images)
-            totals.add(task.loss(logits, labels).item(), logits, labels)
+    readings: Readings[int] = Readings(task.device)
+
+    def read(*, everything: bool) -> None:
+        for count, (loss, hits) in readings.take(everything=everything):
+            totals.add(loss, int(hits), count)
+
+    with flame.no_grad(), _reproducible(task):
+        for images, labels in prefetch_to_device(task.test_batches, task.device):
+            with task.autocast():
+                logits = task.model(images)
+                loss = task.loss(logits, labels)
+            readings.put(labels.shape[0], figures(loss, logits, labels))
+            read(everything=False)
+        read(everything=True)
     return totals

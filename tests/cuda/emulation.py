@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flame.core.errors import CompileError, CudaError
-from flame.kernel.library import Problem
+from flame.core.errors import CompileError, CudaError, CudnnError
+from flame.kernel.library import MatmulProblem, Problem, operands_of
 from flame.runtime.cuda.driver import DeviceProperties, Dim, Prepared
 
 from .emulated_memory import HOST, EmulatedMemory, move
@@ -429,11 +429,16 @@ class _Plan:
     def __init__(self, driver: EmulatedDriver, problem: Problem) -> None:
         self._driver = driver
         self._solve, self._operands = prepare(problem)
+        # cuDNN's kernels load 16 bytes at once
+        self.alignment = 1 if isinstance(problem, MatmulProblem) else 16
+        self._tensors = len(operands_of(problem))
         self.name = f"emulated {type(problem).__name__}"
 
     def enqueue(self, pointers: Sequence[int], workspace: int, stream: int) -> None:
         """Queue the call; operands are read and written when it runs."""
         given = list(pointers)
+        if any(pointer % self.alignment for pointer in given[: self._tensors]):
+            raise CudnnError(f"{self.name}: operands are not aligned: {given}")
         if len(given) != self._operands:
             raise CudaError(f"{self.name}: {len(given)} operands, wanted {self._operands}")
 

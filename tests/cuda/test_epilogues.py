@@ -20,7 +20,7 @@ def _every_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LEAST", 1)
 
 
-@pytest.mark.usefixtures("emulated_cuda", "_every_product")
+@pytest.mark.usefixtures("eager_cuda", "_every_product")
 def test_perceptron_of_a_transformer() -> None:
     flame.manual_seed(0)
     first, second = nn.Linear(16, 32).cuda(), nn.Linear(32, 16).cuda()

@@ -32,7 +32,7 @@ def _losses(steps: int) -> list[float]:
     return [step(x, y).item() for _ in range(steps)]
 
 
-@pytest.mark.usefixtures("emulated_cuda")
+@pytest.mark.usefixtures("eager_cuda")
 def test_a_kept_program_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: dict[str, bytes] = {}
     monkeypatch.setattr(
@@ -50,7 +50,7 @@ def test_a_kept_program_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) 
     assert _losses(3) == built
 
 
-@pytest.mark.usefixtures("emulated_cuda")
+@pytest.mark.usefixtures("eager_cuda")
 def test_an_index_out_of_range_is_told_by_a_kept_program(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

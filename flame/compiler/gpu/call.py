@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flame.compiler.gpu.blueprint import bits_of
-from flame.compiler.gpu.steps import load, specs_of
+from flame.compiler.gpu.steps import load, placed, specs_of
 from flame.core.device import device_index
 from flame.core.errors import FlameError, UnsupportedError
 from flame.kernel.builder import Lowering
@@ -78,7 +78,9 @@ class GpuCall:
                 for r in spec.operands
             ]
             scratch = Storage.allocate(step.scratch, self.device) if step.scratch else None
-            step.enqueue(words, 0 if scratch is None else scratch.pointer, stream)
+            placed(step, words, self.device).enqueue(
+                words, 0 if scratch is None else scratch.pointer, stream
+            )
 
     def _number(self, x: Any, kept: list[Storage], stream: int) -> int:
         """The address of a word on the device that holds a number."""

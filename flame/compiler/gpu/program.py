@@ -28,7 +28,7 @@ from flame.compiler.gpu.blueprint import GpuBlueprint, Word, bits_of, make_bluep
 from flame.compiler.gpu.call import on_device
 from flame.compiler.gpu.profile import GpuProfile, profile
 from flame.compiler.gpu.report import report
-from flame.compiler.gpu.steps import GpuStep, load
+from flame.compiler.gpu.steps import GpuStep, load, placed
 from flame.compiler.program_store import OpCall, failing_calls
 from flame.compiler.schedule.memory import nbytes_of, plan_memory
 from flame.compiler.schedule.reorder import replacing_last
@@ -219,6 +219,10 @@ class GpuProgram:
         self.addresses = [
             [self._address(word) for word in launch.words] for launch in self.blueprint.launches
         ]
+        self.placed = [
+            placed(step, words, self.device)
+            for step, words in zip(self.steps, self.addresses, strict=True)
+        ]
         self.graph = None
 
     # --- running ----------------------------------------------------------------------------------
@@ -293,7 +297,7 @@ class GpuProgram:
     def enqueue(self, stream: int) -> None:
         """Queue every step on a stream."""
         scratch = self.scratch.pointer
-        for step, addresses in zip(self.steps, self.addresses, strict=True):
+        for step, addresses in zip(self.placed, self.addresses, strict=True):
             step.enqueue(addresses, scratch, stream)
 
     def rebind(self, state: Mapping[Symbol, int]) -> None:

@@ -14,10 +14,11 @@ from typing import Any, Protocol
 
 from flame.core.errors import UnsupportedError
 from flame.kernel.builder import Bound, BoundCall, BoundFill, BoundKernel, Ref
-from flame.kernel.library import Problem
+from flame.kernel.library import Problem, operands_of
 from flame.render.cuda import render
 from flame.runtime.cuda import modules
 from flame.runtime.cuda.driver import Dim, driver
+from flame.runtime.storage import Storage
 
 Refs = tuple[Ref | None, ...]
 
@@ -148,9 +149,53 @@ class CallStep:
             )
         self.name, self.scratch = prepared.name, prepared.workspace
         self._enqueue = prepared.enqueue
+        self._mask: int = getattr(prepared, "alignment", 1) - 1
+        self._operands = operands_of(spec.problem) if self._mask else ()
+
+    def misplaced(self, words: Sequence[int]) -> list[tuple[int, int, bool]]:
+        """(number, bytes, whether it is written) of dense operands whose address does not suit the
+        library."""
+        return [
+            (i, type_.span * type_.dtype.itemsize, written)
+            for i, (type_, written) in enumerate(self._operands)
+            if type_ is not None and words[i] & self._mask and (type_.dense or not written)
+        ]
 
     def enqueue(self, words: Sequence[int], scratch: int, stream: int) -> None:
         self._enqueue(words, scratch, stream)
+
+
+class Realigned:
+    """A library's call with operands that do not lie at addresses that it takes: copied to memory
+    of its own before, results copied out of it afterwards."""
+
+    text = ""
+
+    def __init__(self, step: CallStep, words: Sequence[int], device: str) -> None:
+        self.step, self.name, self.scratch = step, step.name, step.scratch
+        self._moved = [
+            (i, Storage.allocate(nbytes, device), written)
+            for i, nbytes, written in step.misplaced(words)
+        ]
+        self._copy = driver().copy_on_device
+
+    def enqueue(self, words: Sequence[int], scratch: int, stream: int) -> None:
+        placed = list(words)
+        for i, storage, written in self._moved:
+            if not written:
+                self._copy(storage.pointer, words[i], storage.nbytes, stream)
+            placed[i] = storage.pointer
+        self.step.enqueue(placed, scratch, stream)
+        for i, storage, written in self._moved:
+            if written:
+                self._copy(words[i], storage.pointer, storage.nbytes, stream)
+
+
+def placed(step: GpuStep, words: Sequence[int], device: str) -> GpuStep:
+    """The step, such that it takes these addresses."""
+    if isinstance(step, CallStep) and step.misplaced(words):
+        return Realigned(step, words, device)
+    return step
 
 
 class FillStep:

@@ -16,6 +16,7 @@ from flame.kernel.builder import BoundCall, Lowering, Ref
 from flame.kernel.library import AttentionProblem
 from flame.kernels.attention import flash_attention, takes
 from flame.ops.attention.forward import matrix
+from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import broadcast_strides, coalesce
 from flame.runtime.cuda.driver import driver
 
@@ -57,6 +58,8 @@ def backward(
     assert result is not None
     assert log_sum is not None
     rows = [t for t in (shift, log_sum) if t is not None]
+    if any(t.dtype is not compute_dtype(query.dtype) for t in rows):
+        return None
     tensors = (query, key, value, result, grad, *outputs)
     seen = _seen(tensors, mask, result.shape[:-2], key.shape[-2])
     if seen is None or not all(t.contiguous for t in rows):

@@ -100,7 +100,7 @@ class DeviceMemory:
             return stream
         last = others.pop()
         for other in (stream, *others):
-            wait(last, other, self.device)
+            wait(last, other, self.device, self.driver)
         return last
 
     def _retry(self, nbytes: int, stream: int) -> int:

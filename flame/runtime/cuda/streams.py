@@ -257,11 +257,13 @@ def stream_context(stream: Stream | None) -> Iterator[None]:
         set_current_device(device)
 
 
-def wait(stream: int, other: int, other_device: int) -> None:
-    """Let work queued from now on in a stream wait for all that is queued in another so far."""
+def wait(stream: int, other: int, other_device: int, made: Driver | None = None) -> None:
+    """Let work queued from now on in a stream wait for all that is queued in another so far.
+
+    made: the driver whose streams they are, if it need not be that of this process any more."""
     if stream == other:
         return
-    made = driver()
+    made = driver() if made is None else made
     event = made.create_event(other_device, timing=False)
     try:
         made.record_event(event, other)

@@ -2,13 +2,20 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from flame.cli import main
+from flame.core.errors import DeviceError
+from flame.train.progress import ProgressReport
+from flame.train.trainer import Trainer
 
 SMALL = ("--epochs", "1", "--limit", "64", "--batch-size", "16")
 
@@ -30,6 +37,18 @@ def flame(*words: str | Path, **environment: str) -> subprocess.CompletedProcess
         env=os.environ | environment,
         timeout=120,
     )
+
+
+def interrupting(step: int) -> Callable[[ProgressReport, Trainer], None]:
+    """`ProgressReport.on_step`, with a Ctrl-C after a step."""
+    on_step = ProgressReport.on_step
+
+    def changed(self: ProgressReport, trainer: Trainer) -> None:
+        on_step(self, trainer)
+        if trainer.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return changed
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +118,9 @@ def test_a_finished_run_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -
     ("words", "told"),
     [
         (("train", "nothing"), "there is no recipe 'nothing'; the recipes are: fashion-cnn"),
-        (("train", "fashion-cnn", "--device", "cuda"), "CUDA is not available in this build"),
-        (("train", "fashion-cnn", "--device", "tpu"), "there is no device 'tpu'"),
+        (("train", "fashion-cnn", "--device", "tpu"), "'tpu' names no device; use 'cpu', 'cuda'"),
+        (("train", "fashion-cnn", "--device", "cuda:x"), "'cuda:x' names no device"),
+        (("train", "fashion-cnn", "--precision", "fp8"), "--precision must be one of float32, bf"),
         (("train", "fashion-cnn", "--epochs", "0"), "--epochs must be an integer >= 1, got 0"),
         (("train", "fashion-cnn", "--batch-size", "-3"), "--batch-size must be an integer >= 1"),
         (("train", "fashion-cnn", "--lr", "nan"), "--lr must be a positive number, got nan"),
@@ -127,6 +147,70 @@ def test_errors_are_one_message(
     assert told in error
     assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def driver() -> NoReturn:
+        raise DeviceError("CUDA needs NVIDIA's display driver, which is not on this machine.")
+
+    monkeypatch.setattr("flame.runtime.cuda.devices.driver", driver)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_missing_gpu_is_told(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what is missing and the way out; a run of a GPU goes on, and is tested, on the CPU."""
+    monkeypatch.chdir(tmp_path)
+    copy = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((copy / "config.json").read_text())
+    config["settings"] |= {"device": "cuda", "epochs": 2}
+    config["device"] = "NVIDIA H100"
+    (copy / "config.json").write_text(json.dumps(config))
+    for words in (
+        ("train", "fashion-cnn", "--device", "cuda"),
+        ("train", "fashion-cnn", "--resume", copy),
+        ("eval", copy),
+        ("eval", run, "--device", "cuda"),
+    ):
+        assert call(*words) == 1
+        error = capsys.readouterr().err
+        for told in ("cannot use --device cuda: CUDA needs", "doctor", "--device cpu"):
+            assert told in error
+        assert list(tmp_path.iterdir()) == [copy]
+    assert call("eval", copy, "--device", "cpu") == 0
+    assert call("train", "fashion-cnn", "--resume", copy, "--device", "cpu") == 0
+    told = capsys.readouterr().out
+    assert "began with device NVIDIA H100 and goes on with device cpu" in told
+    assert "test accuracy" in told
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("eager", [(), ("--eager",)])
+def test_a_run_in_less_precision_goes_on_bitwise(
+    tmp_path: Path,
+    precision: str,
+    eager: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ("--epochs", "2", *SMALL[2:], "--precision", precision, *eager)
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    assert call("train", "fashion-cnn", *words, "--run-dir", whole) == 0
+    assert f", {precision}\n" in capsys.readouterr().out
+    config = json.loads((whole / "config.json").read_text())
+    assert config["settings"]["precision"] == precision
+    assert config["settings"]["device"] == config["device"] == "cpu"
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ProgressReport, "on_step", interrupting(5))
+        assert call("train", "fashion-cnn", *words, "--run-dir", half) == 130
+    assert call("train", "fashion-cnn", "--resume", half) == 0
+    ours, theirs = (path / "checkpoint.safetensors" for path in (half, whole))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert call("eval", half) == 0
+    assert call("eval", half, "--precision", "float32") == 0
 
 
 def test_wrong_usage_names_the_option(capsys: pytest.CaptureFixture[str]) -> None:
