@@ -16,14 +16,14 @@ from flame.core.dtypes import DType
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Operand
-from flame.kernel.values import Value, cast, const
+from flame.kernel.values import Value, cast, const, read
 from flame.ops.elementwise import compute_dtype
 from flame.ops.norm_kernels import inverse_root
 from flame.ops.op import Types
 from flame.ops.rows import Rows, type_of
-from flame.ops.tiles import Lane, Run, Tiles, folded, runs, sum_runs, tiles_of
+from flame.ops.tiles import Lane, Run, Tiles, fold_runs, runs, sum_runs, tiles_of
 
-PASS_BLOCKS: Final = 132 * 16  # runs of the pass that writes the result, about
+PASS_BLOCKS: Final = 132 * 8  # runs of the pass that writes the result, about
 PASS_TILES: Final = 8  # tiles of a run there, at least
 
 
@@ -59,7 +59,7 @@ def moments_of_runs(name: str, x: TensorType, tiles: Tiles, compute: DType) -> B
         first = k.register(shift(lane.run, lane.channel))
 
         def of(place: Value, where: Value | None) -> Sequence[Value]:
-            difference = cast(source.load(place, where=where), compute) - values.read(first)
+            difference = cast(source.load(place, where=where), compute) - read(first)
             if where is not None:
                 difference = values.select(where, difference, const(0.0, compute))
             return difference, difference * difference
@@ -86,17 +86,24 @@ class _Batch:
         shape = (1, self.positions, self.channels)
         self.compute = compute_dtype(x.dtype)
         self.sums = tiles_of(shape, x.dtype.itemsize)
-        itemsize = max(t.dtype.itemsize for t in (x, *others))
-        self.whole = pass_tiles(shape, itemsize)
-        self.each = tensor_type(self.compute, (self.channels,))
+        self.whole = pass_tiles(shape, max(t.dtype.itemsize for t in (x, *others)))
 
     def parameter(self, t: Any) -> TensorType:
         return tensor_type(t.dtype, (self.channels,), t.strides)
 
-    def temporaries(self, each: int) -> tuple[int, ...]:
-        """Bytes: sums of runs twice, and ``each`` numbers for every channel."""
-        sums = self.sums.sums(self.compute).numel
-        return tuple(n * self.compute.itemsize for n in (sums, sums, *(self.channels,) * each))
+    def run_sums(self, k: KernelBuilder) -> list[Operand]:
+        """Temporaries 0 and 1: two numbers of each run and channel."""
+        return [k.tensor("temporary", i, self.sums.sums(self.compute)) for i in range(2)]
+
+    def constants(self, k: KernelBuilder, count: int) -> list[Operand]:
+        """The temporaries from 2 on: what the last pass needs."""
+        kind = self.whole.constants(self.compute)
+        return [k.tensor("temporary", 2 + i, kind) for i in range(count)]
+
+    def temporaries(self, constants: int) -> tuple[int, ...]:
+        """Their bytes."""
+        sums, each = self.sums.sums(self.compute).numel, self.whole.constants(self.compute).numel
+        return tuple(n * self.compute.itemsize for n in (sums, sums, *(each,) * constants))
 
 
 def lower_forward(rows: Rows, types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
@@ -108,63 +115,68 @@ def lower_forward(rows: Rows, types: Types, outputs: tuple[TensorType, ...]) -> 
         _combined(b, types, outputs),
         _scaled(b, types, outputs),
     )
-    return Lowering(kernels, b.temporaries(1))
+    return Lowering(kernels, b.temporaries(2))
 
 
 def _combined(b: _Batch, types: Types, outputs: tuple[TensorType, ...]) -> BoundKernel:
-    """Outputs 1 and 2: mean and variance; temporary 2: weight / sqrt(variance + eps)."""
+    """Outputs 1 and 2: mean and variance; temporaries 2 and 3: scale and shift of a channel."""
     k = KernelBuilder("batch_norm_combine")
     compute = b.compute
-    means, spreads = (k.tensor("temporary", i, b.sums.sums(compute)) for i in range(2))
-    scales = k.tensor("temporary", 2, b.each)
+    means, spreads = b.run_sums(k)
+    constants = b.constants(k, 2)
     mean_out, variance_out = (k.tensor("output", i, b.parameter(outputs[i])) for i in (1, 2))
-    weight = None if types[1] is None else k.tensor("input", 1, b.parameter(types[1]))
+    weight, bias = (
+        None if t is None else k.tensor("input", i, b.parameter(t))
+        for i, t in enumerate(types[1:3], 1)
+    )
     eps = k.number(3, float)
     whole = cast(k.size(b.positions), compute)
-    shift = const(0)
+    start = const(0)
 
     def terms(run: Value, channel: Value) -> Sequence[Value]:
         count = count_of_run(k, b.sums, compute, run)
-        apart = means[run, channel] - means[shift, channel]
+        apart = means[run, channel] - means[start, channel]
         return apart * count, spreads[run, channel] + apart * apart * count
 
-    with folded(k, b.sums.runs, b.channels, compute, 2, terms) as (channel, where, sums):
+    def finished(channel: Value, exists: Value, sums: list[Value]) -> Sequence[Value]:
         average = sums[0] / whole
         inner = values.binary("max", sums[1] - sums[0] * average, const(0.0, compute))
-        first = means.load(shift, channel, where=where)
-        mean, variance = first + average, inner / whole
+        mean, variance = means.load(start, channel, where=exists) + average, inner / whole
         scale = inverse_root(variance, eps)
         if weight is not None:
-            scale = scale * cast(weight.load(channel, where=where), compute)
+            scale = scale * cast(weight.load(channel, where=exists), compute)
+        shift = -(mean * scale)
+        if bias is not None:
+            shift = values.fma(-mean, scale, cast(bias.load(channel, where=exists), compute))
         index = (channel,)
-        writes = [(mean_out, index, mean), (variance_out, index, variance), (scales, index, scale)]
-        k.store_all(writes, where)
+        k.store_all([(mean_out, index, mean), (variance_out, index, variance)], exists)
+        return scale, shift
+
+    fold_runs(k, b.sums.runs, b.channels, compute, 2, terms, finished, constants, b.whole.rows)
     return k.bind()
 
 
 def _scaled(b: _Batch, types: Types, outputs: tuple[TensorType, ...]) -> BoundKernel:
-    """Output 0: (x - mean) * scale + bias."""
+    """Output 0: x * scale + shift."""
     k = KernelBuilder("batch_norm_scale")
     x = b.whole.image(k, "input", 0, type_of(types[0]).dtype)
     y = b.whole.image(k, "output", 0, outputs[0].dtype)
-    means = k.tensor("output", 1, b.parameter(outputs[1]))
-    scales = k.tensor("temporary", 2, b.each)
-    bias = None if types[2] is None else k.tensor("input", 2, b.parameter(types[2]))
-    with runs(k, b.whole, backwards=True) as run, run.lanes() as lane:
-        channel = lane.channel
-        mean, scale = (k.register(t[channel]) for t in (means, scales))
-        if bias is not None:
-            shift = k.register(cast(bias[channel], b.compute))
+    scale_and_shift(k, b.whole, x, y, *b.constants(k, 2))
+    return k.bind()
+
+
+def scale_and_shift(
+    k: KernelBuilder, tiles: Tiles, x: Operand, y: Operand, scales: Operand, shifts: Operand
+) -> None:
+    """The loops of the kernel that writes y = x * scale + shift."""
+    with runs(k, tiles, backwards=True) as run, run.lanes() as lane:
+        scale, shift = (k.register(t[lane.constant]) for t in (scales, shifts))
 
         def write(place: Value, where: Value | None) -> None:
-            centred = cast(x.load(place, where=where), b.compute) - values.read(mean)
-            made = centred * values.read(scale)
-            if bias is not None:
-                made = made + values.read(shift)
-            k.store(y, (place,), made, where)
+            here = cast(x.load(place, where=where), scales.dtype)
+            k.store(y, (place,), values.fma(here, read(scale), read(shift)), where)
 
         lane.visit(write)
-    return k.bind()
 
 
 def lower_backward(rows: Rows, types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
@@ -184,14 +196,14 @@ def _gradient_runs(b: _Batch, types: Types) -> BoundKernel:
     k = KernelBuilder("batch_norm_backward_runs")
     grad, x = (b.sums.image(k, "input", i, type_of(types[i]).dtype) for i in range(2))
     means = k.tensor("input", 2, b.parameter(types[2]))
-    shifts, slopes = (k.tensor("temporary", i, b.sums.sums(b.compute)) for i in range(2))
+    shifts, slopes = b.run_sums(k)
 
     def terms(lane: Lane) -> Any:
         mean = k.register(cast(means[lane.channel], b.compute))
 
         def of(place: Value, where: Value | None) -> Sequence[Value]:
             g = cast(grad.load(place, where=where), b.compute)  # 0 where not `where`
-            centred = cast(x.load(place, where=where), b.compute) - values.read(mean)
+            centred = cast(x.load(place, where=where), b.compute) - read(mean)
             return g, g * centred
 
         return of
@@ -205,52 +217,60 @@ def _gradient_runs(b: _Batch, types: Types) -> BoundKernel:
 
 
 def _gradient_totals(b: _Batch, types: Types, outputs: tuple[TensorType, ...]) -> BoundKernel:
-    """Outputs 1 and 2: dweight and dbias; temporaries 2 to 4: what `_gradient` needs."""
+    """Outputs 1 and 2: dweight and dbias; temporaries 2 to 4: what `gradient_pass` needs."""
     k = KernelBuilder("batch_norm_backward_totals")
-    shifts, slopes = (k.tensor("temporary", i, b.sums.sums(b.compute)) for i in range(2))
-    averages, slants, scales = (k.tensor("temporary", i, b.each) for i in range(2, 5))
-    variance = k.tensor("input", 3, b.parameter(types[3]))
+    compute = b.compute
+    shifts, slopes = b.run_sums(k)
+    constants = b.constants(k, 3)
+    means, variances = (k.tensor("input", i, b.parameter(types[i])) for i in (2, 3))
     weight = None if types[4] is None else k.tensor("input", 4, b.parameter(types[4]))
-    found: list[Operand] = [
-        k.tensor("output", i, b.parameter(t)) for i, t in enumerate(outputs) if i
-    ]
+    found = [k.tensor("output", i, b.parameter(t)) for i, t in enumerate(outputs) if i]
     eps = k.number(5, float)
-    whole = cast(k.size(b.positions), b.compute)
+    whole = cast(k.size(b.positions), compute)
 
     def terms(run: Value, channel: Value) -> Sequence[Value]:
         return shifts[run, channel], slopes[run, channel]
 
-    with folded(k, b.sums.runs, b.channels, b.compute, 2, terms) as (channel, where, sums):
-        scale = inverse_root(cast(variance.load(channel, where=where), b.compute), eps)
-        d_weight, d_bias = sums[1] * scale, sums[0]
-        outer = scale
+    def finished(channel: Value, exists: Value, sums: list[Value]) -> Sequence[Value]:
+        mean, variance = (
+            cast(t.load(channel, where=exists), compute) for t in (means, variances)
+        )  # fmt: skip
+        rstd = inverse_root(variance, eps)
+        d_weight, d_bias = sums[1] * rstd, sums[0]
+        scale = rstd
         if weight is not None:
-            outer = scale * cast(weight.load(channel, where=where), b.compute)
-        writes = [(averages, (channel,), d_bias / whole),
-                  (slants, (channel,), d_weight / whole * scale),
-                  (scales, (channel,), outer)]  # fmt: skip
-        writes += [(t, (channel,), v) for t, v in zip(found, (d_weight, d_bias), strict=False)]
-        k.store_all(writes, where)
+            scale = rstd * cast(weight.load(channel, where=exists), compute)
+        writes = [(t, (channel,), v) for t, v in zip(found, (d_weight, d_bias), strict=False)]
+        if writes:
+            k.store_all(writes, exists)
+        slant = d_weight / whole * rstd
+        # (grad - average - (x - mean) * slant) * scale
+        return scale, -(slant * scale), values.fma(mean, slant, -(d_bias / whole)) * scale
+
+    fold_runs(k, b.sums.runs, b.channels, compute, 2, terms, finished, constants, b.whole.rows)
     return k.bind()
 
 
 def _gradient(b: _Batch, types: Types, outputs: tuple[TensorType, ...]) -> BoundKernel:
-    """Output 0: (grad - average - (x - mean) * slant) * scale."""
     k = KernelBuilder("batch_norm_backward_scale")
     grad, x = (b.whole.image(k, "input", i, type_of(types[i]).dtype) for i in range(2))
     dx = b.whole.image(k, "output", 0, outputs[0].dtype)
-    means = k.tensor("input", 2, b.parameter(types[2]))
-    averages, slants, scales = (k.tensor("temporary", i, b.each) for i in range(2, 5))
-    with runs(k, b.whole, backwards=True) as run, run.lanes() as lane:
-        channel = lane.channel
-        mean = k.register(cast(means[channel], b.compute))
-        average, slant, scale = (k.register(t[channel]) for t in (averages, slants, scales))
+    gradient_pass(k, b.whole, grad, x, dx, b.constants(k, 3))
+    return k.bind()
+
+
+def gradient_pass(
+    k: KernelBuilder, tiles: Tiles, grad: Operand, x: Operand, dx: Operand,
+    constants: Sequence[Operand],
+) -> None:  # fmt: skip
+    """The loops of the kernel that writes dx = grad * scale + x * slant + shift."""
+    compute = constants[0].dtype
+    with runs(k, tiles, backwards=True) as run, run.lanes() as lane:
+        scale, slant, shift = (k.register(t[lane.constant]) for t in constants)
 
         def write(place: Value, where: Value | None) -> None:
-            centred = cast(x.load(place, where=where), b.compute) - values.read(mean)
-            inner = cast(grad.load(place, where=where), b.compute) - values.read(average)
-            made = (inner - centred * values.read(slant)) * values.read(scale)
-            k.store(dx, (place,), made, where)
+            through, here = (cast(t.load(place, where=where), compute) for t in (grad, x))
+            bent = values.fma(here, read(slant), read(shift))
+            k.store(dx, (place,), values.fma(through, read(scale), bent), where)
 
         lane.visit(write)
-    return k.bind()

@@ -13,13 +13,19 @@ from typing import Any
 from flame.core.types import TensorType, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Operand
-from flame.kernel.values import Value, cast, const
-from flame.ops.batch_tiles import count_of_run, moments_of_runs, pass_tiles
+from flame.kernel.values import Value, cast, const, read
+from flame.ops.batch_tiles import (
+    count_of_run,
+    gradient_pass,
+    moments_of_runs,
+    pass_tiles,
+    scale_and_shift,
+)
 from flame.ops.elementwise import compute_dtype
-from flame.ops.norm_kernels import inverse_root, sum_parts
+from flame.ops.norm_kernels import inverse_root
 from flame.ops.op import Types
-from flame.ops.rows import type_of
-from flame.ops.tiles import Lane, Run, image_shape, runs, sum_runs, tiles_of
+from flame.ops.rows import COLUMNS, type_of
+from flame.ops.tiles import Lane, Run, each_constant, image_shape, sum_runs, tiles_of
 
 
 def fits(*images: TensorType) -> bool:
@@ -40,7 +46,7 @@ class _Groups:
         self.sums = tiles_of(shape, max(t.dtype.itemsize for t in images[:-1]))
         self.whole = pass_tiles(shape, itemsize)
         self.run_type = self.sums.sums(self.compute)
-        self.group_type = tensor_type(self.compute, (self.batch, groups))
+        self.constant_type = self.whole.constants(self.compute)
         self.channel_type = tensor_type(self.compute, (self.batch, self.channels))
 
     def parameter(self, k: KernelBuilder, types: Types, position: int) -> Operand | None:
@@ -66,14 +72,12 @@ class _Groups:
             run = values.binary("udiv", lane, width)
             place = (first + run, channel + values.binary("urem", lane, width))
             n = count_of_run(k, self.sums, compute, run)
-            apart = means[place] - values.read(shift)
+            apart = means[place] - read(shift)
             k.accumulate(total, "add", apart * n)
             k.accumulate(spread, "add", spreads[place] + apart * apart * n)
-        average = values.read(total) / whole
-        inner = values.binary(
-            "max", values.read(spread) - values.read(total) * average, const(0.0, compute)
-        )
-        return values.read(shift) + average, inner / whole
+        average = read(total) / whole
+        inner = values.binary("max", read(spread) - read(total) * average, const(0.0, compute))
+        return read(shift) + average, inner / whole
 
 
 def lower_forward(types: Types, outputs: tuple[TensorType, ...], *, groups: int) -> Lowering:
@@ -82,50 +86,43 @@ def lower_forward(types: Types, outputs: tuple[TensorType, ...], *, groups: int)
     g = _Groups((x, outputs[0]), groups)
     kernels = (
         moments_of_runs("group_norm_runs", x, g.sums, g.compute),
-        _combined(g),
+        _combined(g, types),
         _scaled(g, types, outputs[0]),
     )
-    return Lowering(
-        kernels, g.nbytes(g.run_type, g.run_type, g.group_type, g.group_type)
-    )  # fmt: skip
+    kinds = (g.run_type,) * 2 + (g.constant_type,) * 2
+    return Lowering(kernels, g.nbytes(*kinds))
 
 
-def _combined(g: _Groups) -> BoundKernel:
-    """Temporaries 2 and 3: mean and 1 / sqrt(variance + eps) of each group."""
+def _combined(g: _Groups, types: Types) -> BoundKernel:
+    """Temporaries 2 and 3: scale and shift of each channel of a sample."""
     k = KernelBuilder("group_norm_combine")
+    compute = g.compute
     means, spreads = (k.tensor("temporary", i, g.run_type) for i in range(2))
-    centres, scales = (k.tensor("temporary", i, g.group_type) for i in (2, 3))
+    scales, shifts = (k.tensor("temporary", i, g.constant_type) for i in (2, 3))
+    weight, bias = (g.parameter(k, types, i) for i in (1, 2))
     eps = k.number(3, float)
     with k.parallel(g.batch, g.groups, work=g.sums.runs * g.width) as (sample, group):
-        at = (sample, group)
-        mean, variance = g.moments(k, sample, group, means, spreads)
-        k.store_all([(centres, at, mean), (scales, at, inverse_root(variance, eps))])
+        centre, variance = g.moments(k, sample, group, means, spreads)
+        mean, rstd = k.register(centre), k.register(inverse_root(variance, eps))
+        width = k.size(g.width)
+        with each_constant(k, g.whole, group * width, width) as (channel, place):
+            scale = read(rstd)
+            if weight is not None:
+                scale = scale * cast(weight[channel], compute)
+            shift = -(read(mean) * scale)
+            if bias is not None:
+                shift = values.fma(-read(mean), scale, cast(bias[channel], compute))
+            k.store_all([(scales, (sample, place), scale), (shifts, (sample, place), shift)])
     return k.bind()
 
 
 def _scaled(g: _Groups, types: Types, out: TensorType) -> BoundKernel:
-    """Output 0: (x - mean) * scale + bias."""
+    """Output 0: x * scale + shift."""
     k = KernelBuilder("group_norm_scale")
     x = g.whole.image(k, "input", 0, type_of(types[0]).dtype)
     y = g.whole.image(k, "output", 0, out.dtype)
-    centres, scales = (k.tensor("temporary", i, g.group_type) for i in (2, 3))
-    weight, bias = (g.parameter(k, types, i) for i in (1, 2))
-    with runs(k, g.whole, backwards=True) as run, run.lanes() as lane:
-        at = (run.sample, values.binary("udiv", lane.channel, k.size(g.width)))
-        mean, scale = k.register(centres[at]), k.register(scales[at])
-        if weight is not None:
-            k.assign(scale, values.read(scale) * cast(weight[lane.channel], g.compute))
-        if bias is not None:
-            shift = k.register(cast(bias[lane.channel], g.compute))
-
-        def write(place: Value, where: Value | None) -> None:
-            centred = cast(x.load(place, where=where), g.compute) - values.read(mean)
-            made = centred * values.read(scale)
-            if bias is not None:
-                made = made + values.read(shift)
-            k.store(y, (place,), made, where)
-
-        lane.visit(write)
+    scales, shifts = (k.tensor("temporary", i, g.constant_type) for i in (2, 3))
+    scale_and_shift(k, g.whole, x, y, scales, shifts)
     return k.bind()
 
 
@@ -133,14 +130,15 @@ def lower_backward(types: Types, outputs: tuple[TensorType, ...], *, groups: int
     """Of (grad, x, weight, eps): dx, dweight and dbias."""
     grad, x = type_of(types[0]), type_of(types[1])
     g = _Groups((x, grad, outputs[0]), groups)
-    kernels = (
+    kernels: tuple[BoundKernel, ...] = (
         _gradient_runs(g, types),
         _gradient_totals(g, types),
         _gradient(g, types, outputs[0]),
     )
-    totals = tuple(sum_parts(g.channel_type, 8 + i, t, i + 1) for i, t in enumerate(outputs[1:]))
-    temporaries = (*(g.run_type,) * 4, *(g.group_type,) * 4, *(g.channel_type,) * 2)
-    return Lowering((*kernels, *totals), g.nbytes(*temporaries))
+    kinds = (*(g.run_type,) * 4, *(g.constant_type,) * 3, *(g.channel_type,) * 2)
+    if len(outputs) > 1:
+        kernels = (*kernels, _sum_samples(g, outputs))
+    return Lowering(kernels, g.nbytes(*kinds))
 
 
 def _gradient_runs(g: _Groups, types: Types) -> BoundKernel:
@@ -159,7 +157,7 @@ def _gradient_runs(g: _Groups, types: Types) -> BoundKernel:
         first = k.register(shift(lane.run, lane.channel))
 
         def of(place: Value, where: Value | None) -> Sequence[Value]:
-            apart = cast(x.load(place, where=where), compute) - values.read(first)
+            apart = cast(x.load(place, where=where), compute) - read(first)
             if where is not None:
                 apart = values.select(where, apart, const(0.0, compute))
             through = cast(grad.load(place, where=where), compute)
@@ -180,65 +178,76 @@ def _gradient_runs(g: _Groups, types: Types) -> BoundKernel:
 
 
 def _gradient_totals(g: _Groups, types: Types) -> BoundKernel:
-    """Temporaries 4 to 7: what `_gradient` needs of each group; 8 and 9: the gradients of weight
-    and bias by one sample.
+    """Temporaries 4 to 6: what `gradient_pass` needs; 7 and 8: the gradients of weight and bias by
+    one sample.
     """
     k = KernelBuilder("group_norm_backward_totals")
     compute = g.compute
     means, spreads, sums, slopes = (k.tensor("temporary", i, g.run_type) for i in range(4))
-    found = [k.tensor("temporary", i, g.group_type) for i in range(4, 8)]
-    d_weight, d_bias = (k.tensor("temporary", i, g.channel_type) for i in (8, 9))
+    constants = [k.tensor("temporary", i, g.constant_type) for i in (4, 5, 6)]
+    d_weight, d_bias = (k.tensor("temporary", i, g.channel_type) for i in (7, 8))
     weight = g.parameter(k, types, 2)
     eps = k.number(3, float)
-    count = k.size(g.sums.runs)
+    count, width = k.size(g.sums.runs), k.size(g.width)
     whole = cast(k.size(g.width * g.positions), compute)
     with k.parallel(g.batch, g.groups, work=g.sums.runs * g.width * 3) as (sample, group):
         centre, variance = g.moments(k, sample, group, means, spreads)
-        mean, scale = k.register(centre), k.register(inverse_root(variance, eps))
+        mean, rstd = k.register(centre), k.register(inverse_root(variance, eps))
         through, along = (k.register(0.0, compute) for _ in range(2))
-        with k.vector(k.size(g.width)) as lane:
-            channel = group * k.size(g.width) + lane
+        with k.vector(width) as lane:
+            channel = group * width + lane
             shift, slope = (k.register(0.0, compute) for _ in range(2))
             with k.loop(count) as run:
                 place = (sample * count + run, channel)
                 here = sums[place]
                 k.accumulate(shift, "add", here)
-                apart = means[place] - values.read(mean)
-                k.accumulate(slope, "add", slopes[place] + apart * here)
-            normal = values.read(slope) * values.read(scale)
+                k.accumulate(slope, "add", slopes[place] + (means[place] - read(mean)) * here)
+            normal = read(slope) * read(rstd)
             factor = const(1.0, compute) if weight is None else cast(weight[channel], compute)
-            k.accumulate(through, "add", values.read(shift) * factor)
+            k.accumulate(through, "add", read(shift) * factor)
             k.accumulate(along, "add", normal * factor)
             index = (sample, channel)
-            k.store_all([(d_weight, index, normal), (d_bias, index, values.read(shift))])
-        rstd = values.read(scale)
-        made = (
-            values.read(mean), rstd, values.read(through) / whole * rstd,
-            values.read(along) / whole * rstd * rstd,
-        )  # fmt: skip
-        k.store_all([(t, (sample, group), v) for t, v in zip(found, made, strict=True)])
+            k.store_all([(d_weight, index, normal), (d_bias, index, read(shift))])
+        # rstd * (grad * weight - average - (x - mean) * rstd * along)
+        slant = k.register(-(read(along) / whole * read(rstd) * read(rstd)))
+        average = read(through) / whole * read(rstd)
+        bent = k.register(values.fma(-read(mean), read(slant), -average))
+        with each_constant(k, g.whole, group * width, width) as (channel, at):
+            scale = read(rstd)
+            if weight is not None:
+                scale = scale * cast(weight[channel], compute)
+            made = (scale, read(slant), read(bent))
+            k.store_all([(t, (sample, at), v) for t, v in zip(constants, made, strict=True)])
     return k.bind()
 
 
 def _gradient(g: _Groups, types: Types, out: TensorType) -> BoundKernel:
-    """Output 0: grad * weight * rstd - average - (x - mean) * slant."""
     k = KernelBuilder("group_norm_backward_scale")
-    compute = g.compute
     grad, x = (g.whole.image(k, "input", i, type_of(types[i]).dtype) for i in range(2))
     dx = g.whole.image(k, "output", 0, out.dtype)
-    found = [k.tensor("temporary", i, g.group_type) for i in range(4, 8)]
-    weight = g.parameter(k, types, 2)
-    with runs(k, g.whole, backwards=True) as run, run.lanes() as lane:
-        at = (run.sample, values.binary("udiv", lane.channel, k.size(g.width)))
-        mean, scale, average, slant = (k.register(t[at]) for t in found)
-        if weight is not None:
-            k.assign(scale, values.read(scale) * cast(weight[lane.channel], compute))
+    constants = [k.tensor("temporary", i, g.constant_type) for i in (4, 5, 6)]
+    gradient_pass(k, g.whole, grad, x, dx, constants)
+    return k.bind()
 
-        def write(place: Value, where: Value | None) -> None:
-            centred = cast(x.load(place, where=where), compute) - values.read(mean)
-            through = cast(grad.load(place, where=where), compute) * values.read(scale)
-            made = through - values.read(average) - centred * values.read(slant)
-            k.store(dx, (place,), made, where)
 
-        lane.visit(write)
+def _sum_samples(g: _Groups, outputs: tuple[TensorType, ...]) -> BoundKernel:
+    """Outputs 1 and 2: the gradients of weight and bias."""
+    k = KernelBuilder("group_norm_backward_sum")
+    sources = [k.tensor("temporary", i, g.channel_type) for i in (7, 8)]
+    targets = [
+        k.tensor("output", i, tensor_type(t.dtype, (g.channels,), t.strides))
+        for i, t in enumerate(outputs) if i
+    ]  # fmt: skip
+    size, batch = k.size(g.channels), k.size(g.batch)
+    with k.parallel(-(-g.channels // COLUMNS), work=g.batch * COLUMNS * 2) as (block,):
+        start = block * COLUMNS
+        extent = values.binary("min", size - start, const(COLUMNS))
+        with k.vector(extent) as lane:
+            totals = [k.register(0.0, g.compute) for _ in sources]
+            with k.loop(batch) as sample:
+                for total, source in zip(totals, sources, strict=True):
+                    k.accumulate(total, "add", source[sample, start + lane])
+            k.store_all(
+                [(t, (start + lane,), read(v)) for t, v in zip(targets, totals, strict=True)]
+            )
     return k.bind()

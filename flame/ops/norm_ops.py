@@ -15,7 +15,7 @@ import numpy as np
 from flame.core.errors import DTypeError, ShapeError
 from flame.core.types import Shape, TensorType, like_strides, tensor_type
 from flame.kernel.builder import Lowering
-from flame.ops import norm_columns, norm_groups, norm_kernels
+from flame.ops import batch_rows, norm_columns, norm_groups, norm_kernels
 from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import broadcast_strides
 from flame.ops.op import Arg, Joint, Op, Sample, Types
@@ -325,6 +325,8 @@ def _infer_batch(types: Types) -> tuple[TensorType, ...]:
 
 
 def _lower_batch(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
+    if batch_rows.fits(type_of(types[0]), outputs[0]):
+        return batch_rows.lower_forward(types, outputs)
     form = batch_form(type_of(types[0]))
     strides: list[Shape | None] = [form.strides(type_of(types[0]))]
     strides += [None if t is None else form.scale_strides(type_of(t)) for t in types[1:3]]
@@ -347,6 +349,8 @@ def _infer_batch_backward(types: Types) -> Any:
 
 
 def _lower_batch_backward(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
+    if batch_rows.fits(type_of(types[1]), type_of(types[0]), outputs[0]):
+        return batch_rows.lower_backward(types, outputs)
     form = batch_form(type_of(types[1]))
     strides: list[Shape | None] = [form.strides(type_of(t)) for t in types[:2]]
     strides += [None if t is None else form.scale_strides(type_of(t)) for t in types[2:5]]

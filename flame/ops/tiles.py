@@ -25,7 +25,7 @@ PACK: Final = 16  # bytes that a thread moves at once
 TILE: Final = 256 * PACK
 BLOCKS: Final = 132 * 4  # runs of all images together: blocks that are resident at a time
 FEWEST: Final = 16  # positions of a run, at least: its sums are written, and read again
-SHORTEST: Final = 4  # tiles of a run, at least
+SHORTEST: Final = 8  # tiles of a run, at least
 TOGETHER: Final = 8  # channels whose runs are folded by one block: a sector of memory
 FOLDERS: Final = 32  # threads for each of them
 
@@ -58,6 +58,11 @@ class Tiles:
     def sums(self, compute: DType) -> TensorType:
         """One number for each run and channel."""
         return tensor_type(compute, (self.batch * self.runs, self.channels))
+
+    def constants(self, compute: DType) -> TensorType:
+        """A number for each image and element of a tile: those of its channels, row after row, so
+        that threads read theirs as they read a tile."""
+        return tensor_type(compute, (self.batch, self.rows * self.channels))
 
     def image(self, k: KernelBuilder, role: Role, position: int, dtype: DType) -> Operand:
         """An operand indexed by the offset of an element."""
@@ -106,6 +111,7 @@ class Lane:
         several = run.tiles.rows > 1
         self.run, self.lane = run, lane
         self.channel = values.binary("urem", lane, run.size) if several else run.first + lane
+        self.constant = (run.sample, run.first + lane)  # where constants of it stand
 
     def visit(self, body: Callable[[Value, Value | None], None]) -> None:
         """``body(place, where)`` for the element of each tile; where: whether it is one of the run,
@@ -204,23 +210,24 @@ def sum_runs(
                 finished(run, channel, [values.read(total) for total in totals])
 
 
-@contextmanager
-def folded(
+def fold_runs(
     k: KernelBuilder, runs: int, channels: int, compute: DType, count: int,
     terms: Callable[[Value, Value], Sequence[Value]],
-) -> Iterator[tuple[Value, Value, list[Value]]]:  # fmt: skip
-    """The loops of a kernel that sums ``count`` terms(run, channel) over all runs of an image.
+    finished: Callable[[Value, Value, list[Value]], Sequence[Value]],
+    constants: Sequence[Operand], rows: int,
+) -> None:  # fmt: skip
+    """The loops of a kernel that sums ``count`` terms(run, channel) over all runs of one image.
 
-    A block takes `TOGETHER` channels. Yields (channel, whether it exists, sums) in a loop over
-    them.
+    A block takes `TOGETHER` channels. finished(channel, exists, sums) stores what comes of them and
+    gives what ``constants``, for tiles of so many rows, say of the channel.
     """
     size = k.size(channels)
     with k.parallel(-(-channels // TOGETHER), work=runs * TOGETHER * count) as (block,):
         first = block * TOGETHER
         kept = [k.scratch(compute, (FOLDERS, TOGETHER)) for _ in range(count)]
+        made = [k.scratch(compute, (TOGETHER,)) for _ in constants]
         with k.vector(const(FOLDERS * TOGETHER)) as lane:
-            start = values.binary("udiv", lane, const(TOGETHER))
-            beside = values.binary("urem", lane, const(TOGETHER))
+            start, beside = _apart(lane, const(TOGETHER))
             channel = values.binary("min", first + beside, size - 1)
             totals = [k.register(0.0, compute) for _ in range(count)]
             mine = values.binary("udiv", k.size(runs) + (FOLDERS - 1) - start, const(FOLDERS))
@@ -237,4 +244,28 @@ def folded(
                 for total, source in zip(sums, kept, strict=True):
                     k.accumulate(total, "add", source[i, beside])
             channel = first + beside
-            yield channel, channel < size, [values.read(total) for total in sums]
+            found = finished(channel, channel < size, [values.read(total) for total in sums])
+            k.store_all([(t, (beside,), v) for t, v in zip(made, found, strict=True)])
+        with k.vector(k.size(rows) * TOGETHER) as lane:
+            row, beside = _apart(lane, const(TOGETHER))
+            channel = first + beside
+            index = (const(0), row * size + channel)
+            k.store_all(
+                [(t, index, v[beside]) for t, v in zip(constants, made, strict=True)],
+                channel < size,
+            )
+
+
+def _apart(number: Value, size: Value) -> tuple[Value, Value]:
+    """Quotient and remainder."""
+    return values.binary("udiv", number, size), values.binary("urem", number, size)
+
+
+@contextmanager
+def each_constant(
+    k: KernelBuilder, tiles: Tiles, first: Value, width: Value
+) -> Iterator[tuple[Value, Value]]:
+    """The loop over (channel, place in an image's constants) of ``width`` channels."""
+    with k.vector(k.size(tiles.rows) * width) as lane:
+        row, beside = _apart(lane, width)
+        yield first + beside, row * k.size(tiles.channels) + first + beside

@@ -73,12 +73,17 @@ SHAPES = [
 ]  # fmt: skip
 
 
+def in_turn(cases: list[Any]) -> list[Any]:
+    """Each case with two dtypes, so that all dtypes come up."""
+    every = list(TOLERANCE)
+    return [(c, every[(i + j) % len(every)]) for i, c in enumerate(cases) for j in (0, 2)]
+
+
 def batch_norm(x: Any, weight: Any, bias: Any) -> Any:
     return F.batch_norm(x, None, None, weight, bias, training=True)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), in_turn(SHAPES), ids=str)
 def test_batch_norm(shape: tuple[int, ...], dtype: DType, monkeypatch: pytest.MonkeyPatch) -> None:
     many_runs(monkeypatch)
     rng = np.random.default_rng(0)
@@ -127,17 +132,18 @@ def grouped(groups: int) -> Any:
     return lambda x, weight, bias: F.group_norm(x, groups, weight, bias)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(
-    ("shape", "groups"),
-    [((3, 64, 20, 15), 32), ((2, 24, 9, 11), 3), ((2, 6, 30, 30), 1), ((2, 320, 13, 11), 32),
-     ((2, 2100, 9, 9), 7), ((3, 5, 300), 5), ((40, 32, 3, 3), 4)],
-    ids=str,
-)  # fmt: skip
+GROUPED = [
+    ((3, 64, 20, 15), 32), ((2, 24, 9, 11), 3), ((2, 6, 30, 30), 1), ((2, 320, 13, 11), 32),
+    ((2, 2100, 9, 9), 7), ((3, 5, 300), 5), ((40, 32, 3, 3), 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "dtype"), in_turn(GROUPED), ids=str)
 def test_group_norm(
-    shape: tuple[int, ...], groups: int, dtype: DType, monkeypatch: pytest.MonkeyPatch
+    case: tuple[tuple[int, ...], int], dtype: DType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     many_runs(monkeypatch)
+    shape, groups = case
     rng = np.random.default_rng(0)
     x, grad = (image(rng, shape, dtype) for _ in range(2))
     weight, bias = (
@@ -165,3 +171,22 @@ def test_variances_beside_large_means(monkeypatch: pytest.MonkeyPatch) -> None:
     wide, there = x.to(dtypes.float64), x.to("cuda")
     for how in (batch_norm, grouped(32)):
         close(how(there, None, None).to(dtypes.float64), how(wide, None, None), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((3, 64, 12, 10), dtypes.bfloat16), ((40, 5, 7, 7), dtypes.float32),
+     ((2, 3, 300), dtypes.float64), ((1, 1100, 2, 2), dtypes.float16)],
+    ids=str,
+)  # fmt: skip
+def test_batch_norm_of_row_major_images(shape: tuple[int, ...], dtype: DType) -> None:
+    rng = np.random.default_rng(0)
+    x, grad = (image(rng, shape, dtype).contiguous() for _ in range(2))
+    weight, bias = (
+        flame.from_numpy(rng.uniform(0.5, 1.5, shape[1]).astype(np.float32)) for _ in range(2)
+    )
+    if dtype is dtypes.float64:
+        weight, bias = weight.to(dtype), bias.to(dtype)
+    compare(x, weight, bias, grad, batch_norm, TOLERANCE[dtype])
+    if dtype is dtypes.float32:
+        compare(x, None, None, grad, batch_norm, TOLERANCE[dtype])
