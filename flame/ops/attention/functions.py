@@ -75,7 +75,7 @@ def _with_dropout(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, *,
     causal: bool, scale: float,
 ) -> Any:  # fmt: skip
-    """Through all probabilities, of which some are dropped."""
+    """On the CPU: through all probabilities, of which some are dropped."""
     from flame.ops.dropouts import dropout
     from flame.ops.products import matmul
 

@@ -186,8 +186,8 @@ class _Parts:
         self.factors = None
         if dropout:
             self.factors = dropping.kept(
-                result.shape[:-2], query.shape[-2], key.shape[-2], dropout, seed, offset, dtype=wide,
-                device=log_sum.device,
+                result.shape[:-2], query.shape[-2], key.shape[-2], dropout, seed, offset,
+                dtype=wide, device=log_sum.device,
             )  # fmt: skip
         change = self.kept(matmul(self.grad, transpose(self.value, -2, -1)))
         self.change = change - unsqueeze(delta, -1)
