@@ -18,10 +18,11 @@ from flame.kernel.values import Value, const
 from flame.ops.loops import BLOCK
 
 PROCESSORS: Final = 132  # of an H100
-THREADS: Final = PROCESSORS * 512  # that hide the latency of memory, with a few loads each
+THREADS: Final = PROCESSORS * 384  # that hide the latency of memory, with eight packs each
 COLUMNS: Final = 64  # columns side by side that a step takes: packs that fill a line of memory
 PACK: Final = 8  # elements that a thread takes side by side, of bfloat16
-STORING: Final = 2  # times as many threads where stores stand between the loads of one
+STORING: Final = 2  # times as many threads where they store too, as each has half the loads
+FEWEST_ROWS: Final = 8  # rows of a run, for which its sums are worth their memory
 SHORTEST: Final = 16  # steps of a thread below which a cut costs more than it gives
 ROW_STEP: Final = 4096  # elements along memory that a team takes, at least
 LINE: Final = 256  # elements
@@ -40,10 +41,10 @@ def block_of(count: int, device: str) -> int:
     return next((size for size in FLAT if count >= size * PROCESSORS * 4), FLAT[-1])
 
 
-def column_parts(rows: int, columns: int) -> int:
+def column_parts(rows: int, columns: int, *, storing: bool = False) -> int:
     """Parts of the rows of a sum over rows; a thread adds one up for a pack of columns."""
-    across = max(1, columns // PACK)
-    return max(1, min(THREADS // across, rows // SHORTEST))
+    across, threads = max(1, columns // PACK), THREADS * (STORING if storing else 1)
+    return max(1, min(threads // across, rows // SHORTEST))
 
 
 def row_parts(length: int, count: int) -> int:
@@ -73,8 +74,8 @@ def row_runs(count: int, nbytes: int) -> int:
     nbytes: of a row, of which a thread has about three packs. The runs all fit on the device at
     once, as one more would take as long as all others.
     """
-    team = min(1024, max(32, power_of_two(nbytes // 48)))
-    return max(1, min(count, PROCESSORS * 512 // team))
+    team = min(1024, max(8, power_of_two(nbytes // 48)))
+    return max(1, min(-(-count // FEWEST_ROWS), PROCESSORS * 512 // team))
 
 
 def sum_runs(

@@ -58,15 +58,24 @@ def item_bytes(dtype: DType) -> int:
 
 
 def runs_of(body: Iterable[Statement]) -> Iterator[list[Simple] | Loop | If]:
-    """The body as runs, each up to its first store, and what stands between them."""
+    """The body as runs, and what stands between them. What reads or stores where a run has stored
+    begins another one."""
     run: list[Simple] = []
+    stored: set[Buffer] = set()
     for statement in body:
         if isinstance(statement, (Declare, Assign, Accumulate, Store)):
+            targets = (
+                {t.buffer for t in statement.targets} if isinstance(statement, Store) else set()
+            )
+            if not stored.isdisjoint(targets | {v.attr for v in loads_of(statement)}):
+                yield run
+                run, stored = [], set()
             run.append(statement)
-        if run and not isinstance(statement, (Declare, Assign, Accumulate)):
-            yield run
-            run = []
-        if isinstance(statement, (Loop, If)):
+            stored |= targets
+        elif isinstance(statement, (Loop, If)):
+            if run:
+                yield run
+                run, stored = [], set()
             yield statement
     if run:
         yield run
@@ -94,7 +103,7 @@ class _Finder:
         self.sizes: dict[bool, list[int]] = {True: [], False: []}  # inside of serial loops, or not
 
     def packs(self, width: int) -> Packs | None:
-        if not self.uniform:
+        if not self.uniform or self._shifts():
             return None
         self._visit(self.loop.body, ())
         if width:
@@ -106,6 +115,19 @@ class _Finder:
         else:
             return None
         return Packs(width, self.loads, self.stores) if width > 1 else None
+
+    def _shifts(self) -> bool:
+        """Whether an element is read at another place than where its buffer is stored, in a loop
+        where that can be a neighbour's."""
+        if any(isinstance(s, Loop) for s in self.loop.body):
+            return False
+        flat = [
+            s for s in walk(self.loop.body) if isinstance(s, (Declare, Assign, Accumulate, Store))
+        ]
+        places = {(t.buffer, t.index) for s in flat if isinstance(s, Store) for t in s.targets}
+        buffers = {buffer for buffer, _ in places}
+        read = {(v.attr, v.args[0]) for s in flat for v in loads_of(s) if v.attr in buffers}
+        return not read <= places
 
     def _visit(self, body: Sequence[Statement], around: tuple[Loop, ...]) -> None:
         for part in runs_of(body):

@@ -271,6 +271,7 @@ class VectorWriter(ValueWriter):
     # --- runs -------------------------------------------------------------------------------------
 
     def _runs(self, loop: Loop, body: tuple[Statement, ...], packs: Packs, pack: str) -> None:
+        loaded: dict[Value, str] = {}  # an output may be an input's memory, so it stays as it was
         for part in runs_of(body):
             if isinstance(part, If):
                 condition = instructions.bare(self.value(part.condition))
@@ -282,7 +283,7 @@ class VectorWriter(ValueWriter):
             elif isinstance(part, Loop):
                 self._serial(loop, part, packs, pack)
             else:
-                self._run(loop, part, packs, pack)
+                self._run(loop, part, packs, pack, loaded)
 
     def _serial(self, loop: Loop, part: Loop, packs: Packs, pack: str) -> None:
         """A serial loop, the packs of several steps loaded first, so that they are on their way
@@ -341,17 +342,19 @@ class VectorWriter(ValueWriter):
         self.emit("#pragma unroll")
         self._inside(Scope(), body, f"for (int {step} = 0; {step} < {steps}; ++{step})", write=one)
 
-    def _run(self, loop: Loop, run: Sequence[Simple], packs: Packs, pack: str) -> None:
+    def _run(
+        self, loop: Loop, run: Sequence[Simple], packs: Packs, pack: str, loaded: dict[Value, str]
+    ) -> None:
         """Loads of packs, a loop over their elements, then a store of packs."""
         width = packs.width
-        known = dict(self.kept)
+        known = {**loaded, **self.kept}
         for value in dict.fromkeys(v for s in run for v in loads_of(s)):
             if (
                 value in packs.loads
                 and value not in known
                 and not any(value in s.known for s in self.scopes)
             ):
-                known[value] = self._load_pack(value, packs.loads[value], pack)
+                known[value] = loaded[value] = self._load_pack(value, packs.loads[value], pack)
         stores = []
         for target in (t for s in run if isinstance(s, Store) for t in s.targets):
             if target in packs.stores and target not in self.packed:
@@ -377,7 +380,10 @@ class VectorWriter(ValueWriter):
             if isinstance(statement, Store):
                 for target in statement.targets:
                     self.packed.pop(target, None)
-                self.forget_loads({t.buffer for t in statement.targets})
+                gone = {t.buffer for t in statement.targets}
+                self.forget_loads(gone)
+                for value in [v for v in loaded if v.attr in gone]:
+                    del loaded[value]
             else:
                 self.set_register(statement.register)
 

@@ -17,7 +17,7 @@ from flame.kernel.builder import BoundSource, Lowering
 from flame.kernel.library import AttentionProblem
 from flame.kernels.attention import HOPPER_SHARED, flash_attention
 from flame.ops.attention import references
-from flame.ops.philox import reference_shared
+from flame.ops.attention.dropping import reference_kept
 
 Array = np.ndarray[Any, Any]
 SEED, OFFSET = 1234567890123, 77
@@ -138,13 +138,11 @@ class Run:
     def kept(self) -> Array:
         """(B, H, L, S): what probabilities are multiplied by."""
         case = self.case
-        shape = (case.batch, case.heads, case.length)
+        shape = (case.batch, case.heads, case.length, case.key_length)
         if not case.dropout:
-            return np.ones((*shape, case.key_length))
-        pitch = -(-case.key_length // 64) * 64
-        words = reference_shared(SEED, OFFSET, math.prod(shape) * pitch).reshape(*shape, pitch)
-        units = (words[..., : case.key_length] >> 8) * 2.0**-24
-        return (units >= np.float32(case.dropout)) / (1 - case.dropout)
+            return np.ones(shape)
+        kept: Array = reference_kept(shape, case.dropout, SEED, OFFSET)
+        return kept
 
     def expected(self) -> tuple[Array, ...]:
         """result, log_sum, dq, dk, dv in float64."""
@@ -157,22 +155,15 @@ class Run:
         mask = self.mask
         if mask is not None and mask.dtype != bool:
             mask = np.asarray(mask, np.float64)
-        options: dict[str, Any] = {"causal": case.causal, "scale": self.scale}
-        result, log_sum = references.attention(query, key, value, mask, **options)
+        place = (SEED, OFFSET) if case.dropout else (None, None)
+        options: dict[str, Any] = {
+            "causal": case.causal, "scale": self.scale, "dropout": case.dropout
+        }  # fmt: skip
+        result, log_sum = references.attention(query, key, value, mask, *place, **options)
         shift = np.zeros(log_sum.shape) if self.shift is None else self.shift
-        if not case.dropout:
-            dq, dk, dv = references.attention_backward(
-                grad, shift, query, key, value, mask, result, log_sum, **options
-            )
-        else:
-            p = np.exp(references.scores(query, key, mask, **options) - log_sum[..., None])
-            kept = self.kept()
-            result = (p * kept) @ value
-            delta = (grad * result).sum(-1) - shift
-            slopes = p * (kept * (grad @ np.swapaxes(value, -1, -2)) - delta[..., None])
-            dq = slopes @ key * self.scale
-            dk = np.swapaxes(slopes, -1, -2) @ query * self.scale
-            dv = np.swapaxes(p * kept, -1, -2) @ grad
+        dq, dk, dv = references.attention_backward(
+            grad, shift, query, key, value, mask, result, log_sum, *place, **options
+        )
         heads = case.gradient_heads or case.key_heads
         dk, dv = (
             d.reshape(case.batch, heads, case.heads // heads, *d.shape[2:]).sum(2) for d in (dk, dv)

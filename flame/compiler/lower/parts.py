@@ -103,8 +103,7 @@ class _Parts:
         if self.flat:
             size = count
         if self.gpu:
-            cut = schedules.row_parts if self.nest.reduced[-1] else schedules.column_parts
-            self.step = schedules.part_step(size, min(size, cut(count, self.kept_count)))
+            self.step = schedules.part_step(size, min(size, self._cut(count)))
         else:
             self.step = max(1, CHUNK * size // max(count * columns, 1))
         self.parts = -(-size // self.step)
@@ -112,6 +111,13 @@ class _Parts:
         second = self._second()
         nbytes = [self.parts * self.kept_count * total.itemsize for total in self.totals]
         return Lowering((first, second), tuple(nbytes))
+
+    def _cut(self, count: int) -> int:
+        """About how many parts a GPU takes."""
+        if self.nest.reduced[-1]:
+            return schedules.row_parts(count, self.kept_count)
+        storing = bool(self.full_stores)
+        return schedules.column_parts(count, self.kept_count, storing=storing)
 
     def _partial_strides(self, kept: Shape) -> Shape:
         """Strides of partial totals (parts, *kept): a GPU sums parts that lie side by side."""

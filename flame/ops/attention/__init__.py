@@ -1,8 +1,8 @@
 """Scaled dot-product attention.
 
 `functions` is what users call; `operation` declares the ops; `forward` and `backward` are their
-kernels, made of the register tiles in `tiles`; `masked_softmax` serves dropout, which needs all
-probabilities.
+kernels, made of the register tiles in `tiles`; `dropping` draws in them, `masked_softmax` serves
+dropout on the CPU, which has all probabilities in memory.
 """
 
 from flame.ops.attention.functions import (

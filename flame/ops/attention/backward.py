@@ -4,6 +4,8 @@ With P the probabilities and D a number for each query (its row of grad * out, s
 
     dS = P (grad valueᵀ - D)    dquery = scale dS key    dkey = scale dSᵀ query    dvalue = Pᵀ grad
 
+With dropout, which multiplies by Z, these are dS = P (Z grad valueᵀ - D) and dvalue = (P Z)ᵀ grad.
+
 An entry of the batch is one iteration, or a few that share its queries: each sums gradients of all
 keys and values in temporary memory, which are then added up in a fixed order.
 Source: Dao and others, "FlashAttention: fast and memory-efficient exact attention", 2022.
@@ -17,6 +19,7 @@ from flame.core.types import TensorType
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering
 from flame.kernel.values import Value, cast, const, read
+from flame.ops.attention.dropping import Dropping
 from flame.ops.attention.forward import column, matrix, over_batch
 from flame.ops.attention.sums import BoundSums, Sums
 from flame.ops.attention.tiles import (
@@ -42,16 +45,18 @@ Inputs = tuple[TensorType | None, ...]
 
 
 def attend_backward(
-    types: Inputs, outputs: tuple[TensorType, ...], *, causal: bool, scale: float
+    types: Inputs, outputs: tuple[TensorType, ...], *, causal: bool, scale: float, dropout: float
 ) -> Lowering:
-    """Of (grad, shift, query, key, value, mask, out, log_sum): (dquery, dkey, dvalue)."""
-    return _Backward(types, outputs, causal=causal, scale=scale).lowering()
+    """Of (grad, shift, query, key, value, mask, out, log_sum [, seed, offset]): (dquery, dkey,
+    dvalue). ``types``: of the tensors."""
+    return _Backward(types, outputs, causal=causal, scale=scale, dropout=dropout).lowering()
 
 
 class _Backward:
     def __init__(
-        self, types: Inputs, outputs: tuple[TensorType, ...], *, causal: bool, scale: float
-    ) -> None:
+        self, types: Inputs, outputs: tuple[TensorType, ...], *, causal: bool, scale: float,
+        dropout: float,
+    ) -> None:  # fmt: skip
         grad, shift, query, key, value, mask, out, log_sum = types
         assert grad is not None
         assert query is not None
@@ -62,7 +67,7 @@ class _Backward:
         mask = None if mask is None else matrix(mask)
         shifted = None if shift is None else column(shift)
         self.types = (grad, shifted, query, key, value, mask, out, column(log_sum))
-        self.outputs, self.causal, self.scale = outputs, causal, scale
+        self.outputs, self.causal, self.scale, self.dropout = outputs, causal, scale, dropout
         self.dtype = compute_dtype(query.dtype)
         self.queries, self.keys = query.shape[-2], key.shape[-2]
         self.width, self.value_width = query.shape[-1], value.shape[-1]
@@ -102,6 +107,11 @@ class _Blocks:
         self.k = k = KernelBuilder("attention_backward")
         strides, dtype, lanes = plan.nest.strides, plan.dtype, plan.tile.lanes
         self.mask = Mask(k, 5, plan.tile, dtype, plan.types[5], strides[5], causal=plan.causal)
+        self.dropping: Dropping | None = None
+        if plan.dropout:
+            self.dropping = Dropping(
+                k, 8, plan.tile, plan.dropout, plan.nest.sizes, plan.queries, plan.keys
+            )
         tensors = [(i, t) for i, t in enumerate(plan.types) if t is not None and i not in (3, 4, 5)]
         made = {i: source(k, "input", i, t, strides[i]) for i, t in tensors}
         self.grad, self.query, self.out, self.log_sum = (made[i] for i in (0, 2, 6, 7))
@@ -115,6 +125,10 @@ class _Blocks:
         self.query_turned = k.scratch(dtype, (plan.width, lanes))
         self.grad_turned = k.scratch(dtype, (plan.value_width, lanes))
         self.weights, self.slopes = (k.scratch(dtype, (KEYS, lanes)) for _ in range(2))
+        # of P Z
+        self.dropped = self.weights
+        if self.dropping is not None:
+            self.dropped = k.scratch(dtype, (KEYS, lanes))
         self.total = k.scratch(dtype, (self.tile.rows(plan.width), lanes))
         self.spare = k.scratch(dtype, (lanes, plan.width))
         self.base, self.delta = (k.scratch(dtype, (lanes,)) for _ in range(2))
@@ -203,9 +217,11 @@ class _Blocks:
             with k.loop(keys) as j:
                 power = vanishing_exp2(self.weights[j, v] - read(base))
                 k.store(self.weights, (j, v), power)
+        if self.dropping is not None:
+            self.dropping.apply(self.weights, self.dropped, index, begin, key, self.dropping.gain)
         self.gradients[1].accumulate(
             key, keys, count, seen,
-            lambda j, q: self.weights[j, q], lambda q, v: self.grad_rows[q, v],
+            lambda j, q: self.dropped[j, q], lambda q, v: self.grad_rows[q, v],
         )  # fmt: skip
         product(
             k, self.slopes, tile, tiles, plan.value_width,
@@ -214,8 +230,7 @@ class _Blocks:
         with k.vector(tile.lanes, tile.vectors) as v:
             delta = k.register(self.delta[v])
             with k.loop(keys) as j:
-                slope = self.weights[j, v] * (self.slopes[j, v] - read(delta))
-                k.store(self.slopes, (j, v), slope)
+                k.store(self.slopes, (j, v), self._slope(j, v, read(delta)))
         product(
             k, self.total, tile, self.total.shape[0] // tile.height, keys,
             lambda d, j: self.key.load(key + j, d), lambda j, v: self.slopes[j, v],
@@ -225,6 +240,12 @@ class _Blocks:
             key, keys, count, seen,
             lambda j, q: self.slopes[j, q], lambda q, v: self.query_rows[q, v],
         )  # fmt: skip
+
+    def _slope(self, j: Value, v: Value, delta: Value) -> Value:
+        """An element of dS; `slopes` holds grad valueᵀ."""
+        if self.dropping is None:
+            return self.weights[j, v] * (self.slopes[j, v] - delta)
+        return self.dropped[j, v] * self.slopes[j, v] - self.weights[j, v] * delta
 
     def _finish(self, index: tuple[Value, ...], begin: Value, count: Value) -> None:
         k, width = self.k, self.plan.width

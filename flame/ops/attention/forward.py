@@ -14,6 +14,7 @@ from flame.core.types import Shape, TensorType, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering
 from flame.kernel.values import Value, const, read
+from flame.ops.attention.dropping import Dropping
 from flame.ops.attention.tiles import (
     KEYS,
     LEAST_ITEMS,
@@ -68,8 +69,9 @@ def attend(
     *,
     causal: bool,
     scale: float,
+    dropout: float,
 ) -> Lowering:
-    """Of (query, key, value, mask): (out, log_sum)."""
+    """Of (query, key, value, mask [, seed, offset]): (out, log_sum)."""
     dtype, out = compute_dtype(types[0].dtype), outputs[0]
     if not math.prod(out.shape[:-1]):
         return Lowering(())
@@ -78,15 +80,15 @@ def attend(
     tile = query_tile(dtype, out.shape[-2], wasted=wasted)
     packing = Packing(dtype, tile, whole=math.prod(out.shape[:-2]) >= LEAST_ITEMS)
     rows = (packing.rows(1, types[1]), packing.rows(2, types[2]))
-    kernel = _Forward(types, rows, outputs, tile, causal=causal, scale=scale).kernel()
-    return Lowering((*packing.kernels, kernel), tuple(packing.temporaries))
+    made = _Forward(types, rows, outputs, tile, causal=causal, scale=scale, dropout=dropout)
+    return Lowering((*packing.kernels, made.kernel()), tuple(packing.temporaries))
 
 
 class _Forward:
     def __init__(
         self, types: tuple[TensorType, TensorType, TensorType, TensorType | None],
         rows: tuple[Rows, Rows], outputs: tuple[TensorType, ...], tile: Tile, *, causal: bool,
-        scale: float,
+        scale: float, dropout: float,
     ) -> None:  # fmt: skip
         query, key, value, mask = types
         out, log_sum = outputs
@@ -103,6 +105,9 @@ class _Forward:
         self.key = BoundRows(k, rows[0], nest.strides[1])
         self.value = BoundRows(k, rows[1], nest.strides[2])
         self.mask = Mask(k, 3, tile, dtype, mask, nest.strides[3], causal=causal)
+        self.dropping: Dropping | None = None
+        if dropout:
+            self.dropping = Dropping(k, 4, tile, dropout, nest.sizes, self.queries, self.keys)
         self.out = source(k, "output", 0, out, nest.strides[4])
         self.log_sum = source(k, "output", 1, column(log_sum), nest.strides[5])
         lanes = tile.lanes
@@ -160,6 +165,8 @@ class _Forward:
         )  # fmt: skip
         self.mask.apply(self.scores, index, begin, count, key, keys)
         self._weigh(keys)
+        if self.dropping is not None:
+            self.dropping.apply(self.scores, self.scores, index, begin, key)
         product(
             k, self.total, tile, self.total.shape[0] // tile.height, keys,
             lambda d, j: self.value.load(key + j, d), lambda j, v: self.scores[j, v],
@@ -193,8 +200,9 @@ class _Forward:
         with k.vector(self.tile.lanes, self.tile.vectors) as v:
             mass = self.mass[first, v]
             none = values.compare("eq", mass, const(0.0, dtype))
-            zero, one = const(0.0, dtype), const(1.0, dtype)
-            factor = k.register(values.select(none, zero, one / mass))
+            zero = const(0.0, dtype)
+            gain = const(1.0 if self.dropping is None else self.dropping.gain, dtype)
+            factor = k.register(values.select(none, zero, gain / mass))
             log_sum = (self.peak[first, v] + values.unary("log2", mass)) * (1 / LOG2_E)
             k.store(self.decay, (first, v), values.select(none, zero, log_sum))
             with k.loop(self.value_width) as d:

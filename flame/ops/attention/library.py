@@ -1,5 +1,7 @@
 """Attention on a GPU: by cuDNN where it takes the problem, else by kernels of our own.
 
+With dropout the own kernels come first: cuDNN would draw other bits than the CPU does.
+
 Operands (batch..., length, width) are seen with two batch dimensions, (B, H, length, width), where
 the strides of all of them allow it; query heads that share a key head are H = G * R heads over G.
 What has no such view, and what no kernel takes, goes through the kernels of `forward` and
@@ -29,16 +31,18 @@ def forward(
     *,
     causal: bool,
     scale: float,
+    dropout: float,
 ) -> Lowering | None:
-    """Of (query, key, value, mask): (result, log_sum). None where no kernel takes it."""
+    """Of (query, key, value, mask [, seed, offset]): (result, log_sum). None where no kernel takes
+    it. ``types``: of the tensors."""
     query, key, value, mask = types
     result = outputs[0]
     seen = _seen((query, key, value, result), mask, result.shape[:-2], key.shape[-2])
     if seen is None:
         return None
     (q, k, v, made), masked = seen
-    problem = AttentionProblem(False, q, k, v, made, masked, causal, scale)
-    operands = (*_inputs(types), Ref("output", 0), Ref("output", 1))
+    problem = AttentionProblem(False, q, k, v, made, masked, causal, scale, dropout)
+    operands = (*_inputs(types), Ref("output", 0), Ref("output", 1), *_place(4, dropout))
     return _solved(problem, operands)
 
 
@@ -48,8 +52,10 @@ def backward(
     *,
     causal: bool,
     scale: float,
+    dropout: float,
 ) -> Lowering | None:
-    """Of (grad, shift, query, key, value, mask, result, log_sum): (dquery, dkey, dvalue)."""
+    """Of (grad, shift, query, key, value, mask, result, log_sum [, seed, offset]): (dquery, dkey,
+    dvalue). ``types``: of the tensors."""
     grad, shift, query, key, value, mask, result, log_sum = types
     assert grad is not None
     assert query is not None
@@ -66,10 +72,10 @@ def backward(
         return None
     (q, k, v, made, g, dq, dk, dv), masked = seen
     problem = AttentionProblem(
-        True, q, k, v, made, masked, causal, scale, shift=shift is not None, grad=g,
+        True, q, k, v, made, masked, causal, scale, dropout, shift=shift is not None, grad=g,
         gradients=(dq, dk, dv),
     )  # fmt: skip
-    operands = (*_inputs(types), *(Ref("output", i) for i in range(3)))
+    operands = (*_inputs(types), *(Ref("output", i) for i in range(3)), *_place(8, dropout))
     return _solved(problem, operands)
 
 
@@ -77,9 +83,14 @@ def _inputs(types: Sequence[TensorType | None]) -> Refs:
     return tuple(None if t is None else Ref("input", i) for i, t in enumerate(types))
 
 
+def _place(position: int, dropout: float) -> Refs:
+    """Seed and offset, if they are read."""
+    return (Ref("input", position), Ref("input", position + 1)) if dropout else ()
+
+
 def _solved(problem: AttentionProblem, operands: Refs) -> Lowering | None:
     index = device_index(problem.query.device)
-    if driver().prepare(problem, index) is not None:
+    if not problem.dropout and driver().prepare(problem, index) is not None:
         return Lowering((), calls=(BoundCall(problem, operands),))
     limit = driver().properties(index).shared_memory_per_block
     if takes(problem, limit) is not None:

@@ -1,9 +1,10 @@
 """The operations of attention: itself and its backward pass.
 
 Invariants: a masked score is -inf; a row that is masked throughout gives 0, and its log-sum-exp is
-set to 0, so that its probabilities exp(score - log_sum) are 0 without a special case. The backward
-pass is a function of all its operands, the result and the log-sum-exp among them: its derivative
-is exact in each.
+set to 0, so that its probabilities exp(score - log_sum) are 0 without a special case. Dropout, with
+probability ``dropout``, draws the bits that seed and offset give (see `dropping`), in each pass
+anew; without it seed and offset may be None. The backward pass is a function of all its operands,
+the result and the log-sum-exp among them: its derivative is exact in each.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from flame.core.errors import DTypeError, ShapeError
+from flame.core.errors import ArgumentError, DTypeError, ShapeError
 from flame.core.types import Shape, TensorType, contiguous_strides, tensor_type
 from flame.kernel.builder import Lowering
 from flame.ops.arithmetic import mul
-from flame.ops.attention import library, references
+from flame.ops.attention import dropping, library, references
 from flame.ops.attention.backward import attend_backward
 from flame.ops.attention.forward import attend
 from flame.ops.conversion import convert
@@ -86,8 +87,11 @@ def _tensors(types: Types) -> tuple[TensorType, TensorType, TensorType, TensorTy
     return type_of(types[0]), type_of(types[1]), type_of(types[2]), mask
 
 
-def _batch(types: Types) -> Shape:
-    """The dimensions before (L, S) of the scores; all operands checked."""
+def _batch(types: Types, dropout: float) -> Shape:
+    """The dimensions before (L, S) of the scores; all operands (query to mask, seed, offset)
+    checked."""
+    if dropout and None in types[4:]:
+        raise ArgumentError(f"attention: dropout of {dropout} needs a seed and an offset")
     query, key, value, mask = _tensors(types)
     check(query, key, value)
     batch = broadcast_shapes(NAME, [t.shape[:-2] for t in (query, key, value)])
@@ -99,45 +103,43 @@ def _batch(types: Types) -> Shape:
 # --- attention ------------------------------------------------------------------------------------
 
 
-def _infer(types: Types, *, causal: bool, scale: float) -> tuple[TensorType, ...]:
-    batch = _batch(types)
+def _infer(types: Types, *, causal: bool, scale: float, dropout: float) -> tuple[TensorType, ...]:
+    batch = _batch(types, dropout)
     query, value = type_of(types[0]), type_of(types[2])
     rows = (*batch, query.shape[-2])
     log_sum = tensor_type(compute_dtype(query.dtype), rows, None, query.device)
     return ordered((*rows, value.shape[-1]), query), log_sum
 
 
-def _lower(
-    types: Types, outputs: tuple[TensorType, ...], *, causal: bool, scale: float
-) -> Lowering:
-    return attend(_tensors(types), outputs, causal=causal, scale=scale)
+def _lower(types: Types, outputs: tuple[TensorType, ...], **options: Any) -> Lowering:
+    return attend(_tensors(types), outputs, **options)
 
 
-def _lower_cuda(
-    types: Types, outputs: tuple[TensorType, ...], *, causal: bool, scale: float
-) -> Lowering:
-    found = library.forward(_tensors(types), outputs, causal=causal, scale=scale)
-    return _lower(types, outputs, causal=causal, scale=scale) if found is None else found
+def _lower_cuda(types: Types, outputs: tuple[TensorType, ...], **options: Any) -> Lowering:
+    found = library.forward(_tensors(types), outputs, **options)
+    return _lower(types, outputs, **options) if found is None else found
 
 
 def _vjp(
-    g: Any, query: Any, key: Any, value: Any, mask: Any, out: Any, needs: Any, causal: bool,
-    scale: float,
+    g: Any, query: Any, key: Any, value: Any, mask: Any, seed: Any, offset: Any, out: Any,
+    needs: Any, causal: bool, scale: float, dropout: float,
 ) -> tuple[Any, ...]:  # fmt: skip
     made, log_sum = out
-    options: dict[str, Any] = {"causal": causal, "scale": scale}
+    options: dict[str, Any] = {"causal": causal, "scale": scale, "dropout": dropout}
     g = (zeros_like(made) if g[0] is None else g[0], g[1])
     found: list[Any] = [None] * 3
     if g[1] is None and not query.is_cuda:  # the CPU's kernels read it
         g = (g[0], zeros_like(log_sum))
     if any(needs[:3]):
-        grads = attention_backward(*g, query, key, value, mask, made, log_sum, **options)
+        grads = attention_backward(
+            *g, query, key, value, mask, made, log_sum, seed, offset, **options
+        )
         found = [sum_to(d, x.shape) for d, x in zip(grads, (query, key, value), strict=True)]
     slopes = None
     if needs[3]:
-        parts = _Parts(g[0], g[1], query, key, value, mask, made, log_sum, **options)
+        parts = _Parts(g[0], g[1], query, key, value, mask, made, log_sum, seed, offset, **options)
         slopes = convert(sum_to(parts.slopes, mask.shape), dtype=mask.dtype)
-    return (*found, slopes)
+    return (*found, slopes, None, None)
 
 
 def _flops(query: Any, key: Any, products: int) -> int:
@@ -146,7 +148,8 @@ def _flops(query: Any, key: Any, products: int) -> int:
 
 
 attention = Op(
-    "attention", inputs=("query", "key", "value", "mask"), infer=_infer, lower=_lower,
+    "attention", inputs=("query", "key", "value", "mask", "seed", "offset"),
+    infer=_infer, lower=_lower,
     flops=lambda types, outputs: _flops(types[0], types[1], 2),
     vjp=Joint(_vjp), reference=references.attention, samples=references.SAMPLES, tolerance=2.0,
     lower_cuda=_lower_cuda, materialize=False,
@@ -161,7 +164,7 @@ class _Parts:
 
     def __init__(
         self, grad: Any, shift: Any, query: Any, key: Any, value: Any, mask: Any, result: Any,
-        log_sum: Any, *, causal: bool, scale: float,
+        log_sum: Any, seed: Any, offset: Any, *, causal: bool, scale: float, dropout: float,
     ) -> None:  # fmt: skip
         from flame.ops.comparison import where
         from flame.ops.mathematics import exp
@@ -180,8 +183,19 @@ class _Parts:
         self.probabilities = exp(scores - unsqueeze(log_sum, -1))
         delta = sum_of(self.grad * self.result, -1)
         delta = delta if shift is None else delta - shift
-        self.change = matmul(self.grad, transpose(self.value, -2, -1)) - unsqueeze(delta, -1)
+        self.factors = None
+        if dropout:
+            self.factors = dropping.kept(
+                result.shape[:-2], query.shape[-2], key.shape[-2], dropout, seed, offset,
+                dtype=wide, device=log_sum.device,
+            )  # fmt: skip
+        change = self.kept(matmul(self.grad, transpose(self.value, -2, -1)))
+        self.change = change - unsqueeze(delta, -1)
         self.slopes = self.probabilities * self.change
+
+    def kept(self, x: Any) -> Any:
+        """What dropout makes of numbers (..., L, S): dropping is its own transpose."""
+        return x if self.factors is None else x * self.factors
 
 
 def _order(scores: Any) -> Any:
@@ -196,8 +210,10 @@ def _order(scores: Any) -> Any:
     )
 
 
-def _infer_backward(types: Types, *, causal: bool, scale: float) -> tuple[TensorType, ...]:
-    batch = _batch(types[2:6])
+def _infer_backward(
+    types: Types, *, causal: bool, scale: float, dropout: float
+) -> tuple[TensorType, ...]:
+    batch = _batch((*types[2:6], *types[8:]), dropout)
     query, key, value = (type_of(t) for t in types[2:5])
     rows = (*batch, query.shape[-2])
     whole = (*rows, value.shape[-1])
@@ -209,38 +225,34 @@ def _infer_backward(types: Types, *, causal: bool, scale: float) -> tuple[Tensor
     return tuple(ordered((*batch, *t.shape[-2:]), t) for t in (query, key, value))
 
 
-def _lower_backward(
-    types: Types, outputs: tuple[TensorType, ...], *, causal: bool, scale: float
-) -> Lowering:
-    return attend_backward(_given(types), outputs, causal=causal, scale=scale)
+def _lower_backward(types: Types, outputs: tuple[TensorType, ...], **options: Any) -> Lowering:
+    return attend_backward(_given(types), outputs, **options)
 
 
-def _lower_backward_cuda(
-    types: Types, outputs: tuple[TensorType, ...], *, causal: bool, scale: float
-) -> Lowering:
-    found = library.backward(_given(types), outputs, causal=causal, scale=scale)
-    if found is None:
-        return _lower_backward(types, outputs, causal=causal, scale=scale)
-    return found
+def _lower_backward_cuda(types: Types, outputs: tuple[TensorType, ...], **options: Any) -> Lowering:
+    found = library.backward(_given(types), outputs, **options)
+    return _lower_backward(types, outputs, **options) if found is None else found
 
 
 def _given(types: Types) -> tuple[TensorType | None, ...]:
-    return tuple(None if t is None else type_of(t) for t in types)
+    """Types of the tensors."""
+    return tuple(None if t is None else type_of(t) for t in types[:8])
 
 
 def _second(
     g: Any, grad: Any, shift: Any, query: Any, key: Any, value: Any, mask: Any, result: Any,
-    log_sum: Any, needs: Any, causal: bool, scale: float,
+    log_sum: Any, seed: Any, offset: Any, needs: Any, causal: bool, scale: float, dropout: float,
 ) -> tuple[Any, ...]:  # fmt: skip
     """With a, b, c the gradients of dquery, dkey and dvalue; names as in `backward`.
 
-    x = d dS, y = d (grad valueᵀ), w = d scores.
+    x = d dS, z = -d delta, y = d (grad valueᵀ), w = d scores.
     """
     from flame.ops.products import matmul
 
     parts = _Parts(
-        grad, shift, query, key, value, mask, result, log_sum, causal=causal, scale=scale
-    )
+        grad, shift, query, key, value, mask, result, log_sum, seed, offset,
+        causal=causal, scale=scale, dropout=dropout,
+    )  # fmt: skip
     given = (grad, shift, query, key, value, mask, result, log_sum)
     a, b, c = (convert(t, dtype=log_sum.dtype) for t in g)
     p = parts.probabilities
@@ -249,24 +261,29 @@ def _second(
         return transpose(t, -2, -1)
 
     x = (matmul(a, turned(parts.key)) + matmul(parts.query, turned(b))) * scale
-    y = p * x
-    w = p * (x * parts.change + matmul(parts.grad, turned(c)))
-    rows = sum_of(y, -1)
-    d_grad = matmul(y, parts.value) - unsqueeze(rows, -1) * parts.result + matmul(p, c)
+    z = p * x
+    y = parts.kept(z)
+    w = p * (x * parts.change + parts.kept(matmul(parts.grad, turned(c))))
+    rows = sum_of(z, -1)
+    d_grad = matmul(y, parts.value) - unsqueeze(rows, -1) * parts.result
+    d_grad = d_grad + matmul(parts.kept(p), c)
     d_query = (matmul(w, parts.key) + matmul(parts.slopes, b)) * scale
     d_key = (matmul(turned(w), parts.query) + matmul(turned(parts.slopes), a)) * scale
     d_value = matmul(turned(y), parts.grad)
     d_out = -(unsqueeze(rows, -1) * parts.grad)
     made = (d_grad, rows, d_query, d_key, d_value, w, d_out, -sum_of(w, -1))
-    return tuple(
+    found = [
         convert(sum_to(d, t.shape), dtype=t.dtype) if need else None
-        for d, t, need in zip(made, given, needs, strict=True)
-    )
+        for d, t, need in zip(made, given, needs[:8], strict=True)
+    ]
+    return (*found, None, None)
 
 
 attention_backward: Op = Op(
     "attention_backward",
-    inputs=("grad", "shift", "query", "key", "value", "mask", "result", "log_sum"),
+    inputs=(
+        "grad", "shift", "query", "key", "value", "mask", "result", "log_sum", "seed", "offset",
+    ),
     infer=_infer_backward, lower=_lower_backward, lower_cuda=_lower_backward_cuda,
     vjp=Joint(_second),
     flops=lambda types, outputs: _flops(types[2], types[3], 5),

@@ -209,11 +209,13 @@ def test_results_lie_as_their_operands() -> None:
     """Heads that are a view of (B, T, 3, H, E) give a result and gradients that are too."""
     packed = flame.randn(2, 70, 3, 4, 8)
     query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
-    made, log_sum = attention(query, key, value, None, causal=True, scale=1.0)
+    made, log_sum = attention(
+        query, key, value, None, None, None, causal=True, scale=1.0, dropout=0.0
+    )
     assert made.transpose(1, 2).type.contiguous
     grads = attention_backward(
         made, flame.zeros(log_sum.shape), query, key, value, None, made, log_sum,
-        causal=True, scale=1.0,
+        None, None, causal=True, scale=1.0, dropout=0.0,
     )  # fmt: skip
     assert all(g.transpose(1, 2).type.contiguous for g in grads)
 
@@ -221,7 +223,9 @@ def test_results_lie_as_their_operands() -> None:
 def test_log_sum_is_a_result() -> None:
     """It may be used, and differentiated."""
     query, key, value = (flame.randn(2, 5, 4).requires_grad_() for _ in range(3))
-    _, log_sum = attention(query, key, value, None, causal=False, scale=0.5)
+    _, log_sum = attention(
+        query, key, value, None, None, None, causal=False, scale=0.5, dropout=0.0
+    )
     (grad,) = flame.autograd.grad(log_sum.sum(), [query])
     scores = (query * 0.5) @ key.transpose(-2, -1)
     (wanted,) = flame.autograd.grad(flame.logsumexp(scores, -1).sum(), [query])
