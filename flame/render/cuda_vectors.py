@@ -45,7 +45,7 @@ from flame.render.cuda_packs import (
 from flame.render.cuda_values import Scope, Uses, ValueWriter
 
 AHEAD: Final = 8  # packs on their way in a serial loop
-AHEAD_STORING: Final = 4  # the same where it stores
+AHEAD_MANY: Final = 4  # the same where it stores, or adds up several sums
 
 
 class VectorWriter(ValueWriter):
@@ -297,7 +297,8 @@ class VectorWriter(ValueWriter):
             )  # fmt: skip
             return
         storing = any(isinstance(s, Store) for s in part.body)
-        steps = max(1, (AHEAD_STORING if storing else AHEAD) // len(ahead))
+        many = storing or len(carried(part.body)) > 1  # registers are few
+        steps = max(1, (AHEAD_MANY if many else AHEAD) // len(ahead))
         first, step = f"{part.var}_first", self.fresh("u")
 
         def several() -> None:
