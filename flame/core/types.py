@@ -75,6 +75,8 @@ class TensorType:
     @property
     def dense(self) -> bool:
         """Whether the elements fill their span without gaps or overlap, in whatever order."""
+        if self.numel == 0:
+            return True
         return self.span == self.numel and _non_overlapping(self.shape, self.strides)
 
 

@@ -73,6 +73,8 @@ def checks_of(op: Op, kind: str, *, thorough: bool) -> Iterator[Check]:
             for each in LAYOUTS[1:] if thorough else (LAYOUTS[1 + turn % 4],):
                 yield Check(kind, op, sample, choices[-1], each)
         elif kind == "compiled":
+            if op.moves:
+                return  # a compiled step stays on one device
             yield Check(kind, op, sample, dtype, layout)
         elif op.differentiable and kind == "derivatives":
             yield Check(kind, op, sample, dtypes.float64, ("contiguous", "permuted")[turn % 2])

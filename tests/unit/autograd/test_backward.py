@@ -398,3 +398,10 @@ def test_jacobian_and_hvp() -> None:
         lambda v: (v**3).sum(), [x], [flame.tensor([1.0, 10.0], dtype=flame.float64)]
     )
     same(found, [6, 120])
+
+
+def test_strided_view_of_an_empty_tensor() -> None:
+    x = flame.zeros(3, 0, requires_grad=True)
+    x.as_strided((2, 0), (1, 1), 0).sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == (3, 0)
