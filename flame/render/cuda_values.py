@@ -22,6 +22,7 @@ from flame.render import cuda_instructions as instructions
 from flame.render.cuda_helpers import Helpers
 from flame.render.cuda_index import Indices, every_value, operands, walk
 from flame.render.cuda_instructions import C_TYPE
+from flame.render.uses import Uses, UsesOfValues
 
 LONGEST: Final = 56  # characters of an expression inside another one
 _INDEX_SIGNS: Final = {"add": "+", "sub": "-", "mul": "*"}
@@ -38,15 +39,6 @@ class Scope:
     known: dict[Value, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Uses:
-    """What a value depends on."""
-
-    names: frozenset[str]
-    registers: frozenset[Register]
-    buffers: frozenset[Buffer]
-
-
 class ValueWriter:
     """The part of the renderer that writes values."""
 
@@ -59,7 +51,7 @@ class ValueWriter:
         self.count = 0
         self.registers: dict[Register, str] = {}
         self.register_level: dict[Register, int] = {}
-        self.uses_of: dict[Value, Uses] = {}
+        self.uses = UsesOfValues()
         self.times: Counter[Value] = Counter()
         self.summed: set[Value] = set()  # what sums are, or may be, taken of
         self._count_uses()
@@ -115,22 +107,6 @@ class ValueWriter:
         for scope in self.scopes:
             for value in [v for v in scope.known if stale(self.uses(v))]:
                 del scope.known[value]
-
-    def uses(self, value: Value) -> Uses:
-        found = self.uses_of.get(value)
-        if found is None:
-            inner = [self.uses(arg) for arg in value.args]
-            names = frozenset[str]().union(*(u.names for u in inner))
-            registers = frozenset[Register]().union(*(u.registers for u in inner))
-            buffers = frozenset[Buffer]().union(*(u.buffers for u in inner))
-            if value.op == "var":
-                names |= {value.attr}
-            elif value.op == "read":
-                registers |= {value.attr}
-            elif value.op == "load":
-                buffers |= {value.attr}
-            found = self.uses_of[value] = Uses(names, registers, buffers)
-        return found
 
     def level(self, value: Value) -> int:
         """The outermost scope in which ``value`` may be computed."""

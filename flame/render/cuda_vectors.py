@@ -42,7 +42,8 @@ from flame.render.cuda_packs import (
     packs_of,
     runs_of,
 )
-from flame.render.cuda_values import Scope, Uses, ValueWriter
+from flame.render.cuda_values import Scope, ValueWriter
+from flame.render.uses import Uses
 
 AHEAD: Final = 8  # packs on their way in a serial loop
 AHEAD_MANY: Final = 4  # the same where it stores, or adds up several sums

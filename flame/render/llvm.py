@@ -49,6 +49,7 @@ from flame.render.llvm_instructions import LLVM_TYPE
 from flame.render.llvm_memory import MemoryAccess
 from flame.render.llvm_transpose import transpose_function
 from flame.render.math import expand
+from flame.render.uses import Uses, UsesOfValues
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,6 @@ class _Tail:
     end: str
 
 
-@dataclass(frozen=True)
-class _Uses:
-    """What a value depends on."""
-
-    names: frozenset[str]
-    registers: frozenset[Register]
-    buffers: frozenset[Buffer]
-
-
 def render(kernel: Kernel, vector_bytes: int = 64) -> Source:
     """The LLVM IR of a kernel for vectors of ``vector_bytes``; its symbol is made from its text."""
     body = _Renderer(kernel, vector_bytes).text()
@@ -111,7 +103,7 @@ class _Renderer(MemoryAccess):
         self.pointers: dict[Buffer, str] = {}
         self.declared: set[str] = set()
         self.functions: dict[str, str] = {}  # of this text's own, by name
-        self.uses_of: dict[Value, _Uses] = {}
+        self.uses = UsesOfValues()
         self.written = (
             {s.buffer for s in stores(kernel.body)}
             | {g.c.buffer for g in gemms(kernel.body)}
@@ -225,7 +217,7 @@ class _Renderer(MemoryAccess):
         self.registers[register] = (name, lanes)
         self._forget(lambda uses: register in uses.registers)
 
-    def _forget(self, stale: Callable[[_Uses], bool]) -> None:
+    def _forget(self, stale: Callable[[Uses], bool]) -> None:
         for scope in self.scopes:
             dead = [key for key in scope.known if stale(self.uses(key[0]))]
             for key in dead:
@@ -393,22 +385,6 @@ class _Renderer(MemoryAccess):
         self.mask = self.tail = None
 
     # --- values -----------------------------------------------------------------------------------
-
-    def uses(self, value: Value) -> _Uses:
-        found = self.uses_of.get(value)
-        if found is None:
-            inner = [self.uses(arg) for arg in value.args]
-            names = frozenset[str]().union(*(u.names for u in inner))
-            registers = frozenset[Register]().union(*(u.registers for u in inner))
-            buffers = frozenset[Buffer]().union(*(u.buffers for u in inner))
-            if value.op == "var":
-                names |= {value.attr}
-            elif value.op == "read":
-                registers |= {value.attr}
-            elif value.op == "load":
-                buffers |= {value.attr}
-            found = self.uses_of[value] = _Uses(names, registers, buffers)
-        return found
 
     def level(self, value: Value) -> int:
         """The outermost scope in which ``value`` may be computed."""
