@@ -166,7 +166,7 @@ TYPES: dict[str, tuple[Callable[[], Any], str]] = {
     "to": (lambda: x(2).to(5), "5"),
     "label dtype": (lambda: F.nll_loss(x(2, 3), x(2)), "float32"),
     "device": (lambda: flame.zeros(2, device="quantum"), "quantum"),
-    "device number": (lambda: flame.zeros(2, device="cuda:0"), "cuda:0"),
+    "device number": (lambda: flame.zeros(2, device="cpu:1"), "one CPU device"),
 }
 VALUES: dict[str, tuple[Callable[[], Any], str]] = {
     "arange step": (lambda: flame.arange(0, 5, 0), "step"),
