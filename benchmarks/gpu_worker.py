@@ -34,7 +34,6 @@ def library(kind: str) -> Any:
     if kind.startswith("torch"):
         import torch
 
-        torch.backends.cudnn.benchmark = True  # its fastest convolutions
         return torch
     import flame
     import flame.nn
@@ -117,6 +116,8 @@ class Worker:
     def start(self) -> dict[str, Any]:
         """Import the library; says which it is."""
         self.lib = library(self.kind)
+        if self.kind.startswith("torch") and self.device != "cpu":
+            self.lib.backends.cudnn.benchmark = True  # its fastest convolutions
         return {"library": self.lib.__name__, "version": str(self.lib.__version__)}
 
     def build(self) -> dict[str, Any]:

@@ -352,6 +352,8 @@ class KernelBuilder:
 
     def transpose(self, rows: Value, columns: Value, source: Matrix, target: Matrix) -> None:
         """target[j, i] = source[i, j]; both of one dtype of 4 or 8 bytes, outside vector loops."""
+        if values.is_const(rows, 0) or values.is_const(columns, 0):
+            return
         self._emit(Transpose(rows, columns, source, target))
 
     def split_product(

@@ -86,7 +86,8 @@ def _shift_rule(name: str, types: Types) -> tuple[list[DType], list[DType]]:
 
 def _outside(amount: Value) -> Value:
     """Whether a shift by ``amount`` moves every bit out."""
-    return (amount < 0) | (amount >= amount.dtype.bits)
+    beyond = amount >= amount.dtype.bits
+    return beyond if amount.dtype.kind == "u" else (amount < 0) | beyond
 
 
 def _left(x: Value, amount: Value) -> Value:

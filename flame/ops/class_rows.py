@@ -175,16 +175,16 @@ def finished(
     weight = k.tensor("temporary", 0, flat)
     whole = k.tensor("output", len(outputs) - 1, tensor_type(rows.dtype, ()))
     with k.parallel(work=rows.numel):
-        mass, loss = (k.register(0.0, rows.dtype) for _ in range(2))
+        summed = [weight] if flat_loss is None else [weight, flat_loss]
+        sums = [k.register(0.0, rows.dtype) for _ in summed]
         with k.vector(k.size(rows.numel), 4) as i:
-            k.accumulate(mass, "add", weight[i])
-            if flat_loss is not None:
-                k.accumulate(loss, "add", flat_loss[i])
-        total = values.read(mass)
-        k.store(whole, (), total)
+            for register, operand in zip(sums, summed, strict=True):
+                k.accumulate(register, "add", operand[i])
+        mass, *losses = (values.read(register) for register in sums)
+        k.store(whole, (), mass)
         if result is not None:
-            summed = values.read(loss)
-            k.store(result, (), summed / total if reduction == "mean" else summed)
+            (loss,) = losses
+            k.store(result, (), loss / mass if reduction == "mean" else loss)
     nbytes = max(rows.numel, 1) * rows.dtype.itemsize
     return Lowering((rows_kernel.bind(), k.bind()), (nbytes, nbytes))
 

@@ -76,7 +76,8 @@ def _row_loss(
     with kernel.loops.each(row) as index:
         k.accumulate(peak, "max", kernel.load("x", index))
     top = values.read(peak)
-    sums = [k.register(0.0, kernel.compute) for _ in range(3)]  # of exp, weight, weight * score
+    kinds = 3 if smoothing else 1
+    sums = [k.register(0.0, kernel.compute) for _ in range(kinds)]  # exp, weight, weight * score
     with kernel.loops.each(row) as index:
         score = kernel.load("x", index)
         k.accumulate(sums[0], "add", values.unary("exp", score - top))

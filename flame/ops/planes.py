@@ -86,8 +86,7 @@ def lower_add(types: Types, outputs: tuple[TensorType, ...], *, size: int) -> Lo
         with k.vector(k.size(size), 4) as i:
             k.store(target, (n, c, i), const(0, out.dtype))
         with k.loop(k.size(y.shape[2])) as i:
-            place = k.register(cast(places[n, c, i], dtypes.int64))
-            at = (n, c, read(place))
+            at = (n, c, cast(places[n, c, i], dtypes.int64))
             total = cast(target[at], dtype) + cast(source[n, c, i], dtype)
             k.store(target, at, total)
     return k.finish()

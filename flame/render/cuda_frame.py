@@ -31,7 +31,7 @@ def frame(
     arguments = ",\n".join(f"    {a}" for a in _arguments(kernel, geometry, written))
     said = set(re.findall(r"\w+", " ".join(loop)))
     constants = [line for name, line in _constants(kernel, geometry) if name in said]
-    opening = [*constants, *_slots(made), *_scratch(kernel, geometry)]
+    opening = [*constants, *_slots(made), *_scratch(kernel, geometry, said)]
     body = "\n".join(f"  {line}" for line in [*opening, *loop])
     signature = (
         f'extern "C" __global__ void __launch_bounds__({block}) @SYMBOL(\n{arguments}) {{\n'
@@ -89,9 +89,11 @@ def _slots(made: Renderer) -> Iterator[str]:
         yield "int turn = 0;"
 
 
-def _scratch(kernel: Kernel, geometry: Geometry) -> Iterator[str]:
+def _scratch(kernel: Kernel, geometry: Geometry, said: set[str]) -> Iterator[str]:
+    """Private memory, and the buffers of it that the loop speaks of."""
     nbytes, teams = scratch_bytes(kernel), geometry.teams
-    if not nbytes:
+    buffers = [b for b, _ in (*kernel.scratch, *kernel.local) if b.name in said]
+    if not buffers:
         return
     number = f"threadIdx.x / {geometry.team}" if teams > 1 else "0"
     if geometry.shared:
@@ -100,6 +102,6 @@ def _scratch(kernel: Kernel, geometry: Geometry) -> Iterator[str]:
         number = f"((long long)blockIdx.x * {teams} + {number})"
     yield f"unsigned char* mine = scratch + {number} * {nbytes};"
     places = scratch_places(kernel)
-    for buffer, _ in (*kernel.scratch, *kernel.local):
+    for buffer in buffers:
         type_ = memory_type(buffer.dtype)
         yield f"{type_}* {buffer.name} = ({type_}*)(mine + {places[buffer.name]});"

@@ -235,7 +235,7 @@ def unet(lib: Any) -> Any:
 
         def forward(self, x: Any, times: Any) -> Any:
             half = embedding // 2
-            steps = lib.arange(half, dtype=lib.float32, device=times.device)
+            steps = lib.arange(half, dtype=self.first.weight.dtype, device=times.device)
             rates = lib.exp(steps * (-math.log(10000.0) / half))
             angles = times[:, None] * rates[None, :]
             time = self.time(lib.cat([angles.sin(), angles.cos()], dim=-1))

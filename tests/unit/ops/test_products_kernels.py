@@ -160,11 +160,15 @@ def test_blocks_keep_threads_busy() -> None:
     assert small.row_blocks * small.column_blocks == 1
 
 
-def test_equal_kernels_serve_other_sizes() -> None:
+@pytest.mark.parametrize("width", [16, 32, 64])
+def test_equal_kernels_serve_other_sizes(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocking, "vector_bytes", lambda: width)
+
     def text(m: int, depth: int, n: int) -> list[str]:
         x, y = (tensor_type(flame.float32, s) for s in ((m, depth), (depth, n)))
         factors = Factor(Ref("input", 0), x, -2), Factor(Ref("input", 1), y, -1)
         made = contract(*factors, (m, n), PlainStore(tensor_type(flame.float32, (m, n))))
         return [str(bound.kernel) for bound in made.kernels]
 
-    assert text(42, 30, 96) == text(56, 40, 64)
+    # Whole tiles of every width: of 6 or 14 rows, and at most 64 columns.
+    assert text(84, 30, 192) == text(84, 40, 128) == text(168, 20, 64)
