@@ -26,6 +26,7 @@ from flame.ops.activations import (
 )
 from flame.ops.affine import linear
 from flame.ops.attention import scaled_dot_product_attention
+from flame.ops.bags import embedding_bag
 from flame.ops.convolution.functions import (
     conv1d,
     conv2d,
@@ -59,7 +60,6 @@ from flame.ops.interpolation import (
 from flame.ops.layer_composites import (
     alpha_dropout,
     channel_shuffle,
-    embedding_bag,
     feature_alpha_dropout,
     gumbel_softmax,
     local_response_norm,

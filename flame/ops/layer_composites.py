@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flame.core import dtypes
-from flame.core.errors import ArgumentError, DTypeError, IndexRangeError, ShapeError
+from flame.core.errors import ArgumentError, IndexRangeError, ShapeError
 from flame.ops.activations import leaky_relu
 from flame.ops.autocast import autocasts
 from flame.ops.comparison import minimum, where
@@ -18,7 +18,7 @@ from flame.ops.losses import reduced
 from flame.ops.op import constant
 from flame.ops.padding import pad
 from flame.ops.random import bernoulli, rand_like
-from flame.ops.shapes import reshape, unsqueeze, wrap_dim
+from flame.ops.shapes import reshape, unsqueeze
 from flame.ops.softmax import softmax
 
 if TYPE_CHECKING:
@@ -202,65 +202,3 @@ def triplet_margin_with_distance_loss(
     if swap:
         far = minimum(far, distance(positive, negative))
     return reduced((near - far + margin).clamp(min=0), reduction)
-
-
-# --- bags -----------------------------------------------------------------------------------------
-
-
-@autocasts("plain")
-def embedding_bag(
-    input: Tensor, weight: Tensor, offsets: Tensor | None = None, max_norm: float | None = None,
-    norm_type: float = 2, scale_grad_by_freq: bool = False, mode: str = "mean",
-    sparse: bool = False, per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False, padding_idx: int | None = None,
-) -> Tensor:  # fmt: skip
-    """Sums, means or maxima of rows of ``weight`` (V, E) over bags of indices: (B, E).
-
-    input: (B, N), or (N) with ``offsets`` (B) where each bag begins.
-    """
-    from flame.ops.embedding import embedding
-
-    if mode not in ("sum", "mean", "max"):
-        raise ArgumentError(f"embedding_bag: mode must be sum, mean or max, got {mode!r}")
-    if per_sample_weights is not None and mode != "sum":
-        raise ArgumentError(f"embedding_bag: weights of samples are for mode sum, not {mode!r}")
-    if input.ndim == 2:
-        if offsets is not None:
-            raise ArgumentError("embedding_bag: offsets are for indices of one dimension")
-        bags = [slice(i * input.shape[1], (i + 1) * input.shape[1]) for i in range(input.shape[0])]
-    elif offsets is None:
-        raise ArgumentError("embedding_bag: indices of one dimension need offsets")
-    else:
-        starts = offsets.tolist()
-        ends = starts[1:] if include_last_offset else [*starts[1:], input.numel()]
-        bags = [slice(a, b) for a, b in zip(starts, ends, strict=False)]
-    if input.dtype.kind != "i":
-        raise DTypeError(f"embedding_bag: indices must be integers, got {input.dtype.name}")
-    flat = reshape(input, (-1,))
-    rows = embedding(flat, weight, None, max_norm, norm_type, scale_grad_by_freq, sparse)
-    if per_sample_weights is not None:
-        rows = rows * reshape(per_sample_weights, (-1, 1))
-    counted = ones_like(flat).to(dtypes.bool_)
-    if padding_idx is not None:
-        counted = flat != wrap_dim("embedding_bag", padding_idx, weight.shape[0])
-    return _pooled(rows, counted, bags, mode)
-
-
-def _pooled(rows: Tensor, counted: Tensor, bags: list[slice], mode: str) -> Tensor:
-    from flame.ops.joining import stack
-
-    made = []
-    for bag in bags:
-        mask = unsqueeze(counted[bag], 1)
-        part = rows[bag]
-        count = int(mask.sum().item())
-        if not count:
-            made.append((part * 0).sum(0))
-        elif mode == "max":
-            made.append(where(mask, part, -math.inf).max(0)[0])
-        else:
-            total = where(mask, part, 0.0).sum(0)
-            made.append(total / count if mode == "mean" else total)
-    if not made:
-        return rows[:0]
-    return stack(made)
