@@ -232,9 +232,12 @@ class Tensor(Handle, Methods):
     def numpy(self, *, force: bool = False) -> np.ndarray[Any, Any]:
         """The values as a NumPy array over the same memory (zero-copy).
 
-        Raises GradientError on a tensor that requires grad, unless ``force``; use ``.detach()``.
+        Raises GradientError on a tensor that requires grad; use ``.detach()``. Raises DeviceError
+        on one of a GPU; use ``.cpu()``. force: do both where they are needed.
         """
-        if self.requires_grad and not force:
+        if force:
+            return self._values()
+        if self.requires_grad:
             raise GradientError(
                 "numpy() on a tensor that requires grad would lose its history; "
                 "use .detach().numpy()"

@@ -1,17 +1,19 @@
 """Runs a schedule task by task and compares every result with its op's definition.
 
 Each task gets what the compiled tasks before it gave, so a difference is found where it arises, and
-one that grows over many tasks is not blamed on the last of them.
+one that grows over many tasks is not blamed on the last of them. All values are kept on the host; a
+task of a GPU gets copies of its operands there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from flame.compiler.compilation import gpu_of
 from flame.compiler.executor import array_at
 from flame.compiler.program import Program
 from flame.compiler.schedule import one_task_a_node
@@ -20,6 +22,10 @@ from flame.core.errors import ShapeError
 from flame.core.types import TensorType
 from flame.graph import Graph, Node, Symbol
 from flame.runtime.storage import Storage
+from flame.runtime.transfer import on_host, restore
+
+if TYPE_CHECKING:
+    from flame.compiler.gpu.program import GpuProgram
 
 # Differences, relative to the largest number of a result, that reordered sums may make.
 TOLERANCE: Final = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
@@ -108,14 +114,29 @@ class _Replay:
         """A program of one task, whose operands are its inputs."""
         operands = tuple(dict.fromkeys(x for x in task.inputs if isinstance(x, Symbol)))
         alone = replace(task, in_place=frozenset())
-        graph = Graph(operands, task.nodes, task.outputs)
-        program = Program.build(Schedule(graph, (alone,)), {})
-        for symbol, nbytes in program.result_types:
-            self.memory[symbol] = Storage.allocate(nbytes)
-        words = [
-            self.pointer(x) if isinstance(x.type, TensorType) else self.numbers[x] for x in operands
-        ]
-        program.run(*words, *[self.memory[s].pointer for s, _ in program.result_types])
+        program = _built(Schedule(Graph(operands, task.nodes, task.outputs), (alone,)))
+        words: list[Any] = []
+        copies = []
+        for x in operands:
+            if not isinstance(x.type, TensorType):
+                words.append(self.numbers[x])
+            elif x.type.device == "cpu":
+                words.append(self.pointer(x))
+            else:
+                copies.append(self._uploaded(x, x.type))
+                words.append(copies[-1].pointer)
+        made = [Storage.allocate(nbytes, program.device) for _, nbytes in program.result_types]
+        program.run(*words, *[storage.pointer for storage in made])
+        named = {symbol.name: symbol for node in task.nodes for symbol in node.outputs}
+        for (result, _), storage in zip(program.result_types, made, strict=True):
+            self.memory[named[result.name]] = on_host(storage)
+
+    def _uploaded(self, symbol: Symbol, type_: TensorType) -> Storage:
+        """A copy on the symbol's device."""
+        nbytes = type_.span * type_.dtype.itemsize
+        made = Storage.allocate(nbytes, type_.device)
+        restore(made, Storage.borrow(self.pointer(symbol), nbytes, self))
+        return made
 
     def _compare(self, task: Task) -> None:
         """Compute the task's nodes by their definitions, from the operands that it had."""
@@ -193,6 +214,15 @@ class _Replay:
                 f"first at {at}: {made[at]!r} instead of {wanted[at]!r}"
             )
             self.found["difference"] = Finding(node, task, what)
+
+
+def _built(schedule: Schedule) -> Program | GpuProgram:
+    device = gpu_of(schedule.graph)
+    if device is None:
+        return Program.build(schedule, {})
+    from flame.compiler.gpu.program import GpuProgram
+
+    return GpuProgram.build(schedule, {}, device)
 
 
 def _has(test: Any, value: Any) -> bool:

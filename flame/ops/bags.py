@@ -69,12 +69,11 @@ def embedding_bag(
 
 def _of_equal_bags(rows: Tensor, counted: Tensor, mode: str) -> Tensor:
     """Of rows (B, N, E), those that do not count being neutral."""
-    if mode == "sum" or not rows.shape[1]:
-        return rows.sum(1)
     counts = counted.sum(1, keepdim=True)
-    if mode == "max":
-        return where(counts > 0, rows.max(1)[0], 0.0)
-    return rows.sum(1) / counts.clamp(min=1)
+    if mode == "max" and rows.shape[1]:
+        return _or_zero(counts, rows.max(1)[0])
+    total: Tensor = rows.sum(1)
+    return total / counts.clamp(min=1) if mode == "mean" else total
 
 
 def _of_ragged_bags(
@@ -94,7 +93,8 @@ def _of_ragged_bags(
 
     def summed(values: Tensor) -> Tensor:
         start = zeros(whole, *values.shape[1:], dtype=values.dtype, device=values.device)
-        return index_add(start, 0, bags, values)[:kept]
+        total: Tensor = index_add(start, 0, bags, values)[:kept]
+        return total
 
     if mode == "sum":
         return summed(rows)
@@ -103,4 +103,10 @@ def _of_ragged_bags(
         return summed(rows) / counts.clamp(min=1)
     start = zeros(whole, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
     peaks = index_reduce(start, 0, bags, rows, "amax", include_self=False)[:kept]
-    return where(counts > 0, peaks, 0.0)
+    return _or_zero(counts, peaks)
+
+
+def _or_zero(counts: Tensor, peaks: Tensor) -> Tensor:
+    """Zeros for bags in which nothing counts."""
+    made: Tensor = where(counts > 0, peaks, 0.0)
+    return made

@@ -26,6 +26,7 @@ from flame.recording.outside import Outside
 from flame.recording.recorder import Recorder, Repeated
 from flame.recording.structure import Place, objects_in, outline, replaced, tensors_in
 from flame.recording.surroundings import Surroundings
+from flame.runtime.transfer import on_host
 from flame.tensor import Tensor
 
 
@@ -94,9 +95,9 @@ class Recording:
         return {_given(m): m.storage.pointer for m in self.states}
 
     def state(self) -> dict[Symbol, Any]:
-        """What the state holds, as arrays over its memory."""
+        """What the state holds, as arrays over its memory, or over copies of a GPU's."""
         return {
-            _given(m): m.storage.as_numpy(m.type.dtype.numpy, m.type.shape, m.type.strides)
+            _given(m): on_host(m.storage).as_numpy(m.type.dtype.numpy, m.type.shape, m.type.strides)
             for m in self.states
         }
 

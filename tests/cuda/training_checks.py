@@ -210,6 +210,31 @@ def dropout_is_replayed_with_other_masks() -> None:
 
 
 @check
+def a_right_step_is_replayed_task_by_task() -> None:
+    trainer = Trainer(compiling=True, dropout=0.5)
+    trainer.step(*batch(0))
+    before = {k: v.cpu().numpy() for k, v in trainer.model.state_dict().items()}
+    found = trainer.step.replay(*batch(0))
+    assert found.difference is None, found.difference
+    assert found.nan is None
+    for name, value in trainer.model.state_dict().items():
+        np.testing.assert_array_equal(value.cpu().numpy(), before[name])
+
+
+@check
+def replays_name_the_line_of_the_first_nan() -> None:
+    def shifted(x: flame.Tensor) -> flame.Tensor:
+        return (flame.log(x * 2 - 10.0) + 1).sum()
+
+    step, x = flame.compile(shifted), flame.tensor([1.0, 20.0], device="cuda")
+    step(x)
+    found = step.replay(x).nan
+    assert found is not None
+    assert found.node.op.name == "log"
+    assert found.node.line.endswith(f"training_checks.py:{shifted.__code__.co_firstlineno + 1}")
+
+
+@check
 def signatures_are_recorded_apart() -> None:
     eager, compiled = Trainer(compiling=False), Trainer(compiling=True)
     for n, size in enumerate((6, 3, 6, 1, 3)):
