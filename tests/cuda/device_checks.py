@@ -18,6 +18,7 @@ import flame.checkpoint
 import flame.data
 from flame import nn, optim
 from flame.core.errors import DeviceError, GradientError, IndexRangeError
+from flame.nn.attention import varlen_attn
 from flame.testing import gradcheck
 
 CHECKS: list[Callable[[], None]] = []
@@ -309,6 +310,28 @@ def _model() -> Any:
     return nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)
     )
+
+
+@check
+def bags_and_packed_sequences_agree_with_the_cpu() -> None:
+    table, rows = on_gpu(7, 3), on_gpu(11, 2, 8, seed=1)
+    places, starts = flame.tensor([1, 1, 6, 0, 2, 5]), flame.tensor([0, 0, 4])
+    ends = flame.tensor([0, 3, 3, 10, 11])
+    found: list[list[Any]] = []
+    for device in ("cpu", "cuda"):
+        weight, x = (t.detach().to(device).requires_grad_() for t in (table, rows))
+        made = [
+            nn.functional.embedding_bag(places.to(device), weight, starts.to(device), mode=mode)
+            for mode in ("sum", "mean", "max")
+        ]
+        made += [
+            varlen_attn(x, x, x, ends.to(device), None, 7, 7, window_size=window)
+            for window in ((-1, -1), (-1, 0), (2, 0))
+        ]
+        sum((y * y).sum() for y in made).backward()
+        found.append([t.detach().cpu().numpy() for t in (*made, weight.grad, x.grad)])
+    for cpu, gpu in zip(*found, strict=True):
+        np.testing.assert_allclose(gpu, cpu, rtol=1e-4, atol=1e-5)
 
 
 @check
