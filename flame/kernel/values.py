@@ -197,8 +197,7 @@ class Value:
     def __ne__(self, other: Any) -> Any:
         return compare("ne", *promoted(self, other))
 
-    def __hash__(self) -> int:
-        return id(self)
+    __hash__ = object.__hash__  # by identity: equal values are one object
 
 
 _interned: weakref.WeakValueDictionary[Any, Value] = weakref.WeakValueDictionary()

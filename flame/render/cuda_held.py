@@ -71,7 +71,7 @@ def held_of(kernel: Kernel) -> Held | None:
         for loop, mine in found.items():
             for key in dict.fromkeys(mine.values()):
                 readers[key].append(loop)
-        several = {key for key, by in readers.items() if len(by) > 1}
+        several = dict.fromkeys(key for key, by in readers.items() if len(by) > 1)
         for loop, mine in found.items():
             kept = {value: key for value, key in mine.items() if key in several}
             if kept:

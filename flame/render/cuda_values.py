@@ -8,7 +8,7 @@ memory is read into a named constant, at once, so that no later write can change
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -22,7 +22,7 @@ from flame.render import cuda_instructions as instructions
 from flame.render.cuda_helpers import Helpers
 from flame.render.cuda_index import Indices, every_value, operands, walk
 from flame.render.cuda_instructions import C_TYPE
-from flame.render.uses import Uses, UsesOfValues
+from flame.render.uses import Dependents, Uses, UsesOfValues
 
 LONGEST: Final = 56  # characters of an expression inside another one
 _INDEX_SIGNS: Final = {"add": "+", "sub": "-", "mul": "*"}
@@ -52,6 +52,7 @@ class ValueWriter:
         self.registers: dict[Register, str] = {}
         self.register_level: dict[Register, int] = {}
         self.uses = UsesOfValues()
+        self.dependents: Dependents[Value] = Dependents()
         self.times: Counter[Value] = Counter()
         self.summed: set[Value] = set()  # what sums are, or may be, taken of
         self._count_uses()
@@ -96,17 +97,26 @@ class ValueWriter:
     def set_register(self, register: Register, level: int | None = None) -> None:
         """Note that a register changed: what was made of its old value is not known any more."""
         self.register_level[register] = self.level_here if level is None else level
-        self._forget(lambda uses: register in uses.registers)
+        self._forget((register,))
 
     def forget_loads(self, stored: Iterable[Buffer]) -> None:
         """Loads of these buffers are to be done anew."""
-        gone = set(stored)
-        self._forget(lambda uses: bool(uses.buffers & gone))
+        self._forget(stored)
 
-    def _forget(self, stale: Callable[[Uses], bool]) -> None:
-        for scope in self.scopes:
-            for value in [v for v in scope.known if stale(self.uses(v))]:
-                del scope.known[value]
+    def _forget(self, changed: Iterable[Register | Buffer]) -> None:
+        for value in self.dependents.pop(changed):
+            for scope in self.scopes:
+                scope.known.pop(value, None)
+
+    def know(self, value: Value, name: str, level: int) -> None:
+        """``value`` has a name from here to the end of the scope ``level``, unless it changes."""
+        self.scopes[level].known[value] = name
+        self.dependents.add(value, self.uses(value))
+
+    def know_all(self, names: Mapping[Value, str]) -> None:
+        """`know` in the innermost scope."""
+        for value, name in names.items():
+            self.know(value, name, self.level_here)
 
     def level(self, value: Value) -> int:
         """The outermost scope in which ``value`` may be computed."""
@@ -150,7 +160,7 @@ class ValueWriter:
     def name(self, value: Value, text: str, level: int) -> str:
         made = self.fresh()
         self.emit(f"const {self.type_of(value)} {made} = {text};", level)
-        self.scopes[level].known[value] = made
+        self.know(value, made, level)
         return made
 
     def named(self, value: Value) -> str:

@@ -254,7 +254,7 @@ class VectorWriter(ValueWriter):
             for key in fills:
                 place = f"{key[0].name}[{starts[key]} + {loop.var}]"
                 self.emit(f"{self.rows[key]}[c].item[j] = {place};")
-            self.scopes[-1].known.update(self.kept)
+            self.know_all(self.kept)
             self.statements(loop.body)
 
         def each() -> None:
@@ -368,7 +368,8 @@ class VectorWriter(ValueWriter):
                 self.packed[target] = f"{name}.item[j]"
         arrays: list[str] = []
         self.arrays = arrays
-        with self.scope(Scope(var=loop.var, known=known)) as made:
+        with self.scope(Scope(var=loop.var)) as made:
+            self.know_all(known)
             self.statements(run)
         self.arrays = None
         lines = [f"  {line}" for line in made.lines]

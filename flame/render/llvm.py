@@ -49,7 +49,7 @@ from flame.render.llvm_instructions import LLVM_TYPE
 from flame.render.llvm_memory import MemoryAccess
 from flame.render.llvm_transpose import transpose_function
 from flame.render.math import expand
-from flame.render.uses import Uses, UsesOfValues
+from flame.render.uses import Dependents, UsesOfValues
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ class _Renderer(MemoryAccess):
         self.declared: set[str] = set()
         self.functions: dict[str, str] = {}  # of this text's own, by name
         self.uses = UsesOfValues()
+        self.dependents: Dependents[tuple[Value, int]] = Dependents()
         self.written = (
             {s.buffer for s in stores(kernel.body)}
             | {g.c.buffer for g in gemms(kernel.body)}
@@ -215,17 +216,16 @@ class _Renderer(MemoryAccess):
 
     def _set(self, register: Register, name: str, lanes: int) -> None:
         self.registers[register] = (name, lanes)
-        self._forget(lambda uses: register in uses.registers)
+        self._forget((register,))
 
-    def _forget(self, stale: Callable[[Uses], bool]) -> None:
-        for scope in self.scopes:
-            dead = [key for key in scope.known if stale(self.uses(key[0]))]
-            for key in dead:
-                del scope.known[key]
+    def _forget(self, changed: Iterable[Register | Buffer]) -> None:
+        for key in self.dependents.pop(changed):
+            for scope in self.scopes:
+                scope.known.pop(key, None)
 
-    def forget_loads(self, stored: set[Buffer]) -> None:
+    def forget_loads(self, stored: Iterable[Buffer]) -> None:
         """Loads of these buffers are to be done anew."""
-        self._forget(lambda uses: bool(uses.buffers & stored))
+        self._forget(stored)
 
     def _accumulate(self, statement: Accumulate) -> None:
         register = statement.register
@@ -423,6 +423,7 @@ class _Renderer(MemoryAccess):
         else:
             name = self._compute(value, lanes, level)
         self.scopes[level].known[value, lanes] = name
+        self.dependents.add((value, lanes), self.uses(value))
         return name
 
     def _compute(self, value: Value, lanes: int, level: int) -> str:
@@ -490,7 +491,7 @@ class _Renderer(MemoryAccess):
         ]
         self.declare(f"void @{name}({', '.join(p.split()[0] for p in pieces)})")
         self.emit_void(f"call void @{name}({', '.join(pieces)})")
-        self._forget(lambda uses: g.c.buffer in uses.buffers)
+        self.forget_loads((g.c.buffer,))
 
     # --- matrices turned --------------------------------------------------------------------------
 
@@ -506,7 +507,7 @@ class _Renderer(MemoryAccess):
             matrices.append(f"ptr {address}, i64 {self.value(matrix.row_stride, 1)}")
         rows, columns = self.value(t.rows, 1), self.value(t.columns, 1)
         self.emit_void(f"call void {name}({', '.join(matrices)}, i64 {rows}, i64 {columns})")
-        self._forget(lambda uses: t.target.buffer in uses.buffers)
+        self.forget_loads((t.target.buffer,))
 
     def _split_product(self, s: SplitProduct) -> None:
         name, text = split_product_function(s.products)
@@ -515,7 +516,7 @@ class _Renderer(MemoryAccess):
         pieces += [f"i64 {self.value(x, 1)}" for x in (s.c.row_stride, s.steps)]
         pieces += [f"i1 {self.value(x, 1)}" for x in (s.add, s.open, s.close)]
         self.emit_void(f"call void {name}({', '.join(pieces)})")
-        self._forget(lambda uses: s.c.buffer in uses.buffers)
+        self.forget_loads((s.c.buffer,))
 
 
 def _phi(

@@ -6,7 +6,7 @@ Invariant: a lane that is masked off touches no memory.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from flame.kernel import values
 from flame.kernel.program import Statement, Store, Target
@@ -41,7 +41,7 @@ class MemoryAccess(ABC):
         self, condition: str, emit: Callable[[], None], body: tuple[Statement, ...]
     ) -> None: ...
     @abstractmethod
-    def forget_loads(self, stored: set[Buffer]) -> None: ...
+    def forget_loads(self, stored: Iterable[Buffer]) -> None: ...
 
     def _slope(self, index: Value) -> int | None:
         """Elements between neighbouring lanes: 0, 1, or None where it is neither."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from flame.kernel.values import Buffer, Register, Value
 
@@ -14,6 +16,24 @@ class Uses:
     names: frozenset[str]
     registers: frozenset[Register]
     buffers: frozenset[Buffer]
+
+
+Key = TypeVar("Key")
+
+
+class Dependents(Generic[Key]):
+    """What becomes stale when a register or a buffer changes, found without a look at all else."""
+
+    def __init__(self) -> None:
+        self._of: dict[Register | Buffer, list[Key]] = {}
+
+    def add(self, key: Key, uses: Uses) -> None:
+        for changing in uses.registers | uses.buffers:
+            self._of.setdefault(changing, []).append(key)
+
+    def pop(self, changed: Iterable[Register | Buffer]) -> list[Key]:
+        """What depends on any of these; each is told of once."""
+        return [key for one in changed for key in self._of.pop(one, ())]
 
 
 class UsesOfValues:
