@@ -23,7 +23,7 @@ from flame.core.errors import CompileError
 HERE = Path(__file__).parent
 PARTS = ("cuda_host.h", "cuda_host_numbers.h", "host_compiler.py")
 OPTIONS = (
-    "-std=gnu++17", "-O1", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-msse4.1",
+    "-std=gnu++17", "-O0", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-msse4.1",
     "-U_FORTIFY_SOURCE", "-fPIC", "-w",
 )  # fmt: skip
 

@@ -13,9 +13,10 @@ import numpy as np
 
 import flame.ops
 from flame.compiler.executor import array_at
+from flame.compiler.gpu.steps import KernelSpec, specs_of
 from flame.compiler.pipeline import lower, results, unreadable
 from flame.core.dtypes import DType
-from flame.core.types import TensorType
+from flame.core.types import TensorType, on_device
 from flame.graph import one_op
 from flame.kernel.builder import BoundKernel, Lowering
 from flame.kernel.geometry import Geometry, KernelLaunch
@@ -117,6 +118,22 @@ def make_case(
         geometry = replace(geometry, shared=False)
     launches = tuple(render(b, geometry) if b.extent else None for b in lowering.kernels)
     return Case(op, sample, dtype, layout, geometry, outputs, lowering, launches)
+
+
+def launches_on_gpu(op: Op) -> Iterator[KernelSpec]:
+    """What the samples of an op launch on a GPU, by eager calls and by compiled steps."""
+    for sample, dtype, layout in choices(op):
+        operands, _ = make_inputs(sample, dtype, layout=layout)
+        found = [_type_of(x) for x in operands]
+        types = tuple(on_device(t, "cuda:0") if isinstance(t, TensorType) else t for t in found)
+        if unreadable(op, types):
+            continue
+        graph = one_op(op, types, sample.attributes)
+        lowering = lower(graph, results(graph, None))
+        for by_pointer in (False, True):
+            for spec in specs_of(lowering.steps, by_pointer=by_pointer):
+                if isinstance(spec, KernelSpec):
+                    yield spec
 
 
 def _fits(bound: BoundKernel, geometry: Geometry) -> bool:
