@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-LIMIT: Final = 6  # samples of each dtype, spread over all that the database has
+LIMIT: Final = 4  # samples of each dtype, spread over all that the database has
 LEAST: Final = 500  # entries that FLAME has functions for
 
 

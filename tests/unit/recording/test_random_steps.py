@@ -1,12 +1,14 @@
 """Random steps, eager against compiled: values, gradients, state, at the recording and at replays.
 
 How much may differ is measured: eagerly with inputs that differ by a rounding error. A failure
-prints the step, which ``compare(start, numbers)`` runs again.
+prints the step, which ``compare(start, numbers)`` runs again. $FLAME_RANDOM_STEPS sets how many
+steps each shard tries.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import pytest
 import flame
 
 SHARDS = 25
-EXAMPLES = 20
+EXAMPLES = int(os.environ.get("FLAME_RANDOM_STEPS", "10"))
 CALLS = 2  # the recorded one, and a replay
 
 
