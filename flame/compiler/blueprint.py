@@ -25,6 +25,7 @@ from flame.compiler.pipeline import source_of
 from flame.compiler.report import TaskInfo, task_info
 from flame.compiler.schedule.memory import (
     Copy,
+    Held,
     MemoryPlan,
     Place,
     nbytes_of,
@@ -118,6 +119,8 @@ class Blueprint:
     constants: tuple[Any, ...]
     host_calls: tuple[HostCall, ...]
     tasks: tuple[TaskInfo, ...]
+    fullest: str
+    held: tuple[Held, ...]
 
     @property
     def first_input(self) -> int:
@@ -177,6 +180,8 @@ class _Writer:
             tuple(draft.constants),
             tuple(draft.host_calls),
             tuple(task_info(task) for task in self.schedule.tasks),
+            self.plan.fullest,
+            self.plan.held,
         )
 
     # --- words ------------------------------------------------------------------------------------

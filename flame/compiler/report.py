@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flame.compiler.schedule.memory import nbytes_of
+from flame.compiler.schedule.memory import Held, nbytes_of
 from flame.compiler.schedule.task import Task
 from flame.core.types import TensorType
 from flame.graph import Node, Symbol
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flame.compiler.program import Program
 
 NODES_SHOWN = 6
+HELD_SHOWN = 8  # kinds of memory
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,24 @@ def memory_line(program: Program) -> str:
     )
 
 
+def peak_lines(fullest: str, held: Sequence[Held]) -> str:
+    """What the arena is in use for where it is fullest, most bytes first."""
+    alike: dict[tuple[str, str, str], list[int]] = {}
+    for one in held:
+        kind = "temporaries" if one.type is None else str(one.type)
+        alike.setdefault((kind, one.maker, one.reader), []).append(one.nbytes)
+    order = sorted(alike.items(), key=lambda item: -sum(item[1]))
+    rows = [
+        [readable(sum(sizes)), f"{len(sizes)} x", kind, f"{maker} -> {reader}"]
+        for (kind, maker, reader), sizes in order[:HELD_SHOWN]
+    ]
+    if not rows:
+        return ""
+    rest = sum(sum(sizes) for _, sizes in order[HELD_SHOWN:])
+    more = f"\n  and {readable(rest)} more" if rest else ""
+    return f"\nthe arena is fullest in {fullest}:\n{table(rows, 2)}{more}"
+
+
 def report(program: Program) -> str:
     """Every task with what it covers and moves, then memory and the seconds of compiling."""
     blueprint, layout = program.blueprint, program.layout
@@ -119,7 +138,8 @@ def report(program: Program) -> str:
                 covered(info.ops),
             ]
         )
-    return head_of(program) + "\n" + table(rows, 2)
+    peak = peak_lines(blueprint.fullest, blueprint.held)
+    return head_of(program) + "\n" + table(rows, 2) + peak
 
 
 def head_of(program: Program) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 
 from flame.compiler.gpu.steps import Spec, specs_of
 from flame.compiler.report import TaskInfo, task_info
-from flame.compiler.schedule.memory import Copy, MemoryPlan, Place, nbytes_of
+from flame.compiler.schedule.memory import Copy, Held, MemoryPlan, Place, nbytes_of
 from flame.compiler.schedule.task import Schedule, Task
 from flame.core.errors import UnsupportedError
 from flame.core.types import TensorType
@@ -55,6 +55,8 @@ class GpuBlueprint:
     constants: tuple[Any, ...]
     literals: tuple[int, ...]
     tasks: tuple[TaskInfo, ...]
+    fullest: str
+    held: tuple[Held, ...]
 
 
 def make_blueprint(schedule: Schedule, plan: MemoryPlan, device: str) -> GpuBlueprint:
@@ -99,6 +101,8 @@ class _Writer:
             tuple(constants),
             tuple(bits for _, bits in self.literals),
             tuple(task_info(t) for t in tasks),
+            plan.fullest,
+            plan.held,
         )
 
     def _task(self, t: int, task: Task) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flame.compiler.report import covered, number, stage_line, table
+from flame.compiler.report import covered, number, peak_lines, stage_line, table
 from flame.runtime.cpu.allocator import readable
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def report(program: GpuProgram) -> str:
                 covered(info.ops),
             ]
         )
-    return head_of(program) + "\n" + table(rows, 2)
+    peak = peak_lines(program.blueprint.fullest, program.blueprint.held)
+    return head_of(program) + "\n" + table(rows, 2) + peak
 
 
 def head_of(program: GpuProgram) -> str:

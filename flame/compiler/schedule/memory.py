@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 from flame.compiler.schedule.arena import Interval, place
@@ -55,6 +56,17 @@ class Copy:
         return tensor_of(self.symbol)
 
 
+@dataclass(frozen=True)
+class Held:
+    """Memory of the arena in use where it is fullest: of what type, and the names of the tasks that
+    make it and that read it last. None: what a task needs while it runs."""
+
+    nbytes: int
+    type: TensorType | None
+    maker: str
+    reader: str
+
+
 @dataclass(frozen=True, eq=False)
 class MemoryPlan:
     """See the head of this file.
@@ -62,7 +74,8 @@ class MemoryPlan:
     results: the symbols that need memory of the caller, and how many bytes. outputs: for each
     output of the graph its place, in a result or, where it is exactly an input, in that input.
     temporaries: offsets in the arena for each task. dropped: tasks whose first kernel is left out,
-    as it would copy memory onto itself. before, after: what is copied around the tasks.
+    as it would copy memory onto itself. before, after: what is copied around the tasks. held: what
+    is in the arena while the task of the name ``fullest`` runs.
     """
 
     groups: tuple[Group, ...]
@@ -74,6 +87,8 @@ class MemoryPlan:
     dropped: frozenset[int]
     before: tuple[Copy, ...]
     after: tuple[Copy, ...]
+    fullest: str
+    held: tuple[Held, ...]
 
     @property
     def peak(self) -> int:
@@ -146,6 +161,7 @@ class _Planner:
         self.after: list[Copy] = []
         self.stages: list[tuple[Symbol, Symbol]] = []  # (old, new), copied twice
         self.buffers: dict[Symbol, _Buffer] = {}
+        self.fullest: tuple[str, tuple[Held, ...]] = ("", ())
 
     def plan(self) -> MemoryPlan:
         for symbol, index in self.inputs.items():
@@ -177,6 +193,7 @@ class _Planner:
             frozenset(dropped),
             tuple(self.before),
             tuple(self.after),
+            *self.fullest,
         )
 
     def _place(self, symbol: Symbol) -> Place:
@@ -334,6 +351,7 @@ class _Planner:
             b for b in dict.fromkeys(self.buffers.values()) if b.members and self._homeless(b)
         ]
         intervals = [self._interval(b) for b in buffers]
+        self.fullest = self._held(buffers, intervals)
         for t, task in enumerate(self.tasks):
             intervals += [
                 Interval(n, self.time[t], self.time[t]) for n in task.lowering.temporaries
@@ -352,6 +370,41 @@ class _Planner:
             self.before.append(Copy(aside, self._place(new), new))
             self.after.append(Copy(self.places[old], aside, new))
         return total, temporaries
+
+    def _held(
+        self, buffers: Sequence[_Buffer], intervals: Sequence[Interval]
+    ) -> tuple[str, tuple[Held, ...]]:
+        """The task that runs while most of the arena is in use, and what it is in use for."""
+        if not self.tasks:
+            return "", ()
+        change = [0] * (self.end + 2)
+        for interval in intervals:
+            change[interval.begin] += interval.size
+            change[interval.end + 1] -= interval.size
+        for t, task in enumerate(self.tasks):
+            change[self.time[t]] += sum(task.lowering.temporaries)
+            change[self.time[t] + 1] -= sum(task.lowering.temporaries)
+        in_use = list(accumulate(change))[1 : self.end]
+        peak = 1 + in_use.index(max(in_use))
+        found = [
+            Held(interval.size, tensor_of(b.members[-1]), *self._ends(b))
+            for b, interval in zip(buffers, intervals, strict=True)
+            if interval.begin <= peak <= interval.end
+        ]
+        running = self.tasks[slice(*self.groups[peak - 1])]
+        found += [
+            Held(sum(task.lowering.temporaries), None, task.name, task.name)
+            for task in running
+            if task.lowering.temporaries
+        ]
+        return running[0].name, tuple(found)
+
+    def _ends(self, buffer: _Buffer) -> tuple[str, str]:
+        """The names of the tasks that make a buffer, and that read it last."""
+        maker = self.made[buffer.members[0]]
+        reads = self.reads.get(buffer.members[-1], ())
+        _, reader = max(reads, default=(0, -1))
+        return self.tasks[maker].name, "the end" if reader < 0 else self.tasks[reader].name
 
     def _homeless(self, buffer: _Buffer) -> bool:
         """Whether a buffer belongs in the arena; a result takes what leads to it along."""

@@ -36,6 +36,18 @@ def test_the_report_names_tasks_work_and_memory() -> None:
     assert [line for line in text.splitlines() if "matmul" in line]
 
 
+def test_the_report_tells_what_fills_the_arena() -> None:
+    w = GraphWriter()
+    x, inner, outer = w.input(32, 64), w.input(64, 256), w.input(256, 16)
+    graph = w.graph(w("matmul", w("matmul", x, inner), outer))
+    program = ProgramRunner(graph, random_values(graph, 0)).program
+    blueprint = program.blueprint
+    assert sum(held.nbytes for held in blueprint.held) == blueprint.arena >= 32 * 256 * 4
+    assert max(blueprint.held, key=lambda held: held.nbytes).maker == "matmul"
+    assert "the arena is fullest in matmul:\n" in program.report()
+    assert "32 KiB  1 x  float32[32, 256]  matmul -> matmul" in program.report()
+
+
 def test_sources_are_llvm() -> None:
     graph = layer()
     program = ProgramRunner(graph, random_values(graph, 0)).program
