@@ -330,6 +330,37 @@ def test_cheap_values_are_computed_again() -> None:
     same_results(graph, made)
 
 
+@pytest.mark.parametrize("affine", [False, True])
+def test_layer_norms_are_computed_again_from_their_statistics(affine: bool) -> None:
+    g = GraphBuilder()
+    x, w, scale = g.input((256, 64)), g.input((64, 64)), g.input((256, 1))
+    parameters = (g.input((64,)), g.input((64,))) if affine else (None, None)
+    kept = []
+    for _ in range(4):
+        y = g("layer_norm", x, *parameters, 1e-5, rows=1)
+        kept.append((x, y))
+        x = g("tanh", g("matmul", g("mul", y, scale), w))
+    for before, y in reversed(kept):
+        x = g("tanh", g("matmul", g("mul", g("mul", x, y), before), w))
+    graph = g.graph(x)
+    made = simplified(graph, recompute, dead)
+    assert ops(made).count("layer_norm_kept") == ops(made).count("normalized") >= 2
+    assert Liveness(made).peak() < 0.8 * Liveness(graph).peak()
+    random = np.random.default_rng(0)
+    values = [random.standard_normal(s.type.shape).astype(np.float32) for s in graph.inputs]  # type: ignore[union-attr]
+    (found,), (expected,) = interpret(made, values), interpret(graph, values)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_layer_norms_that_a_product_reads_are_kept() -> None:
+    g = GraphBuilder()
+    x, w = g.input((256, 64)), g.input((64, 64))
+    y = g("layer_norm", x, None, None, 1e-5, rows=1)
+    z = g("matmul", g("matmul", g("tanh", g("matmul", y, w)), w), w)
+    graph = g.graph(g("matmul", g("mul", z, x), w), g("matmul", y, w))
+    assert "layer_norm_kept" not in ops(simplified(graph, recompute, dead))
+
+
 def test_updates_run_when_their_gradient_is_there() -> None:
     g = GraphBuilder()
     x = g.input((64, 64))
