@@ -39,6 +39,7 @@ KNOWN: Final[dict[str, str]] = {
     "as_strided_scatter": "PyTorch gives the overwritten elements a gradient that is not zero",
     "linalg.matrix_norm": "orders that need singular values raise UnsupportedError",
     "linalg.matrix_power": "negative powers raise UnsupportedError",
+    "linalg.norm": "orders that need singular values raise UnsupportedError",
     "linalg.norm.subgradients_at_zero": "orders that need singular values raise UnsupportedError",
     "norm.nuc": "the nuclear norm raises UnsupportedError",
 }
