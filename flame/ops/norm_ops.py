@@ -19,7 +19,7 @@ from flame.kernel.values import Value
 from flame.ops import batch_rows, norm_columns, norm_groups, norm_kernels
 from flame.ops.elementwise import compute_dtype, elementwise
 from flame.ops.loops import broadcast_strides
-from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Joint, Op, Sample, Types
+from flame.ops.op import NOT_DIFFERENTIABLE, OPS, Arg, Joint, Op, Sample, Types
 from flame.ops.reductions import mean as mean_of
 from flame.ops.reductions import sum_to
 from flame.ops.rows import rows_of, type_of
@@ -362,6 +362,17 @@ normalized = elementwise(
     samples=[Sample((Arg(x), Arg(row), Arg(row, 0.5, 2.0), EPS))
              for x, row in (((5, 7), (5, 1)), ((2, 3, 19), (2, 3, 1)))],
 )  # fmt: skip
+
+
+def layer_norm_again(
+    emit: Callable[..., Any], x: Any, weight: Any, bias: Any, eps: Any, mean: Any, variance: Any
+) -> Any:
+    """The first result of `layer_norm_kept` from its operands and its other results, by elementwise
+    ops. ``emit(op, *operands)``: what an op gives."""
+    made = emit(normalized, x, mean, variance, eps)
+    made = made if weight is None else emit(OPS["mul"], made, weight)
+    return made if bias is None else emit(OPS["add"], made, bias)
+
 
 # --- batch normalization --------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ from flame.core.types import TensorType
 from flame.graph import Graph, Node, Operand, Symbol, Uses
 from flame.graph.liveness import Liveness
 from flame.ops.elementwise import Elementwise, compute_dtype
-from flame.ops.norm_ops import layer_norm_kept, layer_norm_op, normalized
-from flame.ops.op import OPS, Op
+from flame.ops.norm_ops import layer_norm_again, layer_norm_kept, layer_norm_op
+from flame.ops.op import Op
 from flame.ops.views import ViewOp
 
 CHEAP: Final = 12  # instructions for an element
@@ -122,17 +122,16 @@ def _again(graph: Graph, chosen: set[Symbol], peak: int) -> Graph:
         else:
             nodes.append(node)
 
-    def emit(op: Op, inputs: tuple[Operand, ...], like: Symbol, node: Node) -> Symbol:
-        made = Symbol(f"{like.name}_again{len(nodes)}", like.type)
-        nodes.append(Node(op, inputs, (made,), {}, node.line))
-        return made
-
     def normalized_again(node: Node) -> Symbol:
         (like,) = node.outputs
         x, weight, bias, eps = node.inputs
-        found = emit(normalized, (x, *rows[like], eps), like, node)
-        for op, operand in ((OPS["mul"], weight), (OPS["add"], bias)):
-            found = found if operand is None else emit(op, (found, operand), like, node)
+
+        def emit(op: Op, *inputs: Operand) -> Symbol:
+            made = Symbol(f"{like.name}_again{len(nodes)}", like.type)
+            nodes.append(Node(op, inputs, (made,), {}, node.line))
+            return made
+
+        found: Symbol = layer_norm_again(emit, x, weight, bias, eps, *rows[like])
         return found
 
     def now(operand: Operand) -> Operand:
