@@ -32,7 +32,7 @@ class Dependents(Generic[Key]):
             self._of.setdefault(changing, []).append(key)
 
     def pop(self, changed: Iterable[Register | Buffer]) -> list[Key]:
-        """What depends on any of these; each is told of once."""
+        """What depends on any of these, and forget that it did."""
         return [key for one in changed for key in self._of.pop(one, ())]
 
 

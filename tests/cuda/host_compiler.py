@@ -38,7 +38,7 @@ _DYNAMIC = re.compile(
 _BOUND = 'extern "C" char'  # where the linker puts the ends of a text's static shared memory
 _WEAK = '__attribute__((weak, visibility("hidden")))'
 _JOINED = re.compile(r"^namespace (flame_text_\d+) \{$", re.MULTILINE)  # of `modules.join`
-_DEFINE = re.compile(r"^\s*#\s*define\s+(\w+)", re.MULTILINE)
+DEFINE = re.compile(r"^\s*#\s*define\s+(\w+)", re.MULTILINE)
 
 
 def kernels_of(text: str) -> list[str]:
@@ -81,7 +81,7 @@ def unit_of(texts: Sequence[str]) -> str:
         )
         waits = bool(_WAITS.search(text))
         parts += [_launcher(space, name, waits=waits) for name in kernels_of(text)]
-        parts += [f"#undef {name}\n" for name in dict.fromkeys(_DEFINE.findall(text))]
+        parts += [f"#undef {name}\n" for name in dict.fromkeys(DEFINE.findall(text))]
     return "".join(parts)
 
 

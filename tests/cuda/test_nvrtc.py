@@ -13,6 +13,7 @@ import pytest
 from flame.compiler.gpu.steps import KernelSpec
 from flame.render.cuda import render
 
+from .host_compiler import DEFINE
 from .instruction_cases import kernels_of_many
 from .op_cases import launches_on_gpu, ops_with_kernels
 
@@ -22,7 +23,6 @@ nvrtc: Any = pytest.importorskip(
 nvidia: Any = pytest.importorskip("nvidia", reason="the CUDA headers are not installed")
 
 ARCHITECTURES = ("sm_80", "sm_90a")
-DEFINE = re.compile(r"^\s*#\s*define\s+(\w+)", re.MULTILINE)
 ALLOWED = ("-diag-suppress=177",)  # a template's variable that this variant does not use
 SHARES = 8  # so that workers share the ops
 
