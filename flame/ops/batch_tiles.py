@@ -9,7 +9,7 @@ about an ulp where the first of a run is a usual one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from flame.core.dtypes import DType
@@ -23,6 +23,7 @@ from flame.ops.op import Types
 from flame.ops.rows import Rows, type_of
 from flame.ops.tiles import Lane, Run, Tiles, fold_runs, runs, sum_runs, tiles_of
 
+Slope = Callable[[Value, Value], Value]  # (grad, y) -> gradient of y by an activation of y
 PASS_BLOCKS: Final = 132 * 8  # runs of the pass that writes the result, about
 PASS_TILES: Final = 8  # tiles of a run there, at least
 
@@ -46,10 +47,12 @@ def count_of_run(k: KernelBuilder, tiles: Tiles, compute: DType, run: Value) -> 
     return cast(values.binary("min", k.size(tiles.positions) - run * step, step), compute)
 
 
-def moments_of_runs(name: str, x: TensorType, tiles: Tiles, compute: DType) -> BoundKernel:
-    """Temporaries 0 and 1, of input 0: each run's mean, and its squared differences to it."""
+def moments_of_runs(
+    name: str, x: TensorType, tiles: Tiles, compute: DType, *, position: int = 0
+) -> BoundKernel:
+    """Temporaries 0 and 1, of an input: each run's mean, and its squared differences to it."""
     k = KernelBuilder(name)
-    source = tiles.image(k, "input", 0, x.dtype)
+    source = tiles.image(k, "input", position, x.dtype)
     means, spreads = (k.tensor("temporary", i, tiles.sums(compute)) for i in range(2))
 
     def shift(run: Run, channel: Value) -> Value:
@@ -142,18 +145,25 @@ def _combined(b: _Batch, types: Types, outputs: tuple[TensorType, ...]) -> Bound
         average = sums[0] / whole
         inner = values.binary("max", sums[1] - sums[0] * average, const(0.0, compute))
         mean, variance = means.load(start, channel, where=exists) + average, inner / whole
-        scale = inverse_root(variance, eps)
-        if weight is not None:
-            scale = scale * cast(weight.load(channel, where=exists), compute)
-        shift = -(mean * scale)
-        if bias is not None:
-            shift = values.fma(-mean, scale, cast(bias.load(channel, where=exists), compute))
         index = (channel,)
         k.store_all([(mean_out, index, mean), (variance_out, index, variance)], exists)
-        return scale, shift
+        factor, offset = (
+            None if t is None else t.load(channel, where=exists) for t in (weight, bias)
+        )
+        return line_of(mean, inverse_root(variance, eps), factor, offset)
 
     fold_runs(k, b.sums.runs, b.channels, compute, 2, terms, finished, constants, b.whole.rows)
     return k.bind()
+
+
+def line_of(
+    mean: Value, rstd: Value, weight: Value | None, bias: Value | None
+) -> tuple[Value, Value]:
+    """(scale, shift) of y = x * scale + shift; with them a gradient finds the same y again."""
+    scale = rstd if weight is None else rstd * cast(weight, rstd.dtype)
+    if bias is None:
+        return scale, -(mean * scale)
+    return scale, values.fma(-mean, scale, cast(bias, rstd.dtype))
 
 
 def _scaled(b: _Batch, types: Types, outputs: tuple[TensorType, ...]) -> BoundKernel:
@@ -179,32 +189,64 @@ def scale_and_shift(
         lane.visit(write)
 
 
-def lower_backward(rows: Rows, types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
-    """As `norm_kernels.lower_batch_backward`."""
+def lower_backward(
+    rows: Rows, types: Types, outputs: tuple[TensorType, ...], slope: Slope | None = None
+) -> Lowering:
+    """As `norm_kernels.lower_batch_backward`; with a slope, grad is that of an activation of the
+    result, and input 6 the bias.
+    """
     x = type_of(types[1])
     b = _Batch(rows, x, (type_of(types[0]), outputs[0]))
     kernels = (
-        _gradient_runs(b, types),
-        _gradient_totals(b, types, outputs),
-        _gradient(b, types, outputs),
+        _gradient_runs(b, types, slope),
+        _gradient_totals(b, types, outputs, slope),
+        _gradient(b, types, outputs, slope),
     )
-    return Lowering(kernels, b.temporaries(3))
+    return Lowering(kernels, b.temporaries(3 if slope is None else 4))
 
 
-def _gradient_runs(b: _Batch, types: Types) -> BoundKernel:
+class _Parameters:
+    """What the gradient's kernels know of a channel: inputs 2 to 6, the last with a slope only."""
+
+    def __init__(self, b: _Batch, k: KernelBuilder, types: Types, slope: Slope | None) -> None:
+        self.compute = b.compute
+        self.mean, self.variance = (k.tensor("input", i, b.parameter(types[i])) for i in (2, 3))
+        self.weight = None if types[4] is None else k.tensor("input", 4, b.parameter(types[4]))
+        self.eps = k.number(5, float)
+        self.bias = None
+        if slope is not None and types[6] is not None:
+            self.bias = k.tensor("input", 6, b.parameter(types[6]))
+
+    def of(self, channel: Value, exists: Value | None = None) -> tuple[Value, Value, Value, Value]:
+        """(mean, rstd, scale, shift), see `line_of`."""
+        mean, variance = (
+            cast(t.load(channel, where=exists), self.compute) for t in (self.mean, self.variance)
+        )
+        rstd = inverse_root(variance, self.eps)
+        factor, offset = (
+            None if t is None else t.load(channel, where=exists) for t in (self.weight, self.bias)
+        )
+        return mean, rstd, *line_of(mean, rstd, factor, offset)
+
+
+def _gradient_runs(b: _Batch, types: Types, slope: Slope | None) -> BoundKernel:
     """Temporaries 0 and 1: each run's sums of grad, and of grad times (x - mean)."""
     k = KernelBuilder("batch_norm_backward_runs")
     grad, x = (b.sums.image(k, "input", i, type_of(types[i]).dtype) for i in range(2))
-    means = k.tensor("input", 2, b.parameter(types[2]))
+    known = _Parameters(b, k, types, slope) if slope is not None else None
+    means = k.tensor("input", 2, b.parameter(types[2])) if known is None else known.mean
     shifts, slopes = b.run_sums(k)
 
     def terms(lane: Lane) -> Any:
         mean = k.register(cast(means[lane.channel], b.compute))
+        line = [] if known is None else [k.register(v) for v in known.of(lane.channel)[2:]]
 
         def of(place: Value, where: Value | None) -> Sequence[Value]:
             g = cast(grad.load(place, where=where), b.compute)  # 0 where not `where`
-            centred = cast(x.load(place, where=where), b.compute) - read(mean)
-            return g, g * centred
+            here = cast(x.load(place, where=where), b.compute)
+            if slope is not None:
+                g = slope(g, values.fma(here, *map(read, line)))
+            return g, g * (here - read(mean))
 
         return of
 
@@ -216,60 +258,62 @@ def _gradient_runs(b: _Batch, types: Types) -> BoundKernel:
     return k.bind()
 
 
-def _gradient_totals(b: _Batch, types: Types, outputs: tuple[TensorType, ...]) -> BoundKernel:
-    """Outputs 1 and 2: dweight and dbias; temporaries 2 to 4: what `gradient_pass` needs."""
+def _gradient_totals(
+    b: _Batch, types: Types, outputs: tuple[TensorType, ...], slope: Slope | None
+) -> BoundKernel:
+    """Outputs 1 and 2: dweight and dbias; temporaries from 2 on: what `gradient_pass` needs."""
     k = KernelBuilder("batch_norm_backward_totals")
     compute = b.compute
     shifts, slopes = b.run_sums(k)
-    constants = b.constants(k, 3)
-    means, variances = (k.tensor("input", i, b.parameter(types[i])) for i in (2, 3))
-    weight = None if types[4] is None else k.tensor("input", 4, b.parameter(types[4]))
+    constants = b.constants(k, 3 if slope is None else 4)
+    known = _Parameters(b, k, types, slope)
     found = [k.tensor("output", i, b.parameter(t)) for i, t in enumerate(outputs) if i]
-    eps = k.number(5, float)
     whole = cast(k.size(b.positions), compute)
 
     def terms(run: Value, channel: Value) -> Sequence[Value]:
         return shifts[run, channel], slopes[run, channel]
 
     def finished(channel: Value, exists: Value, sums: list[Value]) -> Sequence[Value]:
-        mean, variance = (
-            cast(t.load(channel, where=exists), compute) for t in (means, variances)
-        )  # fmt: skip
-        rstd = inverse_root(variance, eps)
+        mean, rstd, scale, shift = known.of(channel, exists)
         d_weight, d_bias = sums[1] * rstd, sums[0]
-        scale = rstd
-        if weight is not None:
-            scale = rstd * cast(weight.load(channel, where=exists), compute)
         writes = [(t, (channel,), v) for t, v in zip(found, (d_weight, d_bias), strict=False)]
         if writes:
             k.store_all(writes, exists)
         slant = d_weight / whole * rstd
         # (grad - average - (x - mean) * slant) * scale
-        return scale, -(slant * scale), values.fma(mean, slant, -(d_bias / whole)) * scale
+        bent = values.fma(mean, slant, -(d_bias / whole)) * scale
+        return (scale, -(slant * scale), bent, shift)[: len(constants)]
 
     fold_runs(k, b.sums.runs, b.channels, compute, 2, terms, finished, constants, b.whole.rows)
     return k.bind()
 
 
-def _gradient(b: _Batch, types: Types, outputs: tuple[TensorType, ...]) -> BoundKernel:
+def _gradient(
+    b: _Batch, types: Types, outputs: tuple[TensorType, ...], slope: Slope | None
+) -> BoundKernel:
     k = KernelBuilder("batch_norm_backward_scale")
     grad, x = (b.whole.image(k, "input", i, type_of(types[i]).dtype) for i in range(2))
     dx = b.whole.image(k, "output", 0, outputs[0].dtype)
-    gradient_pass(k, b.whole, grad, x, dx, b.constants(k, 3))
+    gradient_pass(k, b.whole, grad, x, dx, b.constants(k, 3 if slope is None else 4), slope)
     return k.bind()
 
 
 def gradient_pass(
     k: KernelBuilder, tiles: Tiles, grad: Operand, x: Operand, dx: Operand,
-    constants: Sequence[Operand],
+    constants: Sequence[Operand], slope: Slope | None = None,
 ) -> None:  # fmt: skip
-    """The loops of the kernel that writes dx = grad * scale + x * slant + shift."""
+    """The loops of the kernel that writes dx = grad * scale + x * slant + shift.
+
+    With a slope, grad is that of an activation of y = x * scale + the fourth of the constants.
+    """
     compute = constants[0].dtype
     with runs(k, tiles, backwards=True) as run, run.lanes() as lane:
-        scale, slant, shift = (k.register(t[lane.constant]) for t in constants)
+        scale, slant, shift, *offset = (k.register(t[lane.constant]) for t in constants)
 
         def write(place: Value, where: Value | None) -> None:
             through, here = (cast(t.load(place, where=where), compute) for t in (grad, x))
+            if slope is not None:
+                through = slope(through, values.fma(here, read(scale), read(offset[0])))
             bent = values.fma(here, read(slant), read(shift))
             k.store(dx, (place,), values.fma(through, read(scale), bent), where)
 

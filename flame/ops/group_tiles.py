@@ -8,15 +8,17 @@ from one visit of x and grad.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from flame.core.types import TensorType, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Operand
 from flame.kernel.values import Value, cast, const, read
 from flame.ops.batch_tiles import (
+    Slope,
     count_of_run,
     gradient_pass,
+    line_of,
     moments_of_runs,
     pass_tiles,
     scale_and_shift,
@@ -26,6 +28,8 @@ from flame.ops.norm_kernels import inverse_root
 from flame.ops.op import Types
 from flame.ops.rows import COLUMNS, type_of
 from flame.ops.tiles import Lane, Run, each_constant, image_shape, sum_runs, tiles_of
+
+LINE: Final = (9, 10)  # temporaries of a gradient with a slope: scale and shift of its result
 
 
 def fits(*images: TensorType) -> bool:
@@ -86,32 +90,29 @@ def lower_forward(types: Types, outputs: tuple[TensorType, ...], *, groups: int)
     g = _Groups((x, outputs[0]), groups)
     kernels = (
         moments_of_runs("group_norm_runs", x, g.sums, g.compute),
-        _combined(g, types),
+        _combined(g, types, weight=1, bias=2),
         _scaled(g, types, outputs[0]),
     )
     kinds = (g.run_type,) * 2 + (g.constant_type,) * 2
     return Lowering(kernels, g.nbytes(*kinds))
 
 
-def _combined(g: _Groups, types: Types) -> BoundKernel:
-    """Temporaries 2 and 3: scale and shift of each channel of a sample."""
+def _combined(
+    g: _Groups, types: Types, *, weight: int, bias: int, targets: tuple[int, int] = (2, 3)
+) -> BoundKernel:
+    """Temporaries ``targets``: scale and shift of each channel of a sample, by these inputs."""
     k = KernelBuilder("group_norm_combine")
-    compute = g.compute
     means, spreads = (k.tensor("temporary", i, g.run_type) for i in range(2))
-    scales, shifts = (k.tensor("temporary", i, g.constant_type) for i in (2, 3))
-    weight, bias = (g.parameter(k, types, i) for i in (1, 2))
+    scales, shifts = (k.tensor("temporary", i, g.constant_type) for i in targets)
+    factors, offsets = (g.parameter(k, types, i) for i in (weight, bias))
     eps = k.number(3, float)
     with k.parallel(g.batch, g.groups, work=g.sums.runs * g.width) as (sample, group):
         centre, variance = g.moments(k, sample, group, means, spreads)
         mean, rstd = k.register(centre), k.register(inverse_root(variance, eps))
         width = k.size(g.width)
         with each_constant(k, g.whole, group * width, width) as (channel, place):
-            scale = read(rstd)
-            if weight is not None:
-                scale = scale * cast(weight[channel], compute)
-            shift = -(read(mean) * scale)
-            if bias is not None:
-                shift = values.fma(-read(mean), scale, cast(bias[channel], compute))
+            factor, offset = (None if t is None else t[channel] for t in (factors, offsets))
+            scale, shift = line_of(read(mean), read(rstd), factor, offset)
             k.store_all([(scales, (sample, place), scale), (shifts, (sample, place), shift)])
     return k.bind()
 
@@ -126,22 +127,32 @@ def _scaled(g: _Groups, types: Types, out: TensorType) -> BoundKernel:
     return k.bind()
 
 
-def lower_backward(types: Types, outputs: tuple[TensorType, ...], *, groups: int) -> Lowering:
-    """Of (grad, x, weight, eps): dx, dweight and dbias."""
+def lower_backward(
+    types: Types, outputs: tuple[TensorType, ...], *, groups: int, slope: Slope | None = None
+) -> Lowering:
+    """Of (grad, x, weight, eps): dx, dweight and dbias.
+
+    With a slope, grad is that of an activation of the result, and input 4 the bias: the statistics
+    come first then, from a visit of x alone.
+    """
     grad, x = type_of(types[0]), type_of(types[1])
     g = _Groups((x, grad, outputs[0]), groups)
     kernels: tuple[BoundKernel, ...] = (
-        _gradient_runs(g, types),
+        _gradient_runs(g, types, slope),
         _gradient_totals(g, types),
-        _gradient(g, types, outputs[0]),
+        _gradient(g, types, outputs[0], slope),
     )
-    kinds = (*(g.run_type,) * 4, *(g.constant_type,) * 3, *(g.channel_type,) * 2)
+    kinds = [*(g.run_type,) * 4, *(g.constant_type,) * 3, *(g.channel_type,) * 2]
+    if slope is not None:
+        first = moments_of_runs("group_norm_runs", x, g.sums, g.compute, position=1)
+        kernels = (first, _combined(g, types, weight=2, bias=4, targets=LINE), *kernels)
+        kinds += [g.constant_type] * 2
     if len(outputs) > 1:
         kernels = (*kernels, _sum_samples(g, outputs))
     return Lowering(kernels, g.nbytes(*kinds))
 
 
-def _gradient_runs(g: _Groups, types: Types) -> BoundKernel:
+def _gradient_runs(g: _Groups, types: Types, slope: Slope | None) -> BoundKernel:
     """Temporaries 0 to 3: each run's mean m, squared differences to it, sums of grad and of
     grad times (x - m).
     """
@@ -149,18 +160,23 @@ def _gradient_runs(g: _Groups, types: Types) -> BoundKernel:
     compute = g.compute
     grad, x = (g.sums.image(k, "input", i, type_of(types[i]).dtype) for i in range(2))
     targets = [k.tensor("temporary", i, g.run_type) for i in range(4)]
+    lines = [] if slope is None else [k.tensor("temporary", i, g.constant_type) for i in LINE]
 
     def shift(run: Run, channel: Value) -> Value:
         return cast(x[run.base + channel], compute)
 
     def terms(lane: Lane) -> Any:
         first = k.register(shift(lane.run, lane.channel))
+        line = [k.register(t[lane.run.sample, lane.channel]) for t in lines]
 
         def of(place: Value, where: Value | None) -> Sequence[Value]:
-            apart = cast(x.load(place, where=where), compute) - read(first)
+            here = cast(x.load(place, where=where), compute)
+            apart = here - read(first)
             if where is not None:
                 apart = values.select(where, apart, const(0.0, compute))
-            through = cast(grad.load(place, where=where), compute)
+            through = cast(grad.load(place, where=where), compute)  # 0 where not `where`
+            if slope is not None:
+                through = slope(through, values.fma(here, *map(read, line)))
             return apart, apart * apart, through, through * apart
 
         return of
@@ -221,12 +237,13 @@ def _gradient_totals(g: _Groups, types: Types) -> BoundKernel:
     return k.bind()
 
 
-def _gradient(g: _Groups, types: Types, out: TensorType) -> BoundKernel:
+def _gradient(g: _Groups, types: Types, out: TensorType, slope: Slope | None) -> BoundKernel:
     k = KernelBuilder("group_norm_backward_scale")
     grad, x = (g.whole.image(k, "input", i, type_of(types[i]).dtype) for i in range(2))
     dx = g.whole.image(k, "output", 0, out.dtype)
-    constants = [k.tensor("temporary", i, g.constant_type) for i in (4, 5, 6)]
-    gradient_pass(k, g.whole, grad, x, dx, constants)
+    places = (4, 5, 6) if slope is None else (4, 5, 6, LINE[1])
+    constants = [k.tensor("temporary", i, g.constant_type) for i in places]
+    gradient_pass(k, g.whole, grad, x, dx, constants, slope)
     return k.bind()
 
 

@@ -190,3 +190,50 @@ def test_batch_norm_of_row_major_images(shape: tuple[int, ...], dtype: DType) ->
     compare(x, weight, bias, grad, batch_norm, TOLERANCE[dtype])
     if dtype is dtypes.float32:
         compare(x, None, None, grad, batch_norm, TOLERANCE[dtype])
+
+
+def activated(norm: Any, activation: Any) -> Any:
+    def step(x: Any, weight: Any, bias: Any, grad: Any) -> Any:
+        leaves = [t for t in (x, weight, bias) if t is not None]
+        activation(norm(x, weight, bias)).to(grad.dtype).backward(grad)
+        found = [t.grad for t in leaves]
+        for t in leaves:
+            t.grad = None
+        return found
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("norm", "activation", "op"),
+    [(batch_norm, F.relu, "batch_norm"), (grouped(32), F.silu, "group_norm"),
+     (batch_norm, F.silu, "batch_norm"), (grouped(4), F.relu, "group_norm")],
+    ids=["batch-relu", "group-silu", "batch-silu", "group-relu"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "bare"), [((3, 64, 20, 15), True), ((1, 2112, 13, 11), False)], ids=str
+)
+def test_gradients_through_activations_are_those_of_both(
+    norm: Any, activation: Any, op: str, shape: tuple[int, ...], bare: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    many_runs(monkeypatch)
+    rng = np.random.default_rng(3)
+    x, grad = (image(rng, shape, dtypes.float32) for _ in range(2))
+    parameters = [
+        None if bare else flame.from_numpy(rng.uniform(0.5, 1.5, shape[1]).astype(np.float32))
+        for _ in range(2)
+    ]
+    step = activated(norm, activation)
+    wide = [None if t is None else t.to(dtypes.float64) for t in (x, *parameters)]
+    wanted = step(
+        *(None if t is None else t.requires_grad_() for t in wide), grad.to(dtypes.float64)
+    )
+    there = [
+        None if t is None else t.detach().to("cuda").requires_grad_() for t in (x, *parameters)
+    ]
+    compiled = flame.compile(step)
+    got = compiled(*there, grad.to("cuda"))
+    assert f"{op}_activated_backward" in compiled.report()
+    for number, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        close(a.to(dtypes.float64), b, 2e-5 * (1 if number == 0 else 30))

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Final
 
+from flame.compiler.passes.activated import activated
 from flame.compiler.passes.assemble import assemble
 from flame.compiler.passes.canonicalize import canonicalize
 from flame.compiler.passes.cse import cse
@@ -48,7 +49,8 @@ SIMPLIFYING: Final[tuple[Pass, ...]] = (
 FINISHING: Final[tuple[Pass, ...]] = (
     dead,
     epilogues,  # products have found their final form
-    dead,  # products that became a part of another node
+    activated,  # before `narrow`, as it looks for an op and for what its gradient was given
+    dead,  # what became a part of another node
     release,  # what is computed twice on purpose may look equal from here on
     recompute,  # no cse may follow, which would merge both computations again
     narrow,  # leaves copies that nobody reads any more; no pass that infers types may follow
