@@ -191,6 +191,17 @@ def _cat_vjp(g: Any, tensors_type: Any, dim: int, needs: Any) -> Any:
     return tuple(parts)
 
 
+def pieces_of(node_types: Types, out: TensorType, dim: int) -> list[tuple[TensorType, int]]:
+    """The part of a `cat`'s result that each operand becomes, and the element where it starts."""
+    found, start = [], 0
+    for t in node_types:
+        assert isinstance(t, TensorType)
+        piece = tensor_type(out.dtype, t.shape, out.strides, out.device)
+        found.append((piece, start * out.strides[dim]))
+        start += t.shape[dim]
+    return found
+
+
 _cat = Op(
     "cat", inputs=("*tensors",), infer=_infer_cat, lower=_lower_cat, vjp=Joint(_cat_vjp),
     any_layout=True,

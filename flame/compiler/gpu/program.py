@@ -13,6 +13,7 @@ for the device; data that a task refuses is told at the next synchronisation.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ from flame.compiler.gpu.report import report
 from flame.compiler.gpu.steps import GpuStep, load, placed
 from flame.compiler.program_store import OpCall, failing_calls
 from flame.compiler.schedule.memory import nbytes_of, plan_memory
+from flame.compiler.schedule.memory_check import check_memory
+from flame.compiler.schedule.pieces import in_pieces
 from flame.compiler.schedule.reorder import replacing_last
 from flame.compiler.schedule.task import Schedule, Task
 from flame.core.determinism import are_deterministic_algorithms_enabled
@@ -125,10 +128,12 @@ class GpuProgram:
         """Plan the memory of a schedule, and compile its kernels. Raises CompileError."""
         stages: dict[str, float] = {}
         check_places(schedule, device)
-        schedule = replacing_last(schedule)
+        schedule = in_pieces(replacing_last(schedule))
         log("schedule", lambda: f"{len(schedule.tasks)} tasks\n{schedule}")
         with stage(stages, "memory plan"):
             plan = plan_memory(schedule)
+        if os.environ.get("FLAME_VERIFY") == "1":
+            check_memory(schedule, plan)
         with stage(stages, "rendering"):
             blueprint = make_blueprint(schedule, plan, device)
         failures = {

@@ -20,6 +20,7 @@ from flame.compiler.passes.fold import fold
 from flame.compiler.passes.layout import layout
 from flame.compiler.passes.narrow import narrow
 from flame.compiler.passes.order import order
+from flame.compiler.passes.pieces import pieces
 from flame.compiler.passes.products import products
 from flame.compiler.passes.readable import readable
 from flame.compiler.passes.recompute import recompute
@@ -53,6 +54,7 @@ FINISHING: Final[tuple[Pass, ...]] = (
     dead,  # what became a part of another node
     release,  # what is computed twice on purpose may look equal from here on
     recompute,  # no cse may follow, which would merge both computations again
+    pieces,  # once it is known who reads what
     narrow,  # leaves copies that nobody reads any more; no pass that infers types may follow
     dead,  # those, and views of what is not kept any more
     readable,  # adds copies, so after all that changes layouts

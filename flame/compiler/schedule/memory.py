@@ -4,6 +4,7 @@ A symbol lies in the arena, in a graph input (a state that is updated in place),
 the caller allocates, or in a constant. Invariants: a result lies in memory of its own, unless the
 output is exactly an input that is not updated; inputs are written only where an update says so, and
 only after the last read of what they held; the plan depends on the schedule alone.
+A result that several tasks make in parts (`schedule.pieces`) lives from the first of them on.
 
 Time counts groups of tasks that may run at once: 0 is before them, 1 the first, the last after all.
 """
@@ -153,6 +154,11 @@ class _Planner:
         self.inputs = {s: i for i, s in enumerate(self.graph.inputs)}
         self.updated = {old for old, new in self.graph.updates if old is not new}
         self.made = {s: t for t, task in enumerate(self.tasks) for s in task.outputs}
+        self.begun: dict[Symbol, int] = {}  # made in parts by several tasks: the first of them
+        for s, t in self.made.items():
+            whole = schedule.owner(s)[0]
+            if whole is not s:
+                self.begun[whole] = min(t, self.begun.get(whole, t))
         self.nbytes: dict[Symbol, int] = {}
         self.reads: dict[Symbol, list[tuple[int, int]]] = {}  # (time, task), -1: a copy
         self.places: dict[Symbol, Place] = {}
@@ -265,6 +271,8 @@ class _Planner:
         """Join every task's result with the operand that dies there, where it may be so."""
         for t, task in enumerate(self.tasks):
             for position, symbol in enumerate(task.outputs):
+                if self.schedule.owner(symbol)[0] is not symbol:  # a part of another result
+                    continue
                 buffer = self._taken(t, task, position)
                 if buffer is None:
                     buffer = _Buffer([])
@@ -313,6 +321,8 @@ class _Planner:
             return False
         type_ = tensor_of(old)
         members = self.buffers[owner].members
+        if not self.begun.keys().isdisjoint(members):
+            return False
         for first in range(len(members)):
             chosen = members[first:]
             if self._fits(chosen, new, type_) and self._last_reader(members[first], old):
@@ -414,7 +424,8 @@ class _Planner:
         return home is None
 
     def _interval(self, buffer: _Buffer) -> Interval:
-        begin = self.time[self.made[buffer.members[0]]]
+        first = buffer.members[0]
+        begin = self.time[self.begun.get(first, self.made[first])]
         last = buffer.members[-1]
         end = max(self._last_read(last), self.time[self.made[last]])
         return Interval(self.nbytes[last], begin, end)

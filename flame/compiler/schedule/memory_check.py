@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flame.compiler.schedule.memory import Copy, MemoryPlan, Place, itemsize, nbytes_of, tensor_of
-from flame.compiler.schedule.task import Schedule
+from flame.compiler.schedule.task import Schedule, Task
 from flame.core.errors import CompileError
 from flame.core.types import TensorType
 from flame.graph import Symbol
@@ -112,7 +112,7 @@ class _Check:
             tensors = [x for x in tensors if isinstance(x.type, TensorType)]
             for x in tensors:
                 self.expect(x, task.name)
-            made = [self.whole(s) for s in task.outputs]
+            made = [self.made(s) for s in task.outputs]
             spare = [
                 _Range(("arena", 0), at, at + n)
                 for at, n in zip(self.plan.temporaries[t], task.lowering.temporaries, strict=True)
@@ -132,14 +132,28 @@ class _Check:
             for where in writes[t - begin]:
                 self.memory.write(where, "temporary")
             for symbol in self.schedule.tasks[t].outputs:
-                self.memory.write(self.whole(symbol), symbol)
+                owner = self.schedule.owner(symbol)[0]
+                self.memory.write(self.whole(owner), owner)
+
+    def made(self, symbol: Symbol) -> _Range:
+        """What a task writes; a part of a result that others join counts as the whole."""
+        return self.whole(self.schedule.owner(symbol)[0])
+
+    def parts(self, task: Task) -> bool:
+        """Whether a task only stands for operands that already lie where it joins them."""
+        whole = {self.schedule.owner(x)[0] for x in task.inputs if isinstance(x, Symbol)}
+        return not task.lowering.steps and whole == set(task.outputs)
 
     def within(self, t: int, made: list[_Range], spare: list[_Range]) -> None:
         """One task's results lie apart, and over operands only where it may be so."""
         task = self.schedule.tasks[t]
+        if self.parts(task):
+            return
+        owners = dict.fromkeys(self.schedule.owner(s)[0] for s in task.outputs)
+        distinct = [self.whole(owner) for owner in owners] + spare
         apart = made + spare
-        for i, a in enumerate(apart):
-            if any(a.meets(b) for b in apart[i + 1 :]):
+        for i, a in enumerate(distinct):
+            if any(a.meets(b) for b in distinct[i + 1 :]):
                 self.fail(f"two results or temporaries of {task.name} overlap")
         for i, x in enumerate(task.inputs):
             if not isinstance(x, Symbol) or not isinstance(x.type, TensorType):
