@@ -154,31 +154,34 @@ def _with_sums(k: KernelBuilder, sums: TensorType, outputs: tuple[TensorType, ..
 
 
 def lower_layer_backward(
-    types: Types, outputs: tuple[TensorType, ...], *, length: int, centred: bool
+    types: Types, outputs: tuple[TensorType, ...], *, length: int, centred: bool, samples: int = 1
 ) -> Lowering:
     """Of (grad, x, weight, eps): dx, and the sums dweight and dbias, from one visit of each row.
 
     Rows are taken in at most `PARTS` runs (see `schedules.row_runs` for a GPU); each run sums its
-    own dweight and dbias.
+    own dweight and dbias. samples: so many equal parts of the rows have a weight (samples, 1,
+    length) each.
     """
     x = type_of(types[1])
     compute = compute_dtype(x.dtype)
-    count = x.numel // length if length else 0
+    rows = x.numel // length if length else 0
+    count = rows // samples
     gpu = schedules.on_gpu(outputs[0])
     most = (
         PARTS
         if not gpu
-        else schedules.row_runs(count, length * x.dtype.itemsize)
+        else schedules.row_runs(rows, length * x.dtype.itemsize)
         if len(outputs) > 1
-        else count
+        else rows
     )
-    step = max(1, -(-count // max(most, 1)))
+    step = max(1, -(-count // max(most // samples, 1)))
     parts = max(1, -(-count // step))
-    sums = tensor_type(compute, (parts, length))
+    sums = tensor_type(compute, (samples * parts, length))
     k = KernelBuilder("layer_norm_backward" if centred else "rms_norm_backward")
-    g_rows, x_rows, scale = _inputs(k, types, (count, length), (length,))
+    each = (length,) if samples == 1 else (samples, length)
+    g_rows, x_rows, scale = _inputs(k, types, (rows, length), each)
     eps = k.number(3, float)
-    dx = k.tensor("output", 0, tensor_type(outputs[0].dtype, (count, length)))
+    dx = k.tensor("output", 0, tensor_type(outputs[0].dtype, (rows, length)))
     partial = [k.tensor("temporary", i, sums) for i, _ in enumerate(outputs[1:])]
     held = gpu and length <= schedules.HELD
     rooms = [k.local(compute, (schedules.power_of_two(length),)) for _ in partial] if held else []
@@ -193,35 +196,74 @@ def lower_layer_backward(
             places = [(t, (part, i)) for t in partial]
             k.store_all([(t, at, t[at] + v) for (t, at), v in zip(places, found, strict=False)])
 
-    with k.parallel(parts, work=step * length * 6) as (part,):
+    extents = (parts,) if samples == 1 else (samples, parts)
+    with k.parallel(*extents, work=step * length * 6) as (*sample, part):
         begin = part * run
+        row, number = begin, part
+        if sample:
+            row, number = sample[0] * total + begin, sample[0] * k.size(parts) + part
+
+        def weight(i: Value) -> Value | None:
+            return None if scale is None else scale[*sample, i]
+
         for target in rooms or partial:
             with k.vector(size, unroll) as i:
-                k.store(target, (i,) if rooms else (part, i), const(0.0, compute))
+                k.store(target, (i,) if rooms else (number, i), const(0.0, compute))
         with k.loop(values.binary("min", total - begin, run)) as offset:
             _layer_row(
                 k,
-                begin + offset,
+                row + offset,
                 size,
                 unroll,
                 compute,
                 g_rows,
                 x_rows,
-                scale,
+                weight,
                 eps,
                 dx,
-                lambda i, found: add(part, i, found),
+                lambda i, found: add(number, i, found),
                 centred,
             )
         for room, target in zip(rooms, partial, strict=False):
             with k.vector(size, unroll) as i:
-                k.store(target, (part, i), room[i])
-    return _with_sums(k, sums, outputs)
+                k.store(target, (number, i), room[i])
+    if samples == 1:
+        return _with_sums(k, sums, outputs)
+    totals = _sum_parts_of_samples(sums, samples, outputs)
+    return Lowering((k.bind(), totals), (max(sums.numel, 1) * compute.itemsize,) * len(partial))
+
+
+def _sum_parts_of_samples(
+    sums: TensorType, samples: int, outputs: tuple[TensorType, ...]
+) -> BoundKernel:
+    """Outputs from 1 on, (samples, 1, n): the rows of temporaries (samples * parts, n) summed."""
+    rows, length = sums.shape
+    k = KernelBuilder("sum_parts")
+    sources = [k.tensor("temporary", i, sums) for i, _ in enumerate(outputs[1:])]
+    targets = [
+        k.tensor("output", i, tensor_type(t.dtype, (samples, length)))
+        for i, t in enumerate(outputs) if i
+    ]  # fmt: skip
+    size, parts = k.size(length), k.size(rows // samples)
+    work = rows // samples * COLUMNS
+    with k.parallel(samples, -(-length // COLUMNS), work=work) as (sample, block):
+        start = block * COLUMNS
+        extent = values.binary("min", size - start, const(COLUMNS))
+        with k.vector(extent, unroll_for(length)) as lane:
+            totals = [k.register(0.0, sums.dtype) for _ in sources]
+            with k.loop(parts) as part:
+                for total, source in zip(totals, sources, strict=True):
+                    k.accumulate(total, "add", source[sample * parts + part, start + lane])
+            k.store_all([
+                (t, (sample, start + lane), values.read(v))
+                for t, v in zip(targets, totals, strict=True)
+            ])  # fmt: skip
+    return k.bind()
 
 
 def _layer_row(
     k: KernelBuilder, row: Value, size: Value, unroll: int, compute: DType,
-    grad: Operand, x: Operand, weight: Operand | None, eps: Value, dx: Operand,
+    grad: Operand, x: Operand, weight: Callable[[Value], Value | None], eps: Value, dx: Operand,
     add: Callable[[Value, list[Value]], None], centred: bool,
 ) -> None:  # fmt: skip
     """dx of one row, and its contributions to the run's sums, which ``add`` takes."""
@@ -245,8 +287,9 @@ def _layer_row(
     scale = inverse_root(sums(square, 1)[0], eps)
 
     def scaled(i: Value) -> tuple[Value, Value, Value]:
-        g = cast(grad[row, i], compute)
-        return g, g if weight is None else g * cast(weight[i], compute), (loaded(i) - mean) * scale
+        g, factor = cast(grad[row, i], compute), weight(i)
+        through = g if factor is None else g * cast(factor, compute)
+        return g, through, (loaded(i) - mean) * scale
 
     totals = [k.register(0.0, compute) for _ in range(2)]
     with k.vector(size, unroll) as i:

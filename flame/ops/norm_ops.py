@@ -15,11 +15,10 @@ import numpy as np
 from flame.core.errors import DTypeError, ShapeError
 from flame.core.types import Shape, TensorType, like_strides, tensor_type
 from flame.kernel.builder import Lowering
-from flame.kernel.values import Value
 from flame.ops import batch_rows, norm_columns, norm_groups, norm_kernels
-from flame.ops.elementwise import compute_dtype, elementwise
+from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import broadcast_strides
-from flame.ops.op import NOT_DIFFERENTIABLE, OPS, Arg, Joint, Op, Sample, Types
+from flame.ops.op import Arg, Joint, Op, Sample, Types
 from flame.ops.reductions import mean as mean_of
 from flame.ops.reductions import sum_to
 from flame.ops.rows import rows_of, type_of
@@ -312,66 +311,6 @@ _GROUP: Final[list[Any]] = [
 layer_norm_op, layer_norm_backward = _declare("layer_norm", layer_form, _LAYER, centred=True)
 rms_norm_op, rms_norm_backward = _declare("rms_norm", layer_form, _LAYER, centred=False)
 group_norm_op, group_norm_backward = _declare("group_norm", group_form, _GROUP, centred=True)
-
-
-# --- layer normalization in two parts -------------------------------------------------------------
-# For compiled steps that rather compute an output again than keep it (`passes.recompute`).
-
-
-def _infer_kept(types: Types, *, rows: int) -> tuple[TensorType, ...]:
-    x = type_of(types[0])
-    _check("layer_norm_kept", x, layer_form(x, rows), *types[1:3])
-    y = tensor_type(x.dtype, x.shape, like_strides(x.shape, x), x.device)
-    shape = (*x.shape[: x.ndim - rows], *[1] * rows)
-    each = tensor_type(compute_dtype(x.dtype), shape, None, x.device)
-    return y, each, each
-
-
-def _lower_kept(types: Types, outputs: tuple[TensorType, ...], *, rows: int) -> Lowering:
-    x = type_of(types[0])
-    form = layer_form(x, rows)
-    strides: list[Shape | None] = [form.strides(x)]
-    strides += [None if t is None else form.scale_strides(type_of(t)) for t in types[1:3]]
-    strides += [form.strides(outputs[0]), *(broadcast_strides(o, x.shape) for o in outputs[1:])]
-    return norm_kernels.lower_forward(
-        "layer_norm", form.sizes, form.rows, types, outputs, strides, centred=True
-    )
-
-
-def _reference_kept(x: Any, weight: Any, bias: Any, eps: float, *, rows: int) -> Any:
-    last = tuple(range(x.ndim - rows, x.ndim))
-    made = _reference(x, weight, bias, eps, layer_form(x, rows), centred=True)
-    wide = x.astype(np.float64)
-    return made, wide.mean(last, keepdims=True), wide.var(last, keepdims=True)
-
-
-layer_norm_kept = Op(
-    "layer_norm_kept", inputs=("x", "weight", "bias", "eps"), infer=_infer_kept,
-    lower=_lower_kept, vjp=NOT_DIFFERENTIABLE, extras=2, widens=True, reference=_reference_kept,
-    samples=_forward_samples([s for s in _LAYER if 0 not in s[0]], shifted=True),
-)  # fmt: skip
-
-
-def _normalized(x: Value, mean: Value, variance: Value, eps: Value) -> Value:
-    return (x - mean) * norm_kernels.inverse_root(variance, eps)
-
-
-normalized = elementwise(
-    "normalized", _normalized, inputs=("x", "mean", "variance", "eps"), vjp=NOT_DIFFERENTIABLE,
-    reference=lambda x, mean, variance, eps: (x - mean) / np.sqrt(variance + eps),
-    samples=[Sample((Arg(x), Arg(row), Arg(row, 0.5, 2.0), EPS))
-             for x, row in (((5, 7), (5, 1)), ((2, 3, 19), (2, 3, 1)))],
-)  # fmt: skip
-
-
-def layer_norm_again(
-    emit: Callable[..., Any], x: Any, weight: Any, bias: Any, eps: Any, mean: Any, variance: Any
-) -> Any:
-    """The first result of `layer_norm_kept` from its operands and its other results, by elementwise
-    ops. ``emit(op, *operands)``: what an op gives."""
-    made = emit(normalized, x, mean, variance, eps)
-    made = made if weight is None else emit(OPS["mul"], made, weight)
-    return made if bias is None else emit(OPS["add"], made, bias)
 
 
 # --- batch normalization --------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from flame.compiler.passes.dead import dead
 from flame.compiler.passes.epilogues import epilogues
 from flame.compiler.passes.fold import fold
 from flame.compiler.passes.layout import layout
+from flame.compiler.passes.modulated import modulated
 from flame.compiler.passes.narrow import narrow
 from flame.compiler.passes.order import order
 from flame.compiler.passes.pieces import pieces
@@ -49,6 +50,7 @@ SIMPLIFYING: Final[tuple[Pass, ...]] = (
 )
 FINISHING: Final[tuple[Pass, ...]] = (
     dead,
+    modulated,  # nodes have found their simplest form, and all of them are there
     epilogues,  # products have found their final form
     activated,  # before `narrow`, as it looks for an op and for what its gradient was given
     dead,  # what became a part of another node

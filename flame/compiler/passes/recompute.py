@@ -2,9 +2,7 @@
 
 Only at the place where most memory is in use, only elementwise results of few instructions (no exp,
 no tanh), and only from operands that stay alive until then anyway. Where the late readers are
-elementwise too, the second computation is part of their kernel and costs nothing. So is that of a
-layer normalization, whose first computation then gives the mean and variance of each row as well;
-it is done for elementwise readers alone.
+elementwise too, the second computation is part of their kernel and costs nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +13,7 @@ from flame.compiler.lower.scalars import weight_of
 from flame.core.types import TensorType
 from flame.graph import Graph, Node, Operand, Symbol, Uses
 from flame.graph.liveness import Liveness
-from flame.ops.elementwise import Elementwise, compute_dtype
-from flame.ops.norm_ops import layer_norm_again, layer_norm_kept, layer_norm_op
-from flame.ops.op import Op
+from flame.ops.elementwise import Elementwise
 from flame.ops.views import ViewOp
 
 CHEAP: Final = 12  # instructions for an element
@@ -49,12 +45,11 @@ def _choose(graph: Graph, memory: Liveness, peak: int) -> set[Symbol]:
     found: set[Symbol] = set()
     for node in graph.nodes[:peak]:
         symbol = node.outputs[0]
-        if memory.last.get(symbol, 0) <= peak or memory.last[symbol] == len(graph.nodes):
+        if memory.last.get(symbol, 0) <= peak or not _cheap(node, memory):
             continue
-        later = [place for place in reads.get(symbol, ()) if place > peak]
-        if not later or not (_cheap(node, memory) or _is_norm(graph, node, later, memory)):
+        late = next((place for place in reads.get(symbol, ()) if place > peak), None)
+        if late is None or memory.last[symbol] == len(graph.nodes):
             continue
-        late = later[0]
         operands = [memory.owner(s) for s in node.symbols if isinstance(s.type, TensorType)]
         if all(_alive(graph, memory, until, s, late) for s in operands):
             found.add(symbol)
@@ -79,15 +74,6 @@ def _cheap(node: Node, memory: Liveness) -> bool:
     return memory.bytes_of(node.outputs[0]) >= LEAST and weight_of(node) <= CHEAP
 
 
-def _is_norm(graph: Graph, node: Node, later: list[int], memory: Liveness) -> bool:
-    """Whether a node is a layer normalization of one dtype that elementwise nodes read later."""
-    if node.op is not layer_norm_op or memory.bytes_of(node.outputs[0]) < LEAST:
-        return False
-    tensors = [s.type for s in (*node.symbols, *node.outputs) if isinstance(s.type, TensorType)]
-    same = all(compute_dtype(t.dtype) is t.dtype is tensors[0].dtype for t in tensors)
-    return same and all(isinstance(graph.nodes[place].op, Elementwise) for place in later)
-
-
 def _alive(
     graph: Graph, memory: Liveness, until: dict[Symbol, int], owner: Symbol, place: int
 ) -> bool:
@@ -100,39 +86,11 @@ def _alive(
     return owner in graph.constants or until.get(owner, -1) >= place
 
 
-def _statistics(node: Node) -> tuple[Symbol, Symbol]:
-    """Symbols for the means and variances of the rows that a layer normalization finds."""
-    types = layer_norm_kept.infer(node.types, **node.attributes)
-    name = node.outputs[0].name
-    return Symbol(f"{name}_mean", types[1]), Symbol(f"{name}_variance", types[2])
-
-
 def _again(graph: Graph, chosen: set[Symbol], peak: int) -> Graph:
     """What is chosen stands once more before its first reader after the peak, and so do views."""
     uses = Uses.of(graph)
     second: dict[Symbol, Symbol] = {}
-    rows: dict[Symbol, tuple[Symbol, Symbol]] = {}  # mean and variance
-    nodes: list[Node] = []
-    for node in graph.nodes[: peak + 1]:
-        made = node.outputs[0]
-        if node.op is layer_norm_op and made in chosen:
-            rows[made] = _statistics(node)
-            outputs = (made, *rows[made])
-            nodes.append(Node(layer_norm_kept, node.inputs, outputs, node.attributes, node.line))
-        else:
-            nodes.append(node)
-
-    def normalized_again(node: Node) -> Symbol:
-        (like,) = node.outputs
-        x, weight, bias, eps = node.inputs
-
-        def emit(op: Op, *inputs: Operand) -> Symbol:
-            made = Symbol(f"{like.name}_again{len(nodes)}", like.type)
-            nodes.append(Node(op, inputs, (made,), {}, node.line))
-            return made
-
-        found: Symbol = layer_norm_again(emit, x, weight, bias, eps, *rows[like])
-        return found
+    nodes: list[Node] = list(graph.nodes[: peak + 1])
 
     def now(operand: Operand) -> Operand:
         if not isinstance(operand, Symbol):
@@ -141,9 +99,7 @@ def _again(graph: Graph, chosen: set[Symbol], peak: int) -> Graph:
         if found is None:
             maker = uses.makers.get(operand)
             found = operand
-            if maker is not None and operand in rows:
-                found = normalized_again(maker)
-            elif maker is not None and (operand in chosen or isinstance(maker.op, ViewOp)):
+            if maker is not None and (operand in chosen or isinstance(maker.op, ViewOp)):
                 inputs = tuple([x if operand in chosen else now(x) for x in maker.inputs])
                 if operand in chosen or inputs != maker.inputs:
                     found = Symbol(f"{operand.name}_again", operand.type)

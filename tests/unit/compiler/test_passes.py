@@ -16,6 +16,7 @@ from flame.compiler.passes.canonicalize import canonicalize
 from flame.compiler.passes.cse import cse
 from flame.compiler.passes.dead import dead
 from flame.compiler.passes.fold import fold
+from flame.compiler.passes.modulated import modulated
 from flame.compiler.passes.order import order
 from flame.compiler.passes.products import products
 from flame.compiler.passes.readable import readable
@@ -26,6 +27,7 @@ from flame.core.errors import CompileError
 from flame.core.types import contiguous_strides
 from flame.graph import Graph, Rewriter, Uses, interpret
 from flame.graph.liveness import Liveness
+from flame.nn import functional as F
 from flame.ops.again import again
 from flame.ops.op import NOT_DIFFERENTIABLE, OPS, Op
 from flame.recording.step import record
@@ -330,35 +332,42 @@ def test_cheap_values_are_computed_again() -> None:
     same_results(graph, made)
 
 
-@pytest.mark.parametrize("affine", [False, True])
-def test_layer_norms_are_computed_again_from_their_statistics(affine: bool) -> None:
-    g = GraphBuilder()
-    x, w, scale = g.input((256, 64)), g.input((64, 64)), g.input((256, 1))
-    parameters = (g.input((64,)), g.input((64,))) if affine else (None, None)
-    kept = []
-    for _ in range(4):
-        y = g("layer_norm", x, *parameters, 1e-5, rows=1)
-        kept.append((x, y))
-        x = g("tanh", g("matmul", g("mul", y, scale), w))
-    for before, y in reversed(kept):
-        x = g("tanh", g("matmul", g("mul", g("mul", x, y), before), w))
-    graph = g.graph(x)
-    made = simplified(graph, recompute, dead)
-    assert ops(made).count("layer_norm_kept") == ops(made).count("normalized") >= 2
-    assert Liveness(made).peak() < 0.8 * Liveness(graph).peak()
-    random = np.random.default_rng(0)
-    values = [random.standard_normal(s.type.shape).astype(np.float32) for s in graph.inputs]  # type: ignore[union-attr]
-    (found,), (expected,) = interpret(made, values), interpret(graph, values)
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5, 16), (2, 3, 4, 8)])
+def test_modulated_norms_and_their_gradients(shape: tuple[int, ...], swapped: bool) -> None:
+    x = flame.from_numpy(np.random.default_rng(0).standard_normal(shape).astype(np.float32))
+    each = (shape[0], *(1 for _ in shape[2:]), shape[-1])
+    scale, shift = (flame.full(each, v) for v in (0.5, 0.1))
+
+    def step(x: Any, scale: Any, shift: Any) -> Any:
+        normal = F.layer_norm(x, shape[-1:])
+        made = (scale + 1) * normal if swapped else normal * (scale + 1)
+        (made + shift).square().sum().backward()
+        return x.grad, scale.grad, shift.grad
+
+    leaves = [t.requires_grad_() for t in (x, scale, shift)]
+    graph = record(step, tuple(leaves), {}, leaves).graph
+    made = optimize(graph)
+    made.verify()
+    assert {"modulated_norm", "modulated_norm_backward"} <= set(ops(made))
+    assert not {"layer_norm", "layer_norm_backward", "sum"} & set(ops(made))
+    values = [t.detach().numpy() for t in leaves]
+    for found, expected in zip(interpret(made, values), interpret(graph, values), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_layer_norms_that_a_product_reads_are_kept() -> None:
+@pytest.mark.parametrize("reader", ["result", "part", "rows"])
+def test_norms_that_others_read_are_not_modulated(reader: str) -> None:
     g = GraphBuilder()
-    x, w = g.input((256, 64)), g.input((64, 64))
-    y = g("layer_norm", x, None, None, 1e-5, rows=1)
-    z = g("matmul", g("matmul", g("tanh", g("matmul", y, w)), w), w)
-    graph = g.graph(g("matmul", g("mul", z, x), w), g("matmul", y, w))
-    assert "layer_norm_kept" not in ops(simplified(graph, recompute, dead))
+    x = g.input((3, 5, 16))
+    scale = g.input((3, 5, 1) if reader == "rows" else (3, 1, 16))
+    normal = g("layer_norm", x, None, None, 1e-5, rows=1)
+    made = [g("add", g("mul", normal, scale), scale)]
+    if reader == "result":
+        made.append(normal)
+    elif reader == "part":
+        made.append(g("tanh", normal))
+    assert "modulated_norm" not in ops(modulated(g.graph(*made)))
 
 
 def test_updates_run_when_their_gradient_is_there() -> None:
