@@ -320,7 +320,8 @@ def addbmm(
     input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
     """beta * input + alpha * the sum over the batch of batch1 @ batch2."""
-    product = sum(bmm(batch1, batch2), 0)
+    products = bmm(batch1, batch2)
+    product = sum(products, 0, dtype=products.dtype)  # integers are not widened here
     _fits("addbmm", input, product)
     return _scaled_sum(input, product, beta, alpha)
 
