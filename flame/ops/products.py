@@ -369,8 +369,8 @@ def _without_repeats(
     over_a = [d for d, e in pairs if b.shape[e] == 1 and a.shape[d] != 1]
     over_b = [e for d, e in pairs if a.shape[d] == 1 and b.shape[e] != 1]
     return (
-        sum(a, over_a, keepdim=True) if over_a else a,
-        sum(b, over_b, keepdim=True) if over_b else b,
+        sum(a, over_a, keepdim=True, dtype=a.dtype) if over_a else a,
+        sum(b, over_b, keepdim=True, dtype=b.dtype) if over_b else b,
     )
 
 
