@@ -21,6 +21,9 @@ DTYPES: Final[dict[torch.dtype, dtypes.DType]] = {
     torch.bool: dtypes.bool_,
 }  # fmt: skip
 HALF: Final = (torch.float16, torch.bfloat16)
+WIDER: Final = {
+    torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64,
+}  # fmt: skip
 TOLERANCE: Final = {  # (relative, absolute)
     torch.float64: (1e-7, 1e-9), torch.float32: (1e-4, 2e-5), torch.float16: (1e-2, 4e-3),
     torch.bfloat16: (4e-2, 3e-2),
