@@ -138,7 +138,7 @@ class GradScaler:
         if isinstance(outputs, Tensor):
             interpreter().repeat(self._begin, undo=self._states.clear)
             assert self._scale is not None
-            return outputs * self._scale
+            return outputs * self._scale.to(outputs.device)
         if isinstance(outputs, Iterable):
             scaled = [self.scale(each) for each in outputs]
             return scaled if not isinstance(outputs, tuple) else tuple(scaled)
@@ -364,11 +364,12 @@ def _unscale(optimizer: Optimizer, scale: Tensor) -> Tensor | None:
             "Attempting to unscale FP16 gradients. Keep parameters in float32: autocast casts them "
             "where that is safe"
         )
-    flags = [has_nonfinite(gradient) for gradient in gradients]
+    flags = [has_nonfinite(gradient).to(scale.device) for gradient in gradients]
     found = flags[0] if len(flags) == 1 else stack(flags).any()
     inverse = inverse_scale(scale)
+    inverses = {d: inverse.to(d) for d in dict.fromkeys(g.device for g in gradients)}
     for gradient in gradients:
-        gradient.mul_(inverse)
+        gradient.mul_(inverses[gradient.device])
     result: Tensor = found.to(dtypes.float32)
     return result
 

@@ -35,5 +35,6 @@ def bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None
         )
     products = input1 @ weight.permute(1, 0, 2).reshape(size1, outputs * size2)
     products = products.reshape(*input1.shape[:-1], outputs, size2)
-    result: Tensor = (products * input2.unsqueeze(-2)).sum(dim=-1)
+    terms = products * input2.unsqueeze(-2)
+    result: Tensor = terms.sum(dim=-1, dtype=terms.dtype)  # integers are not widened here
     return result if bias is None else result + bias

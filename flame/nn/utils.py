@@ -36,7 +36,7 @@ def get_total_norm(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """The norm of all tensors as if they were one vector: a scalar.
+    """The norm of all tensors as if they were one vector: a scalar, on the device of the first.
 
     Raises:
         GradientError: the norm is not finite and `error_if_nonfinite` is set (this reads the value
@@ -47,7 +47,7 @@ def get_total_norm(
         return flame.tensor(0.0)
     order = float(norm_type)
     with flame.no_grad():
-        norms = [flame.norm(tensor, order) for tensor in given]
+        norms = [flame.norm(tensor, order).to(given[0].device) for tensor in given]
         total = norms[0] if len(norms) == 1 else flame.norm(flame.stack(norms), order)
     if error_if_nonfinite and not math.isfinite(float(total.item())):
         raise GradientError(
@@ -69,8 +69,9 @@ def clip_grads_with_norm_(
     with flame.no_grad():
         # The small addend keeps a norm of zero from dividing by it.
         factor = (float(max_norm) / (total_norm + 1e-6)).clamp(max=1.0)
+        factors = {d: factor.to(d) for d in dict.fromkeys(g.device for g in gradients)}
         for gradient in gradients:
-            gradient.mul_(factor)
+            gradient.mul_(factors[gradient.device])
 
 
 def clip_grad_norm_(

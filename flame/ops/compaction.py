@@ -134,7 +134,7 @@ def differs(lines: Tensor) -> Tensor:
     first = full((1,), True, dtype=dtypes.bool_, device=lines.device)
     change = lines[1:] != lines[:-1]
     if change.ndim > 1:
-        change = reshape(change, (change.shape[0], -1)).any(1)
+        change = change.flatten(1).any(1)
     return cat([first, change], 0)
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+from flame.core.dtypes import promote_types
 from flame.core.errors import ArgumentError, ShapeError
 from flame.ops.autocast import autocasts
 from flame.ops.products import matmul
@@ -119,6 +120,9 @@ def _multiply(
     """One pair as (batch, rows, summed) @ (batch, summed, columns)."""
     a, a_labels = _sum_out(*left, later | set(right[1]))
     b, b_labels = _sum_out(*right, later | set(a_labels))
+    if a.dtype is not b.dtype and a.dtype.kind != "f" and b.dtype.kind != "f":
+        wide = promote_types(a.dtype, b.dtype)  # sums of integers are int64
+        a, b = a.to(wide), b.to(wide)
     shared = [c for c in a_labels if c in b_labels]
     batch = [c for c in shared if c in later]
     summed = [c for c in shared if c not in later]

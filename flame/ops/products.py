@@ -320,7 +320,8 @@ def addbmm(
     input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Tensor:
     """beta * input + alpha * the sum over the batch of batch1 @ batch2."""
-    product = sum(bmm(batch1, batch2), 0)
+    products = bmm(batch1, batch2)
+    product = sum(products, 0, dtype=products.dtype)  # integers are not widened here
     _fits("addbmm", input, product)
     return _scaled_sum(input, product, beta, alpha)
 
@@ -368,8 +369,8 @@ def _without_repeats(
     over_a = [d for d, e in pairs if b.shape[e] == 1 and a.shape[d] != 1]
     over_b = [e for d, e in pairs if a.shape[d] == 1 and b.shape[e] != 1]
     return (
-        sum(a, over_a, keepdim=True) if over_a else a,
-        sum(b, over_b, keepdim=True) if over_b else b,
+        sum(a, over_a, keepdim=True, dtype=a.dtype) if over_a else a,
+        sum(b, over_b, keepdim=True, dtype=b.dtype) if over_b else b,
     )
 
 

@@ -497,9 +497,10 @@ def dims_of(name: str, input: Tensor, dim: Any) -> tuple[int, ...]:
 def sum(
     input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: DType | None = None
 ) -> Tensor:
-    """Sum over ``dim`` (all dimensions by default); integers give int64."""
+    """Sum over ``dim`` (all dimensions by default); integers give int64, or ``dtype``."""
     if dtype is not None:
-        return plain(sum, convert(input, dtype=dtype), dim, keepdim)
+        made: Tensor = plain(sum, convert(input, dtype=dtype), dim, keepdim)
+        return made.to(dtype)
     result: Tensor = _sum(input, dims=dims_of("sum", input, dim), keepdim=keepdim)
     return result
 

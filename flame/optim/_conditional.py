@@ -76,7 +76,7 @@ def conditional(optimizer: Optimizer, found_inf: Tensor | None) -> list[UpdateCa
         if found_inf is None:
             count.add_(1.0)
         else:
-            count_taken(count, found_inf, out=(count,))
+            count_taken(count, found_inf.to(count.device), out=(count,))
     return [call for part in parts for call in _calls(optimizer, part, numbers, found_inf)]
 
 
@@ -102,10 +102,15 @@ def _calls(
     if found_inf is not None:
         function, scalars = skippable(function), (*scalars, found_inf)
     calls = []
+    devices = dict.fromkeys(parameter.device for parameter in parameters)
+    placed = {
+        device: tuple(s.to(device) if isinstance(s, Tensor) else s for s in scalars)
+        for device in devices
+    }
     for parameter in parameters:
         kept = (parameter, *[optimizer.state[parameter][name] for name in update.buffers])
         inputs = (parameter, parameter.grad, *kept[1:])
-        calls.append(UpdateCall(function, inputs, scalars, kept))
+        calls.append(UpdateCall(function, inputs, placed[parameter.device], kept))
     return calls
 
 

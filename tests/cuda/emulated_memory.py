@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -126,6 +127,14 @@ class EmulatedMemory:
         found = self.find(pointer)
         if found is not None and found.device != HOST:
             raise CudaError(f"{call}: CUDA_ERROR_INVALID_VALUE: {found.name} is not host memory")
+
+    def expect_reachable(self, call: str, arguments: Sequence[bytes], device: int) -> None:
+        """Raise CudaError where a kernel's argument is an address on another device: devices do not
+        see one another's memory."""
+        for argument in arguments:
+            found = self.find(int.from_bytes(argument, "little")) if len(argument) == 8 else None
+            if found is not None and found.device not in (device, HOST):
+                raise CudaError(f"{call}: CUDA_ERROR_ILLEGAL_ADDRESS: {found.name}, not {device}")
 
     def check(self, after: str) -> None:
         """Raise CudaError if a write left any live allocation."""

@@ -99,6 +99,13 @@ class EmulatedDriver:
         self._known_device("cuCtxSetCurrent", device)
         self._current.device = device
 
+    def _current_of(self, call: str, stream: int, device: int) -> None:
+        """Raise CudaError unless a launch's stream is of its device, and that the current one."""
+        if self._streams.get(stream, device) != device:
+            raise CudaError(f"{call}: CUDA_ERROR_INVALID_HANDLE: a stream of another device")
+        if getattr(self._current, "device", 0) != device:
+            raise CudaError(f"{call}: CUDA_ERROR_INVALID_CONTEXT: another device is current")
+
     def _known_device(self, call: str, device: int) -> None:
         if not 0 <= device < self.devices:
             raise CudaError(f"{call}: CUDA_ERROR_INVALID_DEVICE: {device} of {self.devices}")
@@ -149,8 +156,8 @@ class EmulatedDriver:
 
     def copy_on_device(self, target: int, source: int, nbytes: int, stream: int) -> None:
         call = "cuMemcpyDtoDAsync"
-        self.memory.expect(call, target, nbytes)
-        self.memory.expect(call, source, nbytes)
+        for place in (target, source):
+            self.memory.expect(call, place, nbytes, device=self._streams.get(stream))
         self._queue(call, stream, lambda: move(target, source, nbytes))
 
     def copy_across(
@@ -227,6 +234,8 @@ class EmulatedDriver:
     def record_event(self, event: int, stream: int) -> None:
         self._known_stream("cuEventRecord", stream)
         found, capture = self._event("cuEventRecord", event), self._captures.get(stream)
+        if self._streams.get(stream, found.device) != found.device:
+            raise CudaError("cuEventRecord: CUDA_ERROR_INVALID_HANDLE: a stream of another device")
         found.capture = capture
         if capture is None:
             found.when = time.perf_counter()
@@ -266,6 +275,8 @@ class EmulatedDriver:
     def elapsed(self, begin: int, end: int) -> float:
         """Milliseconds between two events."""
         first, last = (self._real_event("cuEventElapsedTime", e) for e in (begin, end))
+        if first.device != last.device:
+            raise CudaError("cuEventElapsedTime: CUDA_ERROR_INVALID_HANDLE: of two devices")
         if first.when is None or last.when is None or not (first.timing and last.timing):
             raise CudaError(
                 "cuEventElapsedTime: CUDA_ERROR_INVALID_HANDLE: not recorded, or untimed"
@@ -340,11 +351,10 @@ class EmulatedDriver:
             raise CudaError(f"cuLaunchKernel: CUDA_ERROR_INVALID_VALUE: grid {grid}, block {block}")
         if shared > max(found.shared, 48 << 10):
             raise CudaError(f"cuLaunchKernel: CUDA_ERROR_INVALID_VALUE: {shared} bytes shared")
-        device = self._streams.get(stream)
-        if device is not None and device != found.device:
-            raise CudaError("cuLaunchKernel: CUDA_ERROR_INVALID_HANDLE: a stream of another device")
+        self._current_of("cuLaunchKernel", stream, found.device)
         table = (ctypes.c_void_p * len(found.sizes)).from_address(arguments)
         values = [ctypes.string_at(a, n) for a, n in zip(table, found.sizes, strict=True)]
+        self.memory.expect_reachable("cuLaunchKernel", values, found.device)
         self._queue("cuLaunchKernel", stream, lambda: self._run(found, grid, block, shared, values))
 
     def _run(

@@ -33,7 +33,8 @@ def prepare(problem: Problem) -> tuple[Solve, int]:
     solve, count = _solver(problem)
 
     def quiet(given: Sequence[int]) -> None:
-        with np.errstate(over="ignore"):  # what half-width floats cannot hold becomes infinite
+        # What half-width floats cannot hold becomes infinite, and infinities of two signs NaN.
+        with np.errstate(over="ignore", invalid="ignore"):
             solve(given)
 
     return quiet, count

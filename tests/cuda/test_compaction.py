@@ -72,6 +72,15 @@ def test_unique(dim: int | None) -> None:
     same(flame.unique(there, dim=dim), flame.unique(here, dim=dim))
 
 
+def test_unique_of_one_slice() -> None:
+    here, there = both(draw(dtypes.float32, (2, 1, 3)))
+    for name in ("unique", "unique_consecutive"):
+        function = getattr(flame, name)
+        options: Any = {"return_inverse": True, "return_counts": True, "dim": 1}
+        for got, want in zip(function(there, **options), function(here, **options), strict=True):
+            same(got, want)
+
+
 def test_unique_of_special_numbers() -> None:
     for size in (0, 1, 300):
         here, there = both(draw(dtypes.float32, (size,)))

@@ -34,7 +34,7 @@ def back(tensor: flame.Tensor) -> Any:
 SHAPES = [(10_000_000,), (4096, 1000), (300_000, 7), (64, 50_257), (3, 1_000_001)]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sort_is_stable(shape: tuple[int, ...]) -> None:
     x = RNG.integers(0, 1000, shape).astype(np.float32)
     for _ in range(3):
@@ -50,7 +50,7 @@ def test_sort_of_dtypes(dtype: Any) -> None:
     np.testing.assert_array_equal(back(there(x.T).argsort(0)), np.argsort(x.T, 0, "stable"))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("k", [1, 5, 100])
 def test_topk(shape: tuple[int, ...], k: int) -> None:
     k = min(k, shape[-1])
@@ -60,7 +60,7 @@ def test_topk(shape: tuple[int, ...], k: int) -> None:
     np.testing.assert_array_equal(got, order)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_scans(shape: tuple[int, ...]) -> None:
     whole = RNG.integers(-9, 9, shape)
     np.testing.assert_array_equal(back(there(whole).cumsum(-1)), np.cumsum(whole, -1))
@@ -110,7 +110,9 @@ def test_sizes_that_depend_on_data() -> None:
     np.testing.assert_array_equal(back(flame.bincount(there(x))), np.bincount(x))
 
 
-@pytest.mark.parametrize("shape", [(100_000, 64), (64, 100_000), (10_000_000,), (32, 64, 5000)])
+@pytest.mark.parametrize(
+    "shape", [(100_000, 64), (64, 100_000), (10_000_000,), (32, 64, 5000)], ids=str
+)
 def test_sums(shape: tuple[int, ...]) -> None:
     x = RNG.integers(-8, 8, shape).astype(np.float32)
     for dim in range(x.ndim):

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import database
-
 import flame
 from flame.core.errors import FlameError
+
+from . import database
 
 LIMIT = 8  # samples of a dtype
 SECOND = 3  # samples of which the second derivatives are compared
@@ -35,7 +31,7 @@ def check_first(entry: Any, function: Callable[..., Any] | None = None) -> None:
     function = function or database.function_of(entry)
     assert function is not None, "FLAME has no such function"
     ran = 0
-    for dtype in database.TESTED:
+    for dtype in database.CPU.dtypes:
         if dtype not in entry.supported_dtypes("cpu"):
             continue
         for sample in database.samples_of(entry, dtype, LIMIT):
@@ -51,7 +47,7 @@ def check_second(entry: Any, function: Callable[..., Any] | None = None) -> None
     for sample in database.samples_of(entry, torch.float64, SECOND):
         label = f"{database.full_name(entry)}({database.describe(sample)})"
         try:
-            operands, options, leaves = database._prepared(sample)
+            operands, options, leaves = database.prepared(sample)
         except database.Unconvertible:
             continue
         theirs, their_leaves = database._call(entry.op, sample, database._own)
@@ -85,7 +81,7 @@ def check_errors(entry: Any, function: Callable[..., Any] | None = None) -> None
         if "out" in sample.kwargs:
             continue
         try:
-            operands, options, _ = database._prepared(sample)
+            operands, options, _ = database.prepared(sample)
         except (database.Unconvertible, AttributeError):
             continue
         label = f"{database.full_name(entry)}({database.describe(sample)})"

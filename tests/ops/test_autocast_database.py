@@ -6,8 +6,6 @@ entry that differs on purpose stands in KNOWN with its reason, and must differ.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -18,9 +16,7 @@ from torch.utils._pytree import tree_map
 
 import flame
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import database
+from . import database
 
 LIMIT: Final = 2  # samples of each dtype
 LEAST: Final = 480  # entries
@@ -94,7 +90,7 @@ def _differences(entry: Any) -> tuple[int, list[str]]:
                 continue
             ours = SimpleNamespace(input=arguments[0], args=arguments[1], kwargs=arguments[2])
             try:
-                operands, options, _ = database._prepared(ours)
+                operands, options, _ = database.prepared(ours)
             except database.Unconvertible:
                 continue
             with flame.autocast("cpu", dtype=flame.bfloat16):

@@ -1,48 +1,23 @@
 """PyTorch's operator database against FLAME: every entry whose function FLAME has under its name.
 
-An entry that differs on purpose stands in KNOWN with its reason, and must differ: one that passes
-has to leave the list. An entry that FLAME has no function for is not counted here.
+An entry that differs on purpose stands in `database.KNOWN` with its reason, and must differ: one
+that passes has to leave the list. An entry that FLAME has no function for is not counted here.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 
-pytest.importorskip("torch")
+from . import database
+from .database import KNOWN
 
 LIMIT: Final = 4  # samples of each dtype, spread over all that the database has
 LEAST: Final = 500  # entries that FLAME has functions for
 
 
-def _load() -> Any:
-    path = Path(__file__).with_name("database.py")
-    specification = importlib.util.spec_from_file_location("op_database", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["op_database"] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-database = _load()
-ENTRIES: Final = {
-    database.full_name(e): e for e in database.op_db if database.function_of(e) is not None
-}
-
-KNOWN: Final[dict[str, str]] = {
-    "as_strided_scatter": "PyTorch gives the overwritten elements a gradient that is not zero",
-    "linalg.matrix_norm": "orders that need singular values raise UnsupportedError",
-    "linalg.matrix_power": "negative powers raise UnsupportedError",
-    "linalg.norm": "orders that need singular values raise UnsupportedError",
-    "linalg.norm.subgradients_at_zero": "orders that need singular values raise UnsupportedError",
-    "norm.nuc": "the nuclear norm raises UnsupportedError",
-}
+ENTRIES: Final = database.shared_entries()
 
 
 @pytest.mark.filterwarnings("ignore")

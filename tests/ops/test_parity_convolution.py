@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +12,8 @@ import flame
 from flame.core.errors import ArgumentError, DTypeError, FlameError, ShapeError
 from flame.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from entries import cases, check_errors, check_first, check_second
-from parity import agree, draw
+from .entries import cases, check_errors, check_first, check_second
+from .parity import agree, draw
 
 pytestmark = [pytest.mark.ops, pytest.mark.filterwarnings("ignore")]
 

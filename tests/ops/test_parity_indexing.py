@@ -3,9 +3,7 @@ subscripts."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +14,8 @@ import flame
 from flame.core.errors import FlameError, IndexRangeError
 from flame.ops.embedding import embedding
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import database
-from entries import cases, check_errors, check_first, check_second
+from . import database
+from .entries import cases, check_errors, check_first, check_second
 
 LISTED = """
 __getitem__ argsort argwhere bucketize count_nonzero gather index_add index_copy index_fill
@@ -63,7 +59,7 @@ def test_selections_up_to_ties(entry: Any) -> None:
     assert function is not None
     for dtype in (torch.float64, torch.int64):
         for sample in database.samples_of(entry, dtype, 10):
-            operands, options, _ = database._prepared(sample)
+            operands, options, _ = database.prepared(sample)
             ours, theirs = (
                 function(*operands, **options),
                 entry.op(sample.input, *sample.args, **sample.kwargs),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +13,8 @@ from flame.core.errors import ArgumentError, DTypeError, FlameError, IndexRangeE
 from flame.nn import functional as F
 from flame.ops import interpolation, pooling
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from entries import cases, check_errors, check_first, check_second
-from parity import agree, draw
+from .entries import cases, check_errors, check_first, check_second
+from .parity import agree, draw
 
 pytestmark = [pytest.mark.ops, pytest.mark.filterwarnings("ignore")]
 TF = torch.nn.functional

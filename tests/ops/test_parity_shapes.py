@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +11,7 @@ import torch
 import flame
 from flame.core.errors import FlameError
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from entries import cases, check_errors, check_first, check_second
+from .entries import cases, check_errors, check_first, check_second
 
 LISTED = """
 H T mH mT as_strided_copy atleast_1d atleast_2d atleast_3d block_diag broadcast_shapes

@@ -54,7 +54,8 @@ class Driver(Protocol):
     def device_count(self) -> int: ...
     def properties(self, device: int) -> DeviceProperties: ...
     def use(self, device: int) -> None:
-        """Make a device's context the current one of this thread."""
+        """Make a device's context the current one of this thread, which launches need. No other
+        call changes it, unless there was none."""
 
     # --- memory -----------------------------------------------------------------------------------
     def allocate(self, device: int, nbytes: int, stream: int) -> int:

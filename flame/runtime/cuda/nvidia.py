@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -198,6 +199,19 @@ class NvidiaDriver:
             self._fail("cuCtxSetCurrent", status)
         self._local.device = device
 
+    @contextmanager
+    def _on(self, device: int) -> Iterator[None]:
+        """A device is the current one inside, and the one before it afterwards: memory of another
+        device may be freed at any line, by the garbage collector, and a launch that follows must
+        still find its own device."""
+        before = getattr(self._local, "device", -1)
+        self.use(device)
+        try:
+            yield
+        finally:
+            if before >= 0:
+                self.use(before)
+
     def _hold(self, device: int) -> _Held:
         """The device's context and pool, made at its first use."""
         held = self._held.get(device)
@@ -247,7 +261,9 @@ class NvidiaDriver:
     # --- memory -----------------------------------------------------------------------------------
 
     def allocate(self, device: int, nbytes: int, stream: int) -> int:
-        self.use(device)
+        if getattr(self._local, "device", -1) != device:
+            with self._on(device):
+                return self.allocate(device, nbytes, stream)
         if self._pooled:
             result = self._cu_allocate(nbytes or 1, self._streams.get(stream, stream))
             if result[0]:
@@ -259,7 +275,10 @@ class NvidiaDriver:
         return int(result[1])
 
     def free(self, device: int, pointer: int, stream: int) -> None:
-        self.use(device)
+        if getattr(self._local, "device", -1) != device:
+            with self._on(device):
+                self.free(device, pointer, stream)
+            return
         if self._pooled:
             (status,) = self._cu_free(pointer, self._streams.get(stream, stream))
             if status:
@@ -274,8 +293,8 @@ class NvidiaDriver:
             self._value("cuMemPoolTrimTo", self._drv.cuMemPoolTrimTo(pool, 0))
 
     def memory_info(self, device: int) -> tuple[int, int]:
-        self.use(device)
-        free, total = self._value("cuMemGetInfo", self._drv.cuMemGetInfo())
+        with self._on(device):
+            free, total = self._value("cuMemGetInfo", self._drv.cuMemGetInfo())
         return int(free), int(total)
 
     def reserved(self, device: int) -> int:
@@ -334,11 +353,11 @@ class NvidiaDriver:
     # --- streams and events -----------------------------------------------------------------------
 
     def create_stream(self, device: int, priority: int = 0) -> int:
-        self.use(device)
         flags = int(self._drv.CUstream_flags.CU_STREAM_NON_BLOCKING)
-        made = self._value(
-            "cuStreamCreateWithPriority", self._drv.cuStreamCreateWithPriority(flags, priority)
-        )
+        with self._on(device):
+            made = self._value(
+                "cuStreamCreateWithPriority", self._drv.cuStreamCreateWithPriority(flags, priority)
+            )
         handle = int(made)
         self._streams[handle] = made
         return handle
@@ -351,8 +370,8 @@ class NvidiaDriver:
         self._value("cuStreamSynchronize", self._drv.cuStreamSynchronize(stream))
 
     def synchronize_device(self, device: int) -> None:
-        self.use(device)
-        self._value("cuCtxSynchronize", self._drv.cuCtxSynchronize())
+        with self._on(device):
+            self._value("cuCtxSynchronize", self._drv.cuCtxSynchronize())
 
     def stream_done(self, stream: int) -> bool:
         return self._done("cuStreamQuery", self._drv.cuStreamQuery(stream))
@@ -364,10 +383,10 @@ class NvidiaDriver:
         return True
 
     def create_event(self, device: int, *, timing: bool) -> int:
-        self.use(device)
         flags = self._drv.CUevent_flags
         wanted = flags.CU_EVENT_DEFAULT if timing else flags.CU_EVENT_DISABLE_TIMING
-        return int(self._value("cuEventCreate", self._drv.cuEventCreate(int(wanted))))
+        with self._on(device):
+            return int(self._value("cuEventCreate", self._drv.cuEventCreate(int(wanted))))
 
     def destroy_event(self, event: int) -> None:
         self._value("cuEventDestroy", self._drv.cuEventDestroy(event))
@@ -401,8 +420,8 @@ class NvidiaDriver:
         return nvrtc.identity()
 
     def load_module(self, device: int, image: bytes) -> int:
-        self.use(device)
-        return int(self._value("cuModuleLoadData", self._drv.cuModuleLoadData(image)))
+        with self._on(device):
+            return int(self._value("cuModuleLoadData", self._drv.cuModuleLoadData(image)))
 
     def function(self, module: int, symbol: str, shared: int) -> int:
         drv = self._drv

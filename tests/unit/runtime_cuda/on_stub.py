@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from cuda.bindings import driver as bindings
 
 from flame.core.errors import CudaError, DeviceError, OutOfMemoryError
 from flame.runtime.cuda.driver import Lifetime, install_driver
@@ -102,6 +103,31 @@ def kernels(made: NvidiaDriver) -> None:
         made.function(module, "add", 1_000_000)
 
 
+def current_device(made: NvidiaDriver) -> None:
+    """It stays where `use` put it, whatever is done with the other device."""
+
+    def current() -> int:
+        status, context = bindings.cuCtxGetCurrent()
+        assert not status
+        return int(context)
+
+    made.use(1)
+    there = current()
+    stream = made.create_stream(0)
+    held = made.allocate(0, 64, stream)
+    assert current() == there
+    with pytest.raises(OutOfMemoryError):
+        made.allocate(0, 1 << 33, stream)
+    made.free(0, held, stream)
+    made.destroy_event(made.create_event(0, timing=False))
+    made.load_module(0, IMAGE)
+    made.memory_info(0)
+    made.synchronize_device(0)
+    assert current() == there
+    made.use(0)
+    assert current() == there - 1
+
+
 def graphs(made: NvidiaDriver) -> None:
     stream = made.create_stream(0)
     made.begin_capture(stream)
@@ -146,6 +172,6 @@ def faults(made: NvidiaDriver) -> None:
 
 pooled = os.environ.get("FLAME_CUDA_POOL") != "0"
 driver = NvidiaDriver()
-for check in (devices, memory, streams, kernels, graphs, threads, faults):
+for check in (devices, memory, streams, kernels, current_device, graphs, threads, faults):
     check(driver)
 print("all well")

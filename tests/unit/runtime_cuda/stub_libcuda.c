@@ -44,6 +44,7 @@ STUB(cuDevicePrimaryCtxRetain, CUcontext *context, CUdevice device) {
   return CUDA_SUCCESS;
 }
 STUB(cuCtxSetCurrent, CUcontext context) { current = (size_t)context; return CUDA_SUCCESS; }
+STUB(cuCtxGetCurrent, CUcontext *context) { *context = (CUcontext)current; return CUDA_SUCCESS; }
 STUB(cuCtxSynchronize, void) { return current ? CUDA_SUCCESS : CUDA_ERROR_INVALID_CONTEXT; }
 
 STUB(cuDeviceGetDefaultMemPool, CUmemoryPool *pool, CUdevice device) {

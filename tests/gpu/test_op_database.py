@@ -1,0 +1,28 @@
+"""PyTorch's operator database against FLAME on a real GPU: values and gradients in three floating
+dtypes, values of integers and bools. PyTorch computes on the CPU.
+
+Several processes (pytest -n 16) share the work well.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cuda.dry import get_ready
+from tests.ops import database
+
+pytestmark = pytest.mark.usefixtures("gpu")
+
+LIMIT = 3  # samples of each dtype, spread over all that the database has
+ENTRIES = database.shared_entries()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ENTRIES)
+def test_entry(name: str) -> None:
+    checks = list(database.checks_of(ENTRIES[name], LIMIT, scope=database.GPU))
+    get_ready([check for _, check in checks])
+    tally = database.tally_of(checks)
+    if name in database.KNOWN:  # whether any of these few samples differs is not said
+        pytest.skip(f"differs: {database.KNOWN[name]}")
+    assert not tally.errors, f"{len(tally.errors)} samples differ; the first: {tally.errors[0]}"

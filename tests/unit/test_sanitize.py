@@ -1,0 +1,114 @@
+"""scripts/sanitize.sh with a stand-in for the sanitizer: shares, failures, time, the summary."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Runs the program as the sanitizer would. $FOUND: the errors that it claims to have found; $STUCK:
+# a test that it does not get past.
+STAND_IN = r"""#!/usr/bin/env bash
+echo "$@" >>"$GIVEN"
+while [ "${1#--}" != "$1" ]; do
+    [ "$1" != --log-file ] || report=${2/\%p/$$}
+    [ "$1" != --tool ] || tool=$2
+    shift 2
+done
+echo "========= COMPUTE-SANITIZER" >"$report"
+if [ -n "${STUCK:-}" ]; then
+    echo "tests/test_seven.py::$STUCK"
+    sleep 60
+fi
+"$@"
+status=$?
+if [ "$tool" = racecheck ]; then
+    echo "========= RACECHECK SUMMARY: 3 hazards displayed ($FOUND errors, 3 warnings)" >>"$report"
+else
+    echo "========= ERROR SUMMARY: $FOUND errors" >>"$report"
+fi
+[ "$FOUND" = 0 ] || status=99
+exit $status
+"""
+TESTS = """
+import os, pytest
+
+@pytest.mark.parametrize("number", range(7))
+def test_number(number):
+    assert os.environ["FLAME_CUDA_POOL"] == "0"
+    assert str(number) != os.environ.get("FAILS")
+"""
+
+
+def sanitize(folder: Path, *words: str, **environment: str) -> tuple[int, str]:
+    """Exit status and output of the script over seven tests."""
+    stand_in, tests = folder / "stand-in", folder / "test_seven.py"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    tests.write_text(TESTS)
+    done = subprocess.run(
+        [ROOT / "scripts" / "sanitize.sh", *words, "--logs", folder / "logs", "--", tests],
+        env={
+            **os.environ, "PYTHON": sys.executable, "SANITIZER": str(stand_in),
+            "GIVEN": str(folder / "given"), "FOUND": "0", **environment,
+        },
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_parts_share_the_tests(tmp_path: Path) -> None:
+    status, told = sanitize(tmp_path, "--tools", "memcheck racecheck", "--jobs", "2")
+    assert status == 0, told
+    assert told.endswith("== all is well\n")
+    for tool in ("memcheck", "racecheck"):
+        ran: list[str] = []
+        for part in (1, 2):
+            text = (tmp_path / "logs" / f"{tool}.{part}.output").read_text()
+            ran += [line.split()[0].rpartition("::")[2] for line in text.splitlines()
+                    if " PASSED" in line]  # fmt: skip
+            assert f"{tool} {part}/2: ok;" in told
+        assert sorted(ran) == [f"test_number[{n}]" for n in range(7)]
+    given = (tmp_path / "given").read_text().splitlines()
+    assert len(given) == 4
+    assert all("--target-processes all --error-exitcode 99" in line for line in given)
+    assert [("--kernel-name-exclude" in line) for line in given] == [False, False, True, True]
+
+
+def test_what_goes_wrong_is_told(tmp_path: Path) -> None:
+    one = ("--tools", "memcheck", "--jobs", "1")
+    status, told = sanitize(tmp_path, *one, FOUND="4")
+    assert status == 1
+    assert "memcheck 1/1: FAILED: the sanitizer found errors; 7 passed" in told
+    assert "(4 errors reported)" in told
+    status, told = sanitize(tmp_path, *one, FAILS="3")
+    assert status == 1
+    assert "memcheck 1/1: FAILED: exit status 1; 1 failed, 6 passed" in told
+    status, told = sanitize(tmp_path, *one, "--limit", "1", STUCK="test_number[5]")
+    assert status == 1
+    assert "FAILED: out of time in" in told
+    assert "test_number[5]" in told
+    assert "(0 errors reported)" in told
+    assert "== 1 parts FAILED" in told
+
+
+def test_no_sanitizer(tmp_path: Path) -> None:
+    status, told = sanitize(tmp_path, SANITIZER="/nowhere/compute-sanitizer")
+    assert status == 2
+    assert "comes with the CUDA toolkit" in told
+
+
+@pytest.mark.parametrize("given", ["0/2", "3/2", "two"])
+def test_a_wrong_shard(given: str, tmp_path: Path) -> None:
+    (tmp_path / "test_one.py").write_text("def test(): pass\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "tests.shards", "--shard", given, tmp_path],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 4
+    assert "--shard takes I/N" in done.stderr
