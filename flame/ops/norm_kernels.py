@@ -54,6 +54,27 @@ class Statistics:
 
         return self.sums(row, square, 1)[0] / self.count
 
+    def moments(self, x: Operand, row: Index, first: Index) -> tuple[Value, Value]:
+        """Mean and variance from one visit, for a GPU, where each sum is a wait of all threads.
+
+        Differences are those to an element of the row, so little cancels: with n elements the error
+        of the variance is below n ulp of it, and about an ulp where that element is a usual one.
+        """
+        shift = self.k.register(self.load(x, first))
+
+        def terms(index: Index) -> tuple[Value, Value]:
+            difference = self.load(x, index) - values.read(shift)
+            return difference, difference * difference
+
+        total, squares = self.sums(row, terms, 2)
+        return values.read(shift) + total / self.count, spread_of(total, squares, self.count)
+
+
+def spread_of(total: Value, squares: Value, count: Value) -> Value:
+    """The variance of ``count`` numbers from their sum and that of their squares."""
+    inner = squares - total * (total / count)
+    return values.binary("max", inner, const(0.0, inner.dtype)) / count
+
 
 def inverse_root(variance: Value, eps: Value) -> Value:
     """1 / sqrt(variance + eps)."""
@@ -108,7 +129,10 @@ def lower_forward(
     weight, bias = found.get(("input", 1)), found.get(("input", 2))
     load = statistics.load
     with kernel.loops.each_row(passes=4) as row:
-        if centred:
+        first = (*row, *(const(0) for _ in kernel.rows.row.sizes))
+        if centred and schedules.on_gpu(outputs[0]):
+            mean, variance = statistics.moments(x, row, first)
+        elif centred:
             mean = statistics.mean(x, row)
             variance = statistics.variance(x, row, mean)
         else:
@@ -123,7 +147,6 @@ def lower_forward(
                 made = made + load(bias, index)
             k.store(y, index, made)
         if len(outputs) > 1:
-            first = (*row, *(const(0) for _ in kernel.rows.row.sizes))
             k.store(found["output", 1], first, mean)
             k.store(found["output", 2], first, variance)
     return k.finish()
@@ -223,6 +246,7 @@ def lower_layer_backward(
                 dx,
                 lambda i, found: add(number, i, found),
                 centred,
+                gpu,
             )
         for room, target in zip(rooms, partial, strict=False):
             with k.vector(size, unroll) as i:
@@ -264,9 +288,12 @@ def _sum_parts_of_samples(
 def _layer_row(
     k: KernelBuilder, row: Value, size: Value, unroll: int, compute: DType,
     grad: Operand, x: Operand, weight: Callable[[Value], Value | None], eps: Value, dx: Operand,
-    add: Callable[[Value, list[Value]], None], centred: bool,
+    add: Callable[[Value, list[Value]], None], centred: bool, at_once: bool,
 ) -> None:  # fmt: skip
-    """dx of one row, and its contributions to the run's sums, which ``add`` takes."""
+    """dx of one row, and its contributions to the run's sums, which ``add`` takes.
+
+    at_once: all sums from one visit of the row, see `Statistics.moments`.
+    """
     count = cast(size, compute)
 
     def sums(terms: Callable[[Value], list[Value]], n: int) -> list[Value]:
@@ -274,33 +301,49 @@ def _layer_row(
         with k.vector(size, unroll) as i:
             for total, term in zip(totals, terms(i), strict=True):
                 k.accumulate(total, "add", term)
-        return [values.read(total) / count for total in totals]
+        return [values.read(total) for total in totals]
 
     def loaded(i: Value) -> Value:
         return cast(x[row, i], compute)
 
-    mean = sums(lambda i: [loaded(i)], 1)[0] if centred else const(0.0, compute)
-
-    def square(i: Value) -> list[Value]:
-        return [(loaded(i) - mean) * (loaded(i) - mean)]
-
-    scale = inverse_root(sums(square, 1)[0], eps)
-
-    def scaled(i: Value) -> tuple[Value, Value, Value]:
+    def gradient(i: Value) -> tuple[Value, Value]:
+        """Of the result, and of the normalized row."""
         g, factor = cast(grad[row, i], compute), weight(i)
-        through = g if factor is None else g * cast(factor, compute)
-        return g, through, (loaded(i) - mean) * scale
+        return g, g if factor is None else g * cast(factor, compute)
 
-    totals = [k.register(0.0, compute) for _ in range(2)]
+    if at_once:
+        shift = values.read(k.register(loaded(const(0)))) if centred else const(0.0, compute)
+
+        def all_terms(i: Value) -> list[Value]:
+            apart, (_, through) = loaded(i) - shift if centred else loaded(i), gradient(i)
+            return [apart, apart * apart, through, through * apart]
+
+        total, squares, through, along = sums(all_terms, 4)
+        if centred:
+            mean = shift + total / count
+            scale = inverse_root(spread_of(total, squares, count), eps)
+            along = along - total / count * through
+        else:
+            mean, scale = const(0.0, compute), inverse_root(squares / count, eps)
+        average, slope = through / count, along * scale / count
+    else:
+        mean = sums(lambda i: [loaded(i)], 1)[0] / count if centred else const(0.0, compute)
+
+        def square(i: Value) -> list[Value]:
+            return [(loaded(i) - mean) * (loaded(i) - mean)]
+
+        scale = inverse_root(sums(square, 1)[0] / count, eps)
+
+        def terms(i: Value) -> list[Value]:
+            _, through = gradient(i)
+            return [through, through * ((loaded(i) - mean) * scale)]
+
+        average, slope = (t / count for t in sums(terms, 2))
     with k.vector(size, unroll) as i:
-        g, through, normal = scaled(i)
-        k.accumulate(totals[0], "add", through)
-        k.accumulate(totals[1], "add", through * normal)
-        add(i, [g * normal, g])
-    average, slope = (values.read(t) / count for t in totals)
-    with k.vector(size, unroll) as i:
-        _, through, normal = scaled(i)
+        g, through = gradient(i)
+        normal = (loaded(i) - mean) * scale
         inner = through - average if centred else through
+        add(i, [g * normal, g])
         k.store(dx, (row, i), (inner - normal * slope) * scale)
 
 

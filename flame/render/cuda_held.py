@@ -1,8 +1,9 @@
 """What a thread keeps of a row in registers, from one vector loop over the row to the next.
 
 Two things are *held*: what several loops read at the same place of a row, which is then read from
-memory once; and ``local`` buffers that loops visit at their own counter alone. A held loop gives
-the same elements to a thread each time: packs in turn, at most `Geometry.held` of them.
+memory once, with what the later ones of these loops read; and ``local`` buffers that loops visit at
+their own counter alone. A held loop gives the same elements to a thread each time: packs in turn,
+at most `Geometry.held` of them.
 
 Invariant: a kernel does the same with and without; nothing it stores is held as a read.
 """
@@ -72,13 +73,16 @@ def held_of(kernel: Kernel) -> Held | None:
             for key in dict.fromkeys(mine.values()):
                 readers[key].append(loop)
         several = dict.fromkeys(key for key, by in readers.items() if len(by) > 1)
+        begin = next((by[0] for key, by in readers.items() if key in several), None)
+        if begin is None:
+            continue
+        # later loops wait for sums of the first one: what they read comes along with the rest
+        several |= dict.fromkeys(key for key, by in readers.items() if by[0] is not begin)
         for loop, mine in found.items():
             kept = {value: key for value, key in mine.items() if key in several}
             if kept:
                 keys[loop] = kept
-        if several:
-            begin = next(loop for loop in loops if loop in keys)
-            first |= dict.fromkeys(several, begin)
+        first |= dict.fromkeys(several, begin)
     touched = {loop for loop in _flat_loops(everything) if not local.isdisjoint(_buffers(loop))}
     if not keys and not touched:
         return None

@@ -39,7 +39,9 @@ def test_trains_as_pytorch(name: str, kind: str, mixed: bool) -> None:
 
 
 # PyTorch's, in threads of its backward pass that are new
-@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context")
+@pytest.mark.filterwarnings(
+    "ignore:Attempting to run cuBLAS, but there was no current CUDA context"
+)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", list(CASES))
 def test_operations_agree(name: str, compiled: bool) -> None:
