@@ -1,9 +1,10 @@
 """EmulatedDriver: the driver protocol on the host, CUDA texts run by g++ and fibers.
 
 Work is done at once when it is queued; while a stream is captured it is noted instead, and done
-when the graph is launched. Mistakes that NVIDIA's driver would answer with a status, or with silent
-damage, raise: unknown handles and addresses, copies out of bounds, writes beside an allocation, and
-what must not be done during a capture.
+when the graph is launched, each time in another of the orders that its events allow. Mistakes that
+NVIDIA's driver would answer with a status, or with silent damage, raise: unknown handles and
+addresses, copies out of bounds, writes beside an allocation, and what must not be done during a
+capture.
 """
 
 from __future__ import annotations
@@ -37,14 +38,55 @@ CHECKED = 256  # allocations up to which all guards are looked at after every la
 Work = Callable[[], None]
 
 
+@dataclass(frozen=True)
+class _Noted:
+    """A piece of work: the stream it is on, and how much work of others it waits for."""
+
+    do: Work
+    stream: int
+    after: dict[int, int]
+
+
 @dataclass
 class _Capture:
     """Work noted on a stream, and on those that joined it."""
 
     origin: int
-    work: list[Work] = field(default_factory=list)
+    work: list[_Noted] = field(default_factory=list)
     queued: dict[int, int] = field(default_factory=dict)  # work of each stream so far
     seen: dict[int, dict[int, int]] = field(default_factory=dict)  # what each stream waited for
+
+
+class _Replay:
+    """A graph's work. Streams wait for each other only where events say so, so what a stream does
+    comes as early as it may, and every second time as late."""
+
+    def __init__(self, work: Sequence[_Noted]) -> None:
+        streams = list(dict.fromkeys(noted.stream for noted in work))
+        self._orders = [_order(work, streams), _order(work, streams[::-1])]
+
+    def run(self) -> None:
+        for do in self._orders[0]:
+            do()
+        self._orders.reverse()
+
+
+def _order(work: Sequence[_Noted], streams: Sequence[int]) -> list[Work]:
+    """The work in an order that events allow, the first of the streams always first."""
+    waiting = {s: [noted for noted in work if noted.stream == s] for s in streams}
+    done = dict.fromkeys(streams, 0)
+    made: list[Work] = []
+    while len(made) < len(work):
+        for stream in streams:
+            ready = done[stream] < len(waiting[stream])
+            noted = waiting[stream][done[stream]] if ready else None
+            if noted and all(done.get(s, 0) >= n for s, n in noted.after.items()):
+                made.append(noted.do)
+                done[stream] += 1
+                break
+        else:
+            raise CudaError("cuGraphInstantiate: CUDA_ERROR_INVALID_VALUE: work waits in a circle")
+    return made
 
 
 @dataclass
@@ -82,7 +124,7 @@ class EmulatedDriver:
         self._events: dict[int, _Event] = {}
         self._modules: dict[int, tuple[HostLibrary, int]] = {}
         self._functions: dict[int, _Function] = {}
-        self._graphs: dict[int, list[Work]] = {}
+        self._graphs: dict[int, _Replay] = {}
         self._captures: dict[int, _Capture] = {}  # stream -> the capture that it takes part in
 
     # --- devices ----------------------------------------------------------------------------------
@@ -380,7 +422,7 @@ class EmulatedDriver:
             with self.lock:
                 work()
         else:
-            capture.work.append(work)
+            capture.work.append(_Noted(work, stream, dict(capture.seen.get(stream, {}))))
             capture.queued[stream] = capture.queued.get(stream, 0) + 1
 
     def begin_capture(self, stream: int) -> None:
@@ -403,18 +445,14 @@ class EmulatedDriver:
                 raise CudaError(
                     f"cuStreamEndCapture: CUDA_ERROR_STREAM_CAPTURE_UNJOINED: stream {other:#x}"
                 )
-        return self._register(self._graphs, capture.work)
+        return self._register(self._graphs, _Replay(capture.work))
 
     def launch_graph(self, graph: int, stream: int) -> None:
         work = self._graphs.get(graph)
         if work is None:
             raise CudaError(f"cuGraphLaunch: CUDA_ERROR_INVALID_HANDLE: {graph:#x}")
 
-        def replay() -> None:
-            for step in work:
-                step()
-
-        self._queue("cuGraphLaunch", stream, replay)
+        self._queue("cuGraphLaunch", stream, work.run)
 
     def destroy_graph(self, graph: int) -> None:
         if self._graphs.pop(graph, None) is None:

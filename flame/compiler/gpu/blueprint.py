@@ -13,11 +13,13 @@ Spaces: "none" (0), "arena", "constant" (of the graph, then of the tasks), "inpu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from flame.compiler.gpu.lanes import Work, waits_of, work_of
 from flame.compiler.gpu.steps import Spec, specs_of
 from flame.compiler.report import TaskInfo, task_info
 from flame.compiler.schedule.memory import Copy, Held, MemoryPlan, Place, nbytes_of
@@ -34,16 +36,23 @@ NOTHING: Word = ("none", 0, 0)
 
 @dataclass(frozen=True)
 class Launch:
-    """One step and the words of its operands."""
+    """One step and the words of its operands.
+
+    beside: whether it runs beside the others. after: the launch of the other lane that it waits
+    for; -1: none. See `gpu.lanes`.
+    """
 
     task: int
     spec: Spec
     words: tuple[Word, ...]
+    beside: bool = False
+    after: int = -1
 
 
 @dataclass(frozen=True, eq=False)
 class GpuBlueprint:
-    """See the head of this file. results: (symbol's name, type, bytes)."""
+    """See the head of this file. results: (symbol's name, type, bytes). written: inputs that are
+    replaced in their place."""
 
     device: str
     input_types: tuple[TensorType | type, ...]
@@ -51,6 +60,7 @@ class GpuBlueprint:
     outputs: tuple[Place, ...]
     output_types: tuple[TensorType | type, ...]
     arena: int
+    written: frozenset[int]
     launches: tuple[Launch, ...]
     constants: tuple[Any, ...]
     literals: tuple[int, ...]
@@ -59,9 +69,12 @@ class GpuBlueprint:
     held: tuple[Held, ...]
 
 
-def make_blueprint(schedule: Schedule, plan: MemoryPlan, device: str) -> GpuBlueprint:
-    """Render the kernels of a schedule and write down its steps."""
-    return _Writer(schedule, plan, device).write()
+def make_blueprint(
+    schedule: Schedule, plan: MemoryPlan, device: str, beside: Collection[int] = ()
+) -> GpuBlueprint:
+    """Render the kernels of a schedule and write down its steps. beside: the tasks of the second
+    lane."""
+    return _Writer(schedule, plan, device, beside).write()
 
 
 @dataclass
@@ -69,8 +82,10 @@ class _Writer:
     schedule: Schedule
     plan: MemoryPlan
     device: str
+    beside: Collection[int]
     launches: list[Launch] = field(default_factory=list)
     literals: dict[tuple[type, int], int] = field(default_factory=dict)
+    works: list[tuple[int, Work]] = field(default_factory=list)  # with their first launch
 
     def write(self) -> GpuBlueprint:
         graph, plan, tasks = self.schedule.graph, self.plan, self.schedule.tasks
@@ -86,6 +101,7 @@ class _Writer:
             self._task(t, task)
         for copy in plan.after:
             self._copy(copy)
+        self._wait()
         results = []
         for symbol, nbytes in plan.results:
             assert isinstance(symbol.type, TensorType)
@@ -97,6 +113,12 @@ class _Writer:
             plan.outputs,
             tuple(s.type for s in graph.outputs),
             plan.arena,
+            frozenset(
+                place.index
+                for _, work in self.works
+                for place, _ in work.writes
+                if place.space == "input"
+            ),
             tuple(self.launches),
             tuple(constants),
             tuple(bits for _, bits in self.literals),
@@ -111,18 +133,36 @@ class _Writer:
                 f"{task.name} has no kernel for a GPU; compute it outside of the step, on the CPU"
             )
         steps = task.lowering.steps[1 if t in self.plan.dropped else 0 :]
+        first, aside = len(self.launches), t in self.beside
         for spec in specs_of(steps, by_pointer=True):
             words = tuple(NOTHING if r is None else self._word(t, r) for r in spec.operands)
-            self.launches.append(Launch(t, spec, words))
+            self.launches.append(Launch(t, spec, words, aside))
+        if len(self.launches) > first:
+            last = len(self.launches) - 1
+            work = work_of(self.schedule, self.plan, t, last, beside=aside)
+            self.works.append((first, work))
+
+    def _wait(self) -> None:
+        """What launches wait for."""
+        if not any(work.beside for _, work in self.works):
+            return
+        after = waits_of([work for _, work in self.works])
+        for (first, _), launch in zip(self.works, after, strict=True):
+            self.launches[first] = replace(self.launches[first], after=launch)
 
     def _copy(self, copy: Copy) -> None:
-        if not nbytes_of(copy.type):
+        nbytes = nbytes_of(copy.type)
+        if not nbytes:
             return
+        first = len(self.launches)
         places = {"input": self._place(copy.source), "output": self._place(copy.target)}
         lowering = copy_op.lower((copy.type,), (copy.type,))
         for spec in specs_of(lowering.kernels, by_pointer=True):
             words = tuple(places[r.role] for r in spec.operands if r is not None)
             self.launches.append(Launch(-1, spec, words))
+        last = len(self.launches) - 1
+        moved = Work(last, False, ((copy.source, nbytes),), ((copy.target, nbytes),))
+        self.works.append((first, moved))
 
     def _word(self, t: int, ref: Ref) -> Word:
         task = self.schedule.tasks[t]

@@ -7,8 +7,9 @@ as `flame.compiler.program.Program`, whose head says what arguments, state and r
 
 Invariants: all that the graph touches lies at addresses that do not change from run to run: arena,
 constants, scratch, state, and the words of numbers, which are copied in before each launch. Of
-arguments and results see `Port`; the graph is captured again where they have moved. Nothing waits
-for the device; data that a task refuses is told at the next synchronisation.
+arguments and results see `Port`; the graph is captured again where they have moved. It has two
+lanes, see `gpu.lanes`. Nothing waits for the device; data that a task refuses is told at the next
+synchronisation.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 from flame.compiler import program_store
 from flame.compiler.gpu.blueprint import GpuBlueprint, Word, bits_of, make_blueprint
 from flame.compiler.gpu.call import on_device
+from flame.compiler.gpu.lanes import beside
 from flame.compiler.gpu.profile import GpuProfile, profile
 from flame.compiler.gpu.report import report
 from flame.compiler.gpu.steps import GpuStep, load, placed
@@ -45,7 +47,7 @@ from flame.graph import Graph, Symbol
 from flame.runtime.cuda import errors, streams
 from flame.runtime.cuda.driver import driver
 from flame.runtime.cuda.graphs import Graph as CudaGraph
-from flame.runtime.cuda.graphs import capture
+from flame.runtime.cuda.graphs import Lanes, capture
 from flame.runtime.cuda.transfer import from_host
 from flame.runtime.storage import Storage
 
@@ -53,6 +55,7 @@ Failures = Mapping[int, Callable[[int], FlameError]]
 
 LARGE: Final = 1 << 20  # bytes from which copying is worth some captures to avoid
 MOVES: Final = (1, 6)  # how often memory may move from run to run before it is copied: small, large
+WHOLE: Final = 256  # bytes: where the scratch of the second lane may begin
 ALIGNED: Final = 16  # bytes: what libraries ask of operands
 
 
@@ -131,11 +134,12 @@ class GpuProgram:
         schedule = in_pieces(replacing_last(schedule))
         log("schedule", lambda: f"{len(schedule.tasks)} tasks\n{schedule}")
         with stage(stages, "memory plan"):
-            plan = plan_memory(schedule)
+            aside = beside(schedule)
+            plan = plan_memory(schedule, late=aside)
         if os.environ.get("FLAME_VERIFY") == "1":
             check_memory(schedule, plan)
         with stage(stages, "rendering"):
-            blueprint = make_blueprint(schedule, plan, device)
+            blueprint = make_blueprint(schedule, plan, device, aside)
         failures = {
             t: task.failure for t, task in enumerate(schedule.tasks) if task.failure is not None
         }
@@ -176,7 +180,14 @@ class GpuProgram:
     def _memory(self, failures: Failures) -> None:
         blueprint, device = self.blueprint, self.device
         self.arena = Storage.allocate(blueprint.arena, device)
-        self.scratch = Storage.allocate(max([0, *(s.scratch for s in self.steps)]), device)
+        needs = [0, 0]  # of each lane
+        for launch, step in zip(blueprint.launches, self.steps, strict=True):
+            needs[launch.beside] = max(needs[launch.beside], step.scratch)
+        first = -(-needs[0] // WHOLE) * WHOLE
+        self.scratch = Storage.allocate(first + needs[1], device)
+        self.scratches = (self.scratch.pointer, self.scratch.pointer + first)
+        several = any(launch.beside for launch in blueprint.launches)
+        self.aside = streams.Stream(self.index) if several else None
         self.constants = [on_device(array, device) for array in blueprint.constants]
         self.arguments: dict[int, Port] = {}
         self.uploads: dict[int, Storage] = {}  # state on the CPU, by input
@@ -245,7 +256,7 @@ class GpuProgram:
             self._take(words, stream)
             if self.graph is None:
                 with stage(self.stages, "capture"):
-                    self.graph = capture(self.index, self.enqueue)
+                    self.graph = self._capture()
             self.graph.launch(stream)
             for port, word in zip(self.results, results, strict=True):
                 if port.slot is not None:
@@ -299,11 +310,45 @@ class GpuProgram:
             address, size = self.words.ctypes.data, 8 * len(self.number_places)
             made.copy_to_device(self.word_memory.pointer, address, size, stream)
 
-    def enqueue(self, stream: int) -> None:
-        """Queue every step on a stream."""
-        scratch = self.scratch.pointer
-        for step, addresses in zip(self.placed, self.addresses, strict=True):
-            step.enqueue(addresses, scratch, stream)
+    def _capture(self) -> CudaGraph:
+        """All steps as a graph."""
+        aside = None
+        if self.aside is not None and not self._inputs_overlap():
+            aside = self.aside.cuda_stream
+        lanes = Lanes(self.index, self.stream, aside)
+        try:
+            return capture(self.index, lambda _: self._queue(lanes))
+        finally:
+            lanes.close()
+
+    def _queue(self, lanes: Lanes) -> None:
+        launches = self.blueprint.launches
+        awaited = {launch.after for launch in launches}
+        lanes.begin()
+        steps = zip(launches, self.placed, self.addresses, strict=True)
+        for number, (launch, step, addresses) in enumerate(steps):
+            if launch.after >= 0:
+                lanes.wait(launch.after, beside=launch.beside)
+            stream = lanes.stream(beside=launch.beside)
+            step.enqueue(addresses, self.scratches[launch.beside], stream)
+            if number in awaited:
+                lanes.mark(number, beside=launch.beside)
+        lanes.end()
+
+    def _inputs_overlap(self) -> bool:
+        """Whether one input lies over another one that is written: tensors that share memory."""
+        ranges = []
+        for i, type_ in enumerate(self.blueprint.input_types):
+            if isinstance(type_, TensorType) and i not in self.uploads:
+                begin = self._base("input", i)
+                ranges.append((begin, begin + nbytes_of(type_), i in self.blueprint.written))
+        ranges.sort()
+        reach = written = 0  # where what came so far ends, and what of it is written
+        for begin, end, is_written in ranges:
+            if begin < written or (is_written and begin < reach):
+                return True
+            reach, written = max(reach, end), max(written, end if is_written else 0)
+        return False
 
     def rebind(self, state: Mapping[Symbol, int]) -> None:
         """Use other addresses for (some of) the state."""

@@ -11,10 +11,10 @@ Time counts groups of tasks that may run at once: 0 is before them, 1 the first,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal
+from typing import Final, Literal
 
 from flame.compiler.schedule.arena import Interval, place
 from flame.compiler.schedule.task import Schedule, Task
@@ -22,6 +22,7 @@ from flame.core.types import TensorType
 from flame.graph import Symbol
 
 Space = Literal["arena", "input", "result", "constant"]
+SLACK: Final = 4  # see `plan_memory`
 Group = tuple[int, int]  # the tasks from the first number up to below the second
 
 
@@ -129,11 +130,19 @@ def nbytes_of(type_: TensorType) -> int:
     return type_.span * type_.dtype.itemsize
 
 
-def plan_memory(schedule: Schedule, groups: Sequence[Group] | None = None) -> MemoryPlan:
-    """The memory plan where the tasks of one group may run at once; default: none do."""
+def plan_memory(
+    schedule: Schedule,
+    groups: Sequence[Group] | None = None,
+    late: Collection[int] = (),
+) -> MemoryPlan:
+    """The memory plan where the tasks of one group may run at once; default: none do.
+
+    late: tasks that may run some time after their place in the order. That their memory is not
+    used again before is their caller's care; `SLACK` tasks after them do not ask for it.
+    """
     if groups is None:
         groups = [(i, i + 1) for i in range(len(schedule.tasks))]
-    return _Planner(schedule, tuple(groups)).plan()
+    return _Planner(schedule, tuple(groups), late).plan()
 
 
 @dataclass(eq=False)
@@ -144,8 +153,11 @@ class _Buffer:
 
 
 class _Planner:
-    def __init__(self, schedule: Schedule, groups: tuple[Group, ...]) -> None:
+    def __init__(
+        self, schedule: Schedule, groups: tuple[Group, ...], late: Collection[int]
+    ) -> None:
         self.schedule, self.graph, self.groups = schedule, schedule.graph, groups
+        self.late = late
         self.tasks = schedule.tasks
         self.end = len(groups) + 1
         self.time = [0] * len(self.tasks)
@@ -363,9 +375,8 @@ class _Planner:
         intervals = [self._interval(b) for b in buffers]
         self.fullest = self._held(buffers, intervals)
         for t, task in enumerate(self.tasks):
-            intervals += [
-                Interval(n, self.time[t], self.time[t]) for n in task.lowering.temporaries
-            ]
+            until = self._until(self.time[t], t)
+            intervals += [Interval(n, self.time[t], until) for n in task.lowering.temporaries]
         intervals += [Interval(nbytes_of(tensor_of(new)), 0, self.end) for _, new in self.stages]
         offsets, total = place(intervals) if intervals else ([], 0)
         found = iter(offsets)
@@ -427,5 +438,10 @@ class _Planner:
         first = buffer.members[0]
         begin = self.time[self.begun.get(first, self.made[first])]
         last = buffer.members[-1]
-        end = max(self._last_read(last), self.time[self.made[last]])
-        return Interval(self.nbytes[last], begin, end)
+        uses = [*self.reads.get(last, ())]
+        uses += [(self.time[t], t) for t in (self.made[s] for s in buffer.members)]
+        return Interval(self.nbytes[last], begin, max(self._until(time, t) for time, t in uses))
+
+    def _until(self, time: int, task: int) -> int:
+        """When memory that a task uses is free again."""
+        return min(time + SLACK, self.end) if task in self.late else time
