@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from flame import foreach
 from flame.autograd.engine import edge_of
 from flame.autograd.mode import mode, no_grad
 from flame.autograd.node import Edge, Node, OpNode
@@ -39,7 +40,7 @@ class Eager(Interpreter):
     """Runs ops as they are called."""
 
     def __init__(self) -> None:
-        self.plans: dict[Any, Plan] = {}
+        self.plans: dict[Any, Any] = {}  # a Plan, or of many calls a ForeachPlan
 
     def apply(
         self,
@@ -68,7 +69,7 @@ class Eager(Interpreter):
         if out is not None:
             signature.append(tuple([t.type for t in out]))
         key = tuple(signature)
-        plan = self.plans.get(key)
+        plan: Plan | None = self.plans.get(key)
         if plan is None:
             moved = beside(inputs)
             if moved is not None:
@@ -87,6 +88,21 @@ class Eager(Interpreter):
         if tracked and mode.enabled and op.differentiable:
             record(plan, inputs, attributes, outputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def foreach(
+        self,
+        op: Op,
+        inputs: Sequence[tuple[Any, ...]],
+        shared: tuple[Any, ...],
+        out: Sequence[tuple[Any, ...]],
+    ) -> None:
+        shared = tuple([as_operand(op, x) for x in shared])
+        if self.recording or not foreach.can_run_together(op, inputs, shared, out):
+            super().foreach(op, inputs, shared, out)
+            return
+        for part in foreach.by_device(inputs, shared, out):
+            if not foreach.run_together(self, op, *part):
+                super().foreach(op, *part)
 
     def constant(self, data: Any, **options: Any) -> Tensor:
         from flame.creation import tensor
@@ -138,10 +154,14 @@ class Eager(Interpreter):
         plan = self.make_plan(
             op, types, attributes, None if out is None else tuple(t.type for t in out)
         )
+        self.keep(key, plan)
+        return plan
+
+    def keep(self, key: Any, plan: Any) -> None:
+        """Know a plan by its signature."""
         if len(self.plans) >= MAX_PLANS:
             self.plans.clear()
         self.plans[key] = plan
-        return plan
 
     def _view(self, plan: Plan, x: Any, attributes: dict[str, Any]) -> Any:
         type_ = plan.outputs[0]

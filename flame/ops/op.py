@@ -197,6 +197,16 @@ class Op:
         """Call with the results written into the tensors ``out``, in place."""
         return _interpreter.apply(self, inputs, attributes, out)
 
+    def foreach(
+        self,
+        inputs: Sequence[tuple[Any, ...]],
+        *shared: Any,
+        out: Sequence[tuple[Any, ...]],
+    ) -> None:
+        """Many calls in place that have the operands ``shared`` in common; see
+        `Interpreter.foreach`."""
+        _interpreter.foreach(self, inputs, shared, out)
+
     def lowering(
         self, types: Types, outputs: tuple[TensorType, ...], attributes: Mapping[str, Any]
     ) -> Lowering:
@@ -227,6 +237,18 @@ class Interpreter:
         out: tuple[Any, ...] | None = None,
     ) -> Any:
         raise StateError(f"op {op.name} was called before `import flame` was complete")
+
+    def foreach(
+        self,
+        op: Op,
+        inputs: Sequence[tuple[Any, ...]],
+        shared: tuple[Any, ...],
+        out: Sequence[tuple[Any, ...]],
+    ) -> None:
+        """Many calls, as if one after the other: each of its own ``inputs`` (tensors) and then of
+        ``shared`` (tensors and numbers), written into its own ``out``."""
+        for own, targets in zip(inputs, out, strict=True):
+            self.apply(op, (*own, *shared), {}, targets)
 
     def constant(self, data: Any, **options: Any) -> Any:
         """A tensor of numbers that an op's wrapper brings along."""

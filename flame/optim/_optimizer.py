@@ -204,8 +204,7 @@ class Optimizer:
                 calls = conditional(self, self.found_inf)
             else:
                 calls = recorded(self) if interpreter().recording else self._prepare()
-            for function, inputs, scalars, outputs in calls:
-                function(*inputs, *scalars, out=outputs)
+            _run(calls)
         return loss
 
     def _prepare(self) -> list[UpdateCall]:
@@ -349,3 +348,19 @@ class Optimizer:
                 if key not in ("params", "param_names") and group[key] is not None
             ]
         return "\n".join([f"{self._name} (", *lines, ")"])
+
+
+def _run(calls: list[UpdateCall]) -> None:
+    """Run the kernels; those in a row that differ in tensors alone go together."""
+    start = 0
+    for end in range(1, len(calls) + 1):
+        first = calls[start]
+        if end < len(calls):
+            function, _, scalars, _ = calls[end]
+            if function is first.function and scalars is first.scalars:
+                continue
+        part = calls[start:end]
+        first.function.foreach(
+            [call.inputs for call in part], *first.scalars, out=[call.outputs for call in part]
+        )
+        start = end
