@@ -96,10 +96,10 @@ class Eager(Interpreter):
         shared: tuple[Any, ...],
         out: Sequence[tuple[Any, ...]],
     ) -> None:
-        shared = tuple([as_operand(op, x) for x in shared])
         if self.recording or not foreach.can_run_together(op, inputs, shared, out):
             super().foreach(op, inputs, shared, out)
             return
+        shared = tuple([as_operand(op, x) for x in shared])
         for part in foreach.by_device(inputs, shared, out):
             if not foreach.run_together(self, op, *part):
                 super().foreach(op, *part)

@@ -82,8 +82,7 @@ def run_together(
     if plan.launches:
         count = len(inputs)
         repeated = [
-            [c] * count if isinstance(x, Tensor) else c
-            for x, c in zip(shared, common, strict=True)
+            [c] * count if isinstance(x, Tensor) else c for x, c in zip(shared, common, strict=True)
         ]
         operands = [*pointers, *repeated, *written]
         for launch in plan.launches:
