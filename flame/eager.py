@@ -95,14 +95,15 @@ class Eager(Interpreter):
         inputs: Sequence[tuple[Any, ...]],
         shared: tuple[Any, ...],
         out: Sequence[tuple[Any, ...]],
+        attributes: Sequence[dict[str, Any]] = (),
     ) -> None:
-        if self.recording or not foreach.can_run_together(op, inputs, shared, out):
-            super().foreach(op, inputs, shared, out)
+        if self.recording:
+            super().foreach(op, inputs, shared, out, attributes)
             return
         shared = tuple([as_operand(op, x) for x in shared])
-        for part in foreach.by_device(inputs, shared, out):
-            if not foreach.run_together(self, op, *part):
-                super().foreach(op, *part)
+        for part in foreach.by_device(foreach.Calls(op, inputs, shared, out, attributes)):
+            if not foreach.can_run_together(part) or not foreach.run_together(self, part):
+                super().foreach(*part)
 
     def constant(self, data: Any, **options: Any) -> Tensor:
         from flame.creation import tensor

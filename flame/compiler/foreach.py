@@ -1,20 +1,18 @@
-"""Many calls of one op made ready to run together: `make_plan`, for calls that touch disjoint
-memory.
+"""Many calls of one op made ready to run together, where they touch disjoint memory.
 
-Invariant: a ForeachPlan depends on types alone, so it serves every list of calls with the same
-ones. What it does not take (ops of several kernels, a call that is like no other on its GPU) it
-names, to be run as any call.
+Invariant: a ForeachPlan depends on types and attributes alone, so it serves every list of calls
+with the same ones. Calls that it does not take (of libraries, with an error to tell of) it names,
+to be run as any call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from flame.compiler.pipeline import (
     check_operands,
-    direct_refs,
     lower,
     make_plan,
     moves_between,
@@ -31,32 +29,49 @@ from flame.ops.views import ViewOp
 if TYPE_CHECKING:
     from flame.compiler.gpu.grouped import Call, GroupedLaunch
 
-CallTypes = tuple[Types, tuple[TensorType, ...]]  # of the operands, of the tensors written
+ALIGN: Final = 256  # bytes, as memory from the driver
+
+
+@dataclass(frozen=True, eq=False)
+class CallType:
+    """One call: its operands, its attributes, and the tensors that it is written into."""
+
+    types: Types
+    attributes: Mapping[str, Any]
+    out: tuple[TensorType, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class ForeachPlan:
-    """launches: of GPUs. steps: on the CPU, with the call's number. alone: numbers of other calls.
+    """launches: of GPUs, in order. steps: on the CPU, with the call's number; their operands are
+    all inputs, then all outputs. alone: numbers of the calls that are run as any call.
 
-    Operands of launches and steps are all inputs, then all outputs.
+    Columns of launches are the inputs, the outputs, then the temporaries. temporaries: for each
+    column where each call has its own: device, and offset in the memory that all calls there share,
+    ``memory`` bytes of a device.
     """
 
     launches: tuple[GroupedLaunch, ...]
     steps: tuple[tuple[int, Step], ...]
     alone: tuple[int, ...]
+    temporaries: tuple[tuple[tuple[str, int], ...], ...]
+    memory: Mapping[str, int]
 
 
-def make_foreach_plan(op: Op, calls: Sequence[CallTypes]) -> ForeachPlan:
+def make_foreach_plan(op: Op, calls: Sequence[CallType]) -> ForeachPlan:
     """Compile many calls. Raises what `make_plan` raises, before any of them runs."""
-    made: dict[CallTypes, Step | BoundKernel | None] = {}
+    lowered: dict[Any, Any] = {}
     on_gpus: dict[str, list[Call]] = {}
     steps: list[tuple[int, Step]] = []
     alone: list[int] = []
-    for number, (types, outputs) in enumerate(calls):
-        key = (types, outputs)
-        if key not in made:
-            made[key] = _only_kernel(op, types, outputs)
-        found = made[key]
+    memory: dict[str, int] = {}
+    temporaries: list[list[tuple[str, int]]] = []  # of each call
+    for number, call in enumerate(calls):
+        device, own = call.out[0].device, []
+        key = (call.types, tuple(call.attributes.items()), call.out)
+        if key not in lowered:
+            lowered[key] = _on_cpu(op, call) if device == "cpu" else _on_gpu(op, call)
+        found = lowered[key]
         if found is None:
             alone.append(number)
         elif isinstance(found, Step):
@@ -64,37 +79,52 @@ def make_foreach_plan(op: Op, calls: Sequence[CallTypes]) -> ForeachPlan:
         else:
             from flame.compiler.gpu.grouped import Call
 
-            elements = sum(t.numel for t in outputs)
-            on_gpus.setdefault(outputs[0].device, []).append(Call(number, found, elements))
+            kernels, sizes = found
+            if kernels:
+                elements = sum(t.numel for t in call.out)
+                on_gpus.setdefault(device, []).append(Call(number, kernels, elements))
+            for nbytes in sizes:
+                own.append((device, memory.get(device, 0)))
+                memory[device] = own[-1][1] + -(-nbytes // ALIGN) * ALIGN
+        temporaries.append(own)
+    inputs, outputs = len(calls[0].types), len(calls[0].out)
+
+    def column(role: str, position: int) -> int:
+        return {"input": 0, "output": inputs, "temporary": inputs + outputs}[role] + position
+
     launches: list[GroupedLaunch] = []
     for device, given in on_gpus.items():
         from flame.compiler.gpu.grouped import grouped
 
-        together, others = grouped(given, device)
-        launches += together
-        alone += others
-    return ForeachPlan(tuple(launches), tuple(steps), tuple(alone))
+        launches += grouped(given, device, column)
+    columns = tuple(
+        tuple(own[i] if i < len(own) else ("", 0) for own in temporaries)
+        for i in range(max(map(len, temporaries)))
+    )
+    return ForeachPlan(tuple(launches), tuple(steps), tuple(alone), columns, memory)
 
 
-def _only_kernel(
-    op: Op, types: Types, outputs: tuple[TensorType, ...]
-) -> Step | BoundKernel | None:
-    """The one kernel that a call is, if it is no more than that."""
-    check_operands(op, types)
-    if op.updates or isinstance(op, ViewOp) or unreadable(op, types):
-        return None
-    if any(t.repeats for t in outputs) or moves_between(op, types, outputs):
-        return None
-    if outputs[0].device == "cpu":
-        return make_plan(op, types, {}, outputs).direct
-    graph = one_op(op, types, {})
-    lowering = lower(graph, results(graph, outputs))
-    if lowering.temporaries or lowering.constants or len(lowering.steps) != 1:
-        return None
-    (bound,) = lowering.steps
-    if not isinstance(bound, BoundKernel) or not bound.extent:
-        return None
-    from flame.compiler.gpu.grouped import can_group
+def _goes_alone(op: Op, call: CallType) -> bool:
+    """Whether a call is for the interpreter: it copies operands first, raises, or moves."""
+    check_operands(op, call.types)
+    special = op.updates or isinstance(op, ViewOp) or bool(unreadable(op, call.types))
+    repeats = any(t.repeats for t in call.out)
+    return special or repeats or moves_between(op, call.types, call.out)
 
-    wanted = direct_refs(types, outputs)
-    return bound if bound.operands == wanted and can_group(bound) else None
+
+def _on_cpu(op: Op, call: CallType) -> Step | None:
+    if _goes_alone(op, call):
+        return None
+    return make_plan(op, call.types, dict(call.attributes), call.out).direct
+
+
+def _on_gpu(op: Op, call: CallType) -> tuple[tuple[BoundKernel, ...], tuple[int, ...]] | None:
+    """Kernels, and bytes of temporaries."""
+    from flame.compiler.gpu.grouped import kernels_to_group
+
+    if _goes_alone(op, call):
+        return None
+    graph = one_op(op, call.types, call.attributes)
+    lowering = lower(graph, results(graph, call.out))
+    kernels = kernels_to_group(lowering)
+    return None if kernels is None else (kernels, lowering.temporaries)

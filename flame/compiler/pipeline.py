@@ -140,16 +140,11 @@ def direct_step(
     steps: Sequence[Step], types: Types, outputs: tuple[TensorType, ...]
 ) -> Step | None:
     """The only step, if its operands are all inputs and then all outputs."""
-    wanted = direct_refs(types, outputs)
+    wanted = tuple(Ref("input", i) for i in range(len(types)))
+    wanted += tuple(Ref("output", i) for i in range(len(outputs)))
     if len(steps) == 1 and not steps[0].scratch and steps[0].operands == wanted:
         return steps[0]
     return None
-
-
-def direct_refs(types: Types, outputs: Sequence[TensorType]) -> tuple[Ref, ...]:
-    """All inputs, then all outputs."""
-    inputs = tuple(Ref("input", i) for i in range(len(types)))
-    return inputs + tuple(Ref("output", i) for i in range(len(outputs)))
 
 
 @functools.cache

@@ -202,10 +202,11 @@ class Op:
         inputs: Sequence[tuple[Any, ...]],
         *shared: Any,
         out: Sequence[tuple[Any, ...]],
+        attributes: Sequence[dict[str, Any]] = (),
     ) -> None:
-        """Many calls in place that have the operands ``shared`` in common; see
-        `Interpreter.foreach`."""
-        _interpreter.foreach(self, inputs, shared, out)
+        """Many calls that have the operands ``shared`` in common, each written into its own tensors
+        of ``out``; see `Interpreter.foreach`."""
+        _interpreter.foreach(self, inputs, shared, out, attributes)
 
     def lowering(
         self, types: Types, outputs: tuple[TensorType, ...], attributes: Mapping[str, Any]
@@ -244,11 +245,14 @@ class Interpreter:
         inputs: Sequence[tuple[Any, ...]],
         shared: tuple[Any, ...],
         out: Sequence[tuple[Any, ...]],
+        attributes: Sequence[dict[str, Any]] = (),
     ) -> None:
         """Many calls, as if one after the other: each of its own ``inputs`` (tensors) and then of
-        ``shared`` (tensors and numbers), written into its own ``out``."""
-        for own, targets in zip(inputs, out, strict=True):
-            self.apply(op, (*own, *shared), {}, targets)
+        ``shared`` (tensors and numbers), written into its own ``out``. attributes: of each call, if
+        there are any."""
+        given = attributes or [{}] * len(inputs)
+        for own, targets, each in zip(inputs, out, given, strict=True):
+            self.apply(op, (*own, *shared), each, targets)
 
     def constant(self, data: Any, **options: Any) -> Any:
         """A tensor of numbers that an op's wrapper brings along."""

@@ -53,8 +53,8 @@ class Pointwise:
     ) -> None:
         """``fused(*own, *shared, out=targets)`` for each ``own`` of ``inputs`` and ``targets`` of
         ``out``, in few launches on a GPU. ``inputs``: tensors; ``shared``: tensors and numbers."""
-        for own in inputs:
-            self._expect(len(own) + len(shared))
+        for count in {*map(len, inputs)}:
+            self._expect(count + len(shared))
         self.op.foreach(inputs, *shared, out=out)
 
     def _expect(self, count: int) -> None:

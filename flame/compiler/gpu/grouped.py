@@ -1,26 +1,26 @@
-"""Calls of one kernel on a GPU that few launches serve ("multi-tensor apply").
+"""Many calls on a GPU that few launches serve ("multi-tensor apply").
 
-A model has hundreds of small parameters, and an update of each alone costs the host more than the
-device. What a block does is the same as in a launch of its call alone, see
-`flame.render.cuda_items`; where nothing is added up, calls of different sizes also share the way in
-which the work is cut up, for no number depends on it.
+A model has hundreds of small parameters, and a launch for each costs the host more than the device.
+What a block does is the same as in a launch of its call alone, see `flame.render.cuda_items`; where
+nothing is added up, calls of different sizes also share the way in which the work is cut up, for
+then no number depends on it.
 
 Invariant: the words of a launch are written and read under one lock; the driver has read them when
-it returns, so that nothing on the device has to outlive the call.
+it returns, so that no table on the device has to outlive the call.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
 from flame.compiler.kernel_identity import kernel_identity
 from flame.core.device import device_index
-from flame.kernel.builder import BoundKernel
+from flame.kernel.builder import BoundKernel, Lowering
 from flame.kernel.geometry import Geometry, KernelLaunch
 from flame.kernel.program import Accumulate, Kernel
 from flame.kernel.values import Buffer
@@ -34,37 +34,45 @@ from flame.runtime.cuda.driver import driver
 
 @dataclass(frozen=True)
 class Call:
-    """One of many calls: its number among them, its kernel with sizes, elements that it writes."""
+    """One of many calls: its number among them, and its kernels with sizes, which run in order.
+
+    elements: that it writes.
+    """
 
     number: int
-    bound: BoundKernel
+    kernels: tuple[BoundKernel, ...]
     elements: int
 
 
 class GroupedLaunch:
-    """One launch for several calls on one device.
+    """One launch for a kernel of several calls on one device.
 
-    Its operands are columns: the n-th has the n-th tensor's pointer, or the number, of all calls
-    that were given, also of those that other launches serve.
+    operands: for each operand of the kernel the number of its column. A column has a pointer for
+    each of all calls, those too that other launches serve; or it is the number that they share.
     """
 
     def __init__(
-        self, calls: Sequence[Call], geometry: Geometry, launch: KernelLaunch, device: int
+        self,
+        part: Sequence[tuple[int, BoundKernel]],
+        operands: Sequence[int],
+        geometry: Geometry,
+        launch: KernelLaunch,
+        device: int,
     ) -> None:
         self.device, self.symbol, self.block = device, launch.symbol, launch.block
-        self.numbers = tuple(call.number for call in calls)
-        kernel, count, items = calls[0].bound.kernel, len(calls), geometry.items
-        self._pick = itemgetter(*self.numbers)
-        operands = list(zip(kernel.operands, calls[0].bound.operands, strict=True))
-        self._tensors = [i for i, (x, _) in enumerate(operands) if isinstance(x, Buffer)]
-        self._scalars = [i for i, (x, _) in enumerate(operands) if not isinstance(x, Buffer)]
-        rows = [(*call.bound.sizes, call.bound.extent) for call in calls]
+        kernel, count, items = part[0][1].kernel, len(part), geometry.items
+        self._pick = _picker([number for number, _ in part])
+        kinds = list(zip(kernel.operands, operands, strict=True))
+        self._pointers = [column for x, column in kinds if isinstance(x, Buffer)]
+        self._scalars = [column for x, column in kinds if not isinstance(x, Buffer)]
         first = [0]
-        for call in calls:
-            first.append(first[-1] + grid_of(geometry, kernel, call.bound.extent))
+        for _, bound in part:
+            first.append(first[-1] + grid_of(geometry, kernel, bound.extent))
         self.blocks = first[-1]
-        columns = [*([0] * count for _ in self._tensors), *zip(*rows, strict=True)]
-        words = [w for column in columns for w in (*column, *[0] * (items - count))]
+        sizes = zip(*[(*bound.sizes, bound.extent) for _, bound in part], strict=True)
+        words = [0] * (items * len(self._pointers))
+        for column in sizes:
+            words += [*column, *[0] * (items - count)]
         words += [*first, *[self.blocks] * (items - count)]
         self._items, self._count = items, count
         self._table = (ctypes.c_int64 * len(words))(*words)
@@ -81,17 +89,16 @@ class GroupedLaunch:
         self._lock = threading.Lock()
 
     def enqueue(self, columns: Sequence[Any]) -> None:
-        """Queue it on the device's current stream. columns: for each operand of the kernel the
-        pointers of all calls, or the number that is theirs."""
+        """Queue it on the device's current stream."""
         driver().use(self.device)
         stream = streams.current_handle(self.device)
         table, count = self._table, self._count
         with self._lock:
-            for place, position in enumerate(self._tensors):
+            for place, column in enumerate(self._pointers):
                 start = place * self._items
-                table[start : start + count] = self._pick(columns[position])
-            for place, position in enumerate(self._scalars):
-                number = columns[position]
+                table[start : start + count] = self._pick(columns[column])
+            for place, column in enumerate(self._scalars):
+                number = columns[column]
                 if number.__class__ is float:
                     self._floats[place] = number
                 else:
@@ -100,40 +107,63 @@ class GroupedLaunch:
             self._launch(self._function, grid, self.block, 0, stream, self._arguments)
 
 
-def can_group(bound: BoundKernel) -> bool:
-    """Whether a launch can serve several calls of the kernel: it has no scratch memory outside of
-    the multiprocessors."""
-    return geometry_of(bound).shared
+def _picker(numbers: Sequence[int]) -> Callable[[Sequence[int]], Any]:
+    """What takes the words of these calls out of a column, as a tuple."""
+    if len(numbers) > 1:
+        return itemgetter(*numbers)
+    (only,) = numbers
+    return lambda column: (column[only],)
 
 
-def grouped(calls: Sequence[Call], device: str) -> tuple[list[GroupedLaunch], list[int]]:
-    """Launches of calls on a device, and the numbers of those that are like no other."""
-    alike: dict[Any, list[Call]] = {}
-    keys: dict[int, Any] = {}
-    for call in calls:  # calls of equal types have one bound kernel
-        key = keys.get(id(call.bound))
-        if key is None:
-            key = keys[id(call.bound)] = _key(call.bound)
-        alike.setdefault(key, []).append(call)
-    alone = [each[0].number for each in alike.values() if len(each) == 1]
-    parts = []
-    for each in alike.values():
-        if len(each) > 1:
-            parts += [(part, _geometry(each, part)) for part in _parts(each)]
-    rendered = [render(part[0].bound, geometry) for part, geometry in parts]
+def kernels_to_group(lowering: Lowering) -> tuple[BoundKernel, ...] | None:
+    """The kernels of a call, if launches can serve it together with others: no table or error slot
+    belongs to it, and no scratch memory outside of the multiprocessors."""
+    if lowering.host is not None or lowering.constants:
+        return None
+    found = [bound for bound in lowering.steps if isinstance(bound, BoundKernel) and bound.extent]
+    if len(found) < sum(bool(bound.extent) for bound in lowering.steps):
+        return None
+    roles = {ref.role for bound in found for ref in bound.operands}
+    plain = roles <= {"input", "output", "temporary"}
+    return tuple(found) if plain and all(geometry_of(b).shared for b in found) else None
+
+
+def grouped(
+    calls: Sequence[Call], device: str, column: Callable[[str, int], int]
+) -> list[GroupedLaunch]:
+    """The launches of calls on a device, in order. column: of a role and a position."""
+    parts: list[tuple[list[tuple[int, BoundKernel]], Geometry]] = []
+    for stage in range(max(len(call.kernels) for call in calls)):
+        alike: dict[Any, list[Call]] = {}
+        keys: dict[int, Any] = {}
+        for call in calls:
+            if stage < len(call.kernels):
+                bound = call.kernels[stage]
+                if id(bound) not in keys:  # calls of equal types have one bound kernel
+                    keys[id(bound)] = _key(bound)
+                alike.setdefault(keys[id(bound)], []).append(call)
+        for each in alike.values():
+            geometry = _geometry(each, stage)
+            most = most_items(each[0].kernels[stage].kernel)
+            for start in range(0, len(each), most):
+                part = [(call.number, call.kernels[stage]) for call in each[start : start + most]]
+                # rounded up, so that models with other numbers of parameters share the text
+                items = min(1 << (len(part) - 1).bit_length(), most)
+                parts.append((part, replace(geometry, items=items)))
+    rendered = [render(part[0][1], geometry) for part, geometry in parts]
     index = device_index(device)
     modules.load_many(index, [(r.text, r.symbol, r.shared) for r in rendered])
-    launches = [
-        GroupedLaunch(part, geometry, launch, index)
-        for (part, geometry), launch in zip(parts, rendered, strict=True)
-    ]
-    return launches, alone
+    launches = []
+    for (part, geometry), launch in zip(parts, rendered, strict=True):
+        operands = [column(ref.role, ref.position) for ref in part[0][1].operands]
+        launches.append(GroupedLaunch(part, operands, geometry, launch, index))
+    return launches
 
 
 def _key(bound: BoundKernel) -> Any:
-    """Equal for calls that one launch can serve."""
+    """Equal for kernels of calls that one launch can serve."""
     geometry = None if _is_free(bound.kernel) else geometry_of(bound)
-    return kernel_identity(bound.kernel), geometry
+    return kernel_identity(bound.kernel), bound.operands, geometry
 
 
 def _is_free(kernel: Kernel) -> bool:
@@ -143,18 +173,9 @@ def _is_free(kernel: Kernel) -> bool:
     return not any(isinstance(s, Accumulate) for s in walk(kernel.body.body))
 
 
-def _parts(calls: list[Call]) -> list[list[Call]]:
-    """As many calls in each as the arguments of a launch can name, and never one alone."""
-    count = -(-len(calls) // most_items(calls[0].bound.kernel))
-    size = -(-len(calls) // count)
-    return [calls[start : start + size] for start in range(0, len(calls), size)]
-
-
-def _geometry(alike: Sequence[Call], part: Sequence[Call]) -> Geometry:
-    """The largest call decides how the work of all is cut up. The table is rounded up, so that
-    models with other numbers of parameters find the text in the caches."""
-    geometries = {id(call.bound): geometry_of(call.bound) for call in alike}
+def _geometry(alike: Sequence[Call], stage: int) -> Geometry:
+    """That of the call which writes most, with room for the offsets of all."""
+    known = {id(call.kernels[stage]): geometry_of(call.kernels[stage]) for call in alike}
     largest = max(alike, key=lambda call: call.elements)
-    wide = any(geometry.wide for geometry in geometries.values())
-    items = min(1 << (len(part) - 1).bit_length(), most_items(part[0].bound.kernel))
-    return replace(geometries[id(largest.bound)], wide=wide, items=items)
+    wide = any(geometry.wide for geometry in known.values())
+    return replace(known[id(largest.kernels[stage])], wide=wide)

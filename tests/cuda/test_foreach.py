@@ -1,0 +1,299 @@
+"""Many calls in few launches: optimizers and clipping on the emulated GPU, bit for bit as one by
+one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import flame
+from flame import optim
+from flame.eager import Eager
+from flame.ops.op import Interpreter
+from flame.runtime.cuda.driver import driver
+
+pytestmark = pytest.mark.usefixtures("eager_cuda")
+
+SHAPES = ((1,), (7,), (33, 3), (), (64,), (500,), (513,), (40, 50), (2, 3, 4, 5), (1, 600))
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+    "AdamW": lambda p: optim.AdamW(p, lr=0.01),
+    "AdamW-amsgrad": lambda p: optim.AdamW(p, lr=0.01, amsgrad=True, maximize=True),
+    "Adam": lambda p: optim.Adam(p, lr=0.01, weight_decay=0.1),
+    "SGD": lambda p: optim.SGD(p, lr=0.1),
+    "SGD-momentum": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.1),
+    "SGD-nesterov": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "Lion": lambda p: optim.Lion(p, lr=0.01),
+    "RMSprop": lambda p: optim.RMSprop(p, lr=0.01),
+    "RMSprop-centered": lambda p: optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
+    "Adagrad": lambda p: optim.Adagrad(p, lr=0.01, lr_decay=0.1),
+}
+
+
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Every call alone."""
+    with mock.patch.object(Eager, "foreach", Interpreter.foreach):
+        yield
+
+
+def numbers(shape: Sequence[int], seed: int) -> Any:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def unaligned(array: Any, dtype: Any, device: str) -> Any:
+    """A tensor one element behind an aligned address."""
+    buffer = flame.zeros(array.size + 1, dtype=dtype, device=device)
+    view = buffer[1:].reshape(array.shape)
+    view.copy_(flame.from_numpy(array))
+    return view.detach()
+
+
+def made(
+    shapes: Sequence[Sequence[int]] = SHAPES, dtypes: Sequence[Any] = (flame.float32,),
+    devices: Sequence[str] = ("cuda:0",),
+) -> list[Any]:  # fmt: skip
+    """Parameters with gradients: some unaligned, some turned, some without a gradient."""
+    parameters = []
+    for i, shape in enumerate(shapes):
+        dtype, device = dtypes[i % len(dtypes)], devices[i % len(devices)]
+        array = numbers(shape, i)
+        if i % 3 == 1:
+            p = unaligned(array, dtype, device)
+        elif i % 4 == 3 and len(shape) > 1:
+            p = flame.from_numpy(array.swapaxes(0, 1).copy()).to(device).to(dtype).transpose(0, 1)
+        else:
+            p = flame.from_numpy(array).to(device).to(dtype)
+        parameters.append(p.detach().requires_grad_())
+    set_gradients(parameters, 0)
+    return parameters
+
+
+def set_gradients(parameters: Sequence[Any], step: int) -> None:
+    for i, p in enumerate(parameters):
+        missing = (i + step) % 5 == 4
+        g = flame.from_numpy(numbers(p.shape, 100 * step + i)).to(p.device).to(p.dtype)
+        p.grad = None if missing else g
+
+
+def bits(tensors: Sequence[Any]) -> list[bytes]:
+    return [np.ascontiguousarray(t.detach().cpu().to(flame.float64).numpy()).tobytes()
+            for t in tensors]  # fmt: skip
+
+
+def trained(make: Callable[[Any], Any], parameters: list[Any], steps: int = 3) -> Any:
+    optimizer = make(parameters)
+    for step in range(steps):
+        set_gradients(parameters, step)
+        optimizer.step()
+    return optimizer
+
+
+def state_of(optimizer: Any) -> list[Any]:
+    held = [optimizer.state[p] for g in optimizer.param_groups for p in g["params"]]
+    tensors = [s[k] for s in held for k in sorted(s) if isinstance(s[k], flame.Tensor)]
+    return [*(p for g in optimizer.param_groups for p in g["params"]), *tensors]
+
+
+def check_same(make: Callable[[Any], Any], **options: Any) -> None:
+    together = trained(make, made(**options))
+    with one_by_one():
+        apart = trained(make, made(**options))
+    found, wanted = state_of(together), state_of(apart)
+    assert len(found) == len(wanted) > 0
+    assert bits(found) == bits(wanted)
+    assert [t.storage.version for t in found] == [t.storage.version for t in wanted]
+
+
+def launches(work: Callable[[], Any]) -> list[str]:
+    before = len(driver().launches)  # type: ignore[attr-defined]
+    work()
+    return list(driver().launches[before:])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_bits_are_those_of_single_launches(name: str) -> None:
+    check_same(OPTIMIZERS[name])
+
+
+@pytest.mark.parametrize("dtype", [flame.float64, flame.bfloat16, flame.float16])
+def test_dtypes(dtype: Any) -> None:
+    check_same(OPTIMIZERS["AdamW"], dtypes=(dtype, flame.float32))
+
+
+def test_large_and_small() -> None:
+    check_same(OPTIMIZERS["SGD-momentum"], shapes=((1,), (1500, 1000), (3,), (700,), (1100, 999)))
+
+
+def test_launches_are_few() -> None:
+    parameters = made([(n + 2,) for n in range(100)])
+    for p in parameters:
+        p.grad = flame.ones_like(p)
+    optimizer = optim.AdamW(parameters)
+    optimizer.step()
+    assert len(launches(optimizer.step)) == 1
+    with one_by_one():
+        assert len(launches(optimizer.step)) == 100
+
+
+def test_more_parameters_than_a_table_holds() -> None:
+    def make() -> list[Any]:
+        return [flame.full((1 + i % 3,), float(i), device="cuda").requires_grad_()
+                for i in range(700)]  # fmt: skip
+
+    def step(parameters: list[Any]) -> int:
+        for i, p in enumerate(parameters):
+            p.grad = flame.full(p.shape, 0.5 - i, device="cuda")
+        optimizer = optim.SGD(parameters, lr=0.1, momentum=0.5)
+        optimizer.step()
+        return len(launches(optimizer.step))
+
+    together, apart = make(), make()
+    assert step(together) <= 4
+    with one_by_one():
+        assert step(apart) == 700
+    assert bits(together) == bits(apart)
+
+
+def test_groups_have_their_own_numbers() -> None:
+    def make(parameters: list[Any]) -> Any:
+        groups = [{"params": parameters[:4], "lr": 0.5}, {"params": parameters[4:]}]
+        return optim.AdamW(groups, lr=0.1, weight_decay=0.2)
+
+    check_same(make)
+
+
+def test_a_rate_on_the_cpu_is_moved_once() -> None:
+    parameters = [flame.ones(n, device="cuda").requires_grad_() for n in range(2, 30)]
+    for p in parameters:
+        p.grad = flame.ones_like(p)
+    optimizer = optim.SGD(parameters, lr=flame.tensor(0.25))
+    assert len(launches(optimizer.step)) == 1
+    assert all((p == 0.75).all().item() for p in parameters)
+
+
+@pytest.mark.parametrize("infinite", [False, True])
+def test_steps_that_the_device_may_skip(infinite: bool) -> None:
+    def make(parameters: list[Any]) -> Any:
+        optimizer = optim.AdamW(parameters, lr=0.1)
+        step = optimizer.step
+
+        def scaled() -> None:
+            optimizer.found_inf = flame.full((), float(infinite), device="cuda")
+            step()
+
+        optimizer.step = scaled  # type: ignore[assignment]
+        return optimizer
+
+    before = bits(made())
+    together = made()
+    trained(make, together)
+    with one_by_one():
+        apart = made()
+        trained(make, apart)
+    assert bits(together) == bits(apart)
+    assert (bits(together) == before) is infinite
+
+
+def test_scaled_steps_are_few_launches() -> None:
+    parameters = made([(n + 2,) for n in range(50)])
+    for p in parameters:
+        p.grad = flame.ones_like(p)
+    optimizer = optim.AdamW(parameters)
+    scaler = flame.amp.GradScaler("cuda", init_scale=4.0)
+
+    def step() -> None:
+        scaler.scale(flame.ones((), device="cuda"))
+        scaler.step(optimizer)
+        scaler.update()
+
+    step()
+    assert len(launches(step)) < 30
+
+
+def test_parameters_that_are_views_of_one_buffer() -> None:
+    def make() -> tuple[Any, list[Any]]:
+        buffer = flame.from_numpy(numbers((300,), 0)).to("cuda")
+        gradient = flame.from_numpy(numbers((300,), 1)).to("cuda")
+        parts = [(0, 10), (10, 11), (11, 100), (150, 300)]
+        parameters = [buffer[a:b].detach().requires_grad_() for a, b in parts]
+        for p, (a, b) in zip(parameters, parts, strict=True):
+            p.grad = gradient[a:b]
+        return buffer, parameters
+
+    buffer, parameters = make()
+    optimizer = OPTIMIZERS["SGD-momentum"](parameters)
+    optimizer.step()
+    assert len(launches(optimizer.step)) <= 2
+    with one_by_one():
+        other, alone = make()
+        optimizer = OPTIMIZERS["SGD-momentum"](alone)
+        optimizer.step()
+        optimizer.step()
+    assert bits([buffer]) == bits([other])
+
+
+def test_parameters_that_overlap_are_updated_in_order() -> None:
+    def run() -> Any:
+        buffer = flame.ones(20, device="cuda")
+        parameters = [buffer[a : a + 8].detach().requires_grad_() for a in (0, 4, 12)]
+        for p in parameters:
+            p.grad = p.detach()  # what one update writes, the next one's gradient is
+        optim.SGD(parameters, lr=0.5).step()
+        return buffer
+
+    together = run()
+    with one_by_one():
+        assert bits([together]) == bits([run()])
+    assert together.cpu().numpy()[4] == 0.25
+
+
+def test_a_gradient_of_a_wrong_device_changes_nothing() -> None:
+    parameters = [flame.ones(3, device="cuda").requires_grad_() for _ in range(3)]
+    for p in parameters:
+        p.grad = flame.ones_like(p)
+    parameters[2]._grad = flame.ones(3)
+    with pytest.raises(flame.DeviceError, match="sgd_update: operands are on cpu and cuda:0"):
+        optim.SGD(parameters, lr=0.5).step()
+    assert all((p == 1.0).all().item() for p in parameters)
+
+
+def test_several_devices(make_emulated_cuda: Callable[..., Any]) -> None:
+    plans = flame.ops.op.interpreter().plans  # type: ignore[attr-defined]
+    plans.clear()
+    make_emulated_cuda(devices=2)
+    try:
+        devices = ("cuda:0", "cuda:1", "cpu")
+        check_same(OPTIMIZERS["AdamW"], devices=devices)
+        parameters = [flame.ones(3, device=d).requires_grad_() for d in devices for _ in range(9)]
+        for p in parameters:
+            p.grad = flame.ones_like(p)
+        optimizer = optim.SGD(parameters, lr=flame.tensor(0.25))
+        assert len(launches(optimizer.step)) == 2
+        assert all((p == 0.75).all().item() for p in parameters)
+    finally:
+        plans.clear()
+
+
+def test_a_stream_of_the_users() -> None:
+    parameters = made()
+    stream = flame.cuda.Stream()
+    optimizer = optim.AdamW(parameters)
+    with flame.cuda.stream(stream), mock.patch.object(driver(), "launch") as launch:
+        optimizer.step()
+    assert {call.args[4] for call in launch.call_args_list} == {stream.cuda_stream}
+
+
+def test_the_tape_sees_updates() -> None:
+    parameters = [flame.ones(3, device="cuda").requires_grad_() for _ in range(3)]
+    losses = [(p * p).sum() for p in parameters]
+    for p in parameters:
+        p.grad = flame.ones_like(p)
+    optim.SGD(parameters, lr=0.5).step()
+    assert all(p.is_leaf and p.requires_grad for p in parameters)
+    with pytest.raises(flame.GradientError):
+        losses[0].backward()
