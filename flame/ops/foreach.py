@@ -1,0 +1,51 @@
+"""What training does to all gradients at once: a product in place, and a reduction of each.
+
+Invariant: numbers are those of a call for each tensor. On a GPU the calls share launches, see
+`Interpreter.foreach`; a recorder sees single calls, which its compiler fuses as it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flame.core.autocast import autocast
+from flame.core.types import TensorType, on_device, tensor_type
+from flame.ops.arithmetic import _mul
+from flame.ops.joining import stack
+from flame.ops.op import Op, empty_of, interpreter
+
+if TYPE_CHECKING:
+    from flame.tensor import Tensor
+
+
+def scale_each_(tensors: Sequence[Tensor], factor: Tensor | float) -> None:
+    """Multiply each tensor by a number, in place."""
+    rows = [(t,) for t in tensors]
+    _mul.foreach(rows, factor, out=rows)
+
+
+def reduce_each(op: Op, tensors: Sequence[Tensor], alone: Callable[[Tensor], Tensor]) -> Tensor:
+    """(len(tensors),): a reduction over all elements of each; no gradient flows through it.
+
+    alone: that of one tensor, where results differ in dtype or device.
+    """
+    kinds = {_result_of(op, t.type) for t in tensors}
+    if interpreter().recording or autocast.on or len(kinds) > 1:
+        return stack([alone(t) for t in tensors])
+    (kind,) = kinds
+    made: Tensor = empty_of(on_device(tensor_type(kind.dtype, (len(tensors),)), kind.device))
+    step = kind.dtype.itemsize
+    out = [(made.wrap(made.storage, made.pointer + i * step, kind),) for i in range(len(tensors))]
+    attributes = [_attributes(t.type) for t in tensors]
+    op.foreach([(t,) for t in tensors], out=out, attributes=attributes)
+    return made
+
+
+def _attributes(type_: TensorType) -> dict[str, Any]:
+    return {"dims": tuple(range(type_.ndim)), "keepdim": False}
+
+
+def _result_of(op: Op, type_: TensorType) -> TensorType:
+    made: TensorType = op.infer((type_,), **_attributes(type_))
+    return on_device(made, type_.device)
