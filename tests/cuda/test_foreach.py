@@ -3,8 +3,7 @@ one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -14,84 +13,28 @@ import pytest
 import flame
 from flame import optim
 from flame.core.errors import DeviceError, GradientError
-from flame.eager import Eager
-from flame.ops.op import Interpreter
 from flame.runtime.cuda.driver import driver
 
-pytestmark = pytest.mark.usefixtures("eager_cuda")
+from .dry import get_ready
+from .foreach_cases import OPTIMIZERS, bits, clipped, made, numbers, one_by_one, trained
 
-SHAPES = ((1,), (7,), (33, 3), (), (64,), (500,), (513,), (40, 50), (2, 3, 4, 5), (1, 600))
-OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
-    "AdamW": lambda p: optim.AdamW(p, lr=0.01),
-    "AdamW-amsgrad": lambda p: optim.AdamW(p, lr=0.01, amsgrad=True, maximize=True),
-    "Adam": lambda p: optim.Adam(p, lr=0.01, weight_decay=0.1),
-    "SGD": lambda p: optim.SGD(p, lr=0.1),
-    "SGD-momentum": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.1),
-    "SGD-nesterov": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
-    "Lion": lambda p: optim.Lion(p, lr=0.01),
-    "RMSprop": lambda p: optim.RMSprop(p, lr=0.01),
-    "RMSprop-centered": lambda p: optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
-    "Adagrad": lambda p: optim.Adagrad(p, lr=0.01, lr_decay=0.1),
-}
+DTYPES = ((flame.float64, flame.bfloat16), (flame.float16, flame.float32))
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
-@contextmanager
-def one_by_one() -> Iterator[None]:
-    """Every call alone."""
-    with mock.patch.object(Eager, "foreach", Interpreter.foreach):
-        yield
+@pytest.fixture(scope="module", autouse=True)
+def kernels(eager_cuda: None) -> None:
+    """What most tests need, compiled at once."""
+    works = [lambda m=m: trained(m, made(), 1) for m in OPTIMIZERS.values()]
+    works += [lambda d=d: trained(OPTIMIZERS["AdamW"], made(dtypes=d), 1) for d in DTYPES]
+    works += [lambda p=p: clipped(p) for p in (1.0, 2.0, float("inf"))]
 
+    def apart() -> None:
+        with one_by_one():
+            for work in works:
+                work()
 
-def numbers(shape: Sequence[int], seed: int) -> Any:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def unaligned(array: Any, dtype: Any, device: str) -> Any:
-    """A tensor one element behind an aligned address."""
-    buffer = flame.zeros(array.size + 1, dtype=dtype, device=device)
-    view = buffer[1:].reshape(array.shape)
-    view.copy_(flame.from_numpy(array))
-    return view.detach()
-
-
-def made(
-    shapes: Sequence[Sequence[int]] = SHAPES, dtypes: Sequence[Any] = (flame.float32,),
-    devices: Sequence[str] = ("cuda:0",),
-) -> list[Any]:  # fmt: skip
-    """Parameters with gradients: some unaligned, some turned, some without a gradient."""
-    parameters = []
-    for i, shape in enumerate(shapes):
-        dtype, device = dtypes[i % len(dtypes)], devices[i % len(devices)]
-        array = numbers(shape, i)
-        if i % 3 == 1:
-            p = unaligned(array, dtype, device)
-        elif i % 4 == 3 and len(shape) > 1:
-            p = flame.from_numpy(array.swapaxes(0, 1).copy()).to(device).to(dtype).transpose(0, 1)
-        else:
-            p = flame.from_numpy(array).to(device).to(dtype)
-        parameters.append(p.detach().requires_grad_())
-    set_gradients(parameters, 0)
-    return parameters
-
-
-def set_gradients(parameters: Sequence[Any], step: int) -> None:
-    for i, p in enumerate(parameters):
-        missing = (i + step) % 5 == 4
-        g = flame.from_numpy(numbers(p.shape, 100 * step + i)).to(p.device).to(p.dtype)
-        p.grad = None if missing else g
-
-
-def bits(tensors: Sequence[Any]) -> list[bytes]:
-    return [np.ascontiguousarray(t.detach().cpu().to(flame.float64).numpy()).tobytes()
-            for t in tensors]  # fmt: skip
-
-
-def trained(make: Callable[[Any], Any], parameters: list[Any], steps: int = 3) -> Any:
-    optimizer = make(parameters)
-    for step in range(steps):
-        set_gradients(parameters, step)
-        optimizer.step()
-    return optimizer
+    get_ready([*works, apart])
 
 
 def state_of(optimizer: Any) -> list[Any]:
@@ -100,10 +43,10 @@ def state_of(optimizer: Any) -> list[Any]:
     return [*(p for g in optimizer.param_groups for p in g["params"]), *tensors]
 
 
-def check_same(make: Callable[[Any], Any], **options: Any) -> None:
-    together = trained(make, made(**options))
+def check_same(make: Callable[[Any], Any], steps: int = 3, **options: Any) -> None:
+    together = trained(make, made(**options), steps)
     with one_by_one():
-        apart = trained(make, made(**options))
+        apart = trained(make, made(**options), steps)
     found, wanted = state_of(together), state_of(apart)
     assert len(found) == len(wanted) > 0
     assert bits(found) == bits(wanted)
@@ -121,24 +64,30 @@ def test_bits_are_those_of_single_launches(name: str) -> None:
     check_same(OPTIMIZERS[name])
 
 
-@pytest.mark.parametrize("dtype", [flame.float64, flame.bfloat16, flame.float16])
-def test_dtypes(dtype: Any) -> None:
-    check_same(OPTIMIZERS["AdamW"], dtypes=(dtype, flame.float32))
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_bits_on_the_cpu(name: str) -> None:
+    check_same(OPTIMIZERS[name], devices=("cpu",))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_dtypes(dtypes: Any) -> None:
+    check_same(OPTIMIZERS["AdamW"], dtypes=dtypes)
 
 
 def test_large_and_small() -> None:
-    check_same(OPTIMIZERS["SGD-momentum"], shapes=((1,), (1500, 1000), (3,), (700,), (1100, 999)))
+    shapes = ((1,), (1500, 1000), (3,), (700,), (1100, 999))
+    check_same(OPTIMIZERS["SGD-momentum"], steps=1, shapes=shapes)
 
 
 def test_launches_are_few() -> None:
-    parameters = made([(n + 2,) for n in range(100)])
+    parameters = made([(n + 2,) for n in range(40)])
     for p in parameters:
         p.grad = flame.ones_like(p)
     optimizer = optim.AdamW(parameters)
     optimizer.step()
     assert len(launches(optimizer.step)) == 1
     with one_by_one():
-        assert len(launches(optimizer.step)) == 100
+        assert len(launches(optimizer.step)) == 40
 
 
 def test_more_parameters_than_a_table_holds() -> None:
@@ -300,18 +249,11 @@ def test_the_tape_sees_updates() -> None:
         losses[0].backward()
 
 
-NORMED = ((1,), (), (33, 3), (500,), (40, 50), (2, 3, 4, 5), (3, 70_000), (1500, 1000))
-
-
 @pytest.mark.parametrize("order", [1.0, 2.0, float("inf")])
 def test_clipping(order: float) -> None:
-    def clipped() -> tuple[Any, list[Any]]:
-        parameters = made(NORMED)
-        return flame.nn.utils.clip_grad_norm_(parameters, 0.5, order), parameters
-
-    norm, together = clipped()
+    norm, together = clipped(order)
     with one_by_one():
-        wanted, apart = clipped()
+        wanted, apart = clipped(order)
     assert bits([norm]) == bits([wanted])
     gradients = [p.grad for p in together if p.grad is not None]
     assert bits(gradients) == bits([p.grad for p in apart if p.grad is not None])
