@@ -7,6 +7,7 @@ only without the tape, and where none writes memory that another one reads or wr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,7 +50,7 @@ def can_run_together(calls: Calls) -> bool:
         return False
     if any(x.__class__ is int and not -(1 << 63) <= x < 1 << 63 for x in shared):
         return False
-    kinds = {kind for row in (*inputs, *out) for kind in map(type, row)}
+    kinds = {*map(type, chain.from_iterable(inputs)), *map(type, chain.from_iterable(out))}
     return all(issubclass(kind, Tensor) for kind in kinds)
 
 
@@ -103,10 +104,11 @@ def run_together(eager: Eager, calls: Calls) -> bool:
                 step.address, step.extent, step.grain, *sources[n], *shared, *places[n],
                 *step.sizes,
             )  # fmt: skip
-    for target in targets:
-        for x in target:
-            x.storage.version += 1
-    for n in plan.alone:
+    for n, row in enumerate(calls.out):
+        if n not in plan.alone:
+            for x in row:
+                x.storage.version += 1
+    for n in sorted(plan.alone):
         attributes = calls.attributes[n] if calls.attributes else {}
         eager.apply(calls.op, (*calls.inputs[n], *calls.shared), attributes, calls.out[n])
     return True

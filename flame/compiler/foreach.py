@@ -53,7 +53,7 @@ class ForeachPlan:
 
     launches: tuple[GroupedLaunch, ...]
     steps: tuple[tuple[int, Step], ...]
-    alone: tuple[int, ...]
+    alone: frozenset[int]
     temporaries: tuple[tuple[tuple[str, int], ...], ...]
     memory: Mapping[str, int]
 
@@ -63,7 +63,7 @@ def make_foreach_plan(op: Op, calls: Sequence[CallType]) -> ForeachPlan:
     lowered: dict[Any, Any] = {}
     on_gpus: dict[str, list[Call]] = {}
     steps: list[tuple[int, Step]] = []
-    alone: list[int] = []
+    alone: set[int] = set()
     memory: dict[str, int] = {}
     temporaries: list[list[tuple[str, int]]] = []  # of each call
     for number, call in enumerate(calls):
@@ -73,7 +73,7 @@ def make_foreach_plan(op: Op, calls: Sequence[CallType]) -> ForeachPlan:
             lowered[key] = _on_cpu(op, call) if device == "cpu" else _on_gpu(op, call)
         found = lowered[key]
         if found is None:
-            alone.append(number)
+            alone.add(number)
         elif isinstance(found, Step):
             steps.append((number, found))
         else:
@@ -101,7 +101,7 @@ def make_foreach_plan(op: Op, calls: Sequence[CallType]) -> ForeachPlan:
         tuple(own[i] if i < len(own) else ("", 0) for own in temporaries)
         for i in range(max(map(len, temporaries)))
     )
-    return ForeachPlan(tuple(launches), tuple(steps), tuple(alone), columns, memory)
+    return ForeachPlan(tuple(launches), tuple(steps), frozenset(alone), columns, memory)
 
 
 def _goes_alone(op: Op, call: CallType) -> bool:

@@ -6,6 +6,7 @@ Invariant: numbers are those of a call for each tensor. On a GPU the calls share
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,22 +31,23 @@ def reduce_each(op: Op, tensors: Sequence[Tensor], alone: Callable[[Tensor], Ten
 
     alone: that of one tensor, where results differ in dtype or device.
     """
-    kinds = {_result_of(op, t.type) for t in tensors}
+    kinds = {_result_of(op, type_) for type_ in {t.type for t in tensors}}
     if interpreter().recording or autocast.on or len(kinds) > 1:
         return stack([alone(t) for t in tensors])
     (kind,) = kinds
     made: Tensor = empty_of(on_device(tensor_type(kind.dtype, (len(tensors),)), kind.device))
     step = kind.dtype.itemsize
     out = [(made.wrap(made.storage, made.pointer + i * step, kind),) for i in range(len(tensors))]
-    attributes = [_attributes(t.type) for t in tensors]
+    attributes = [_over_all(t.type.ndim) for t in tensors]
     op.foreach([(t,) for t in tensors], out=out, attributes=attributes)
     return made
 
 
-def _attributes(type_: TensorType) -> dict[str, Any]:
-    return {"dims": tuple(range(type_.ndim)), "keepdim": False}
+@functools.cache
+def _over_all(ndim: int) -> dict[str, Any]:
+    return {"dims": tuple(range(ndim)), "keepdim": False}
 
 
 def _result_of(op: Op, type_: TensorType) -> TensorType:
-    made: TensorType = op.infer((type_,), **_attributes(type_))
+    made: TensorType = op.infer((type_,), **_over_all(type_.ndim))
     return on_device(made, type_.device)

@@ -166,7 +166,7 @@ def vector_norm(
 
 def norm_of_each(tensors: Sequence[Tensor], order: float) -> Tensor:
     """(len(tensors),): the norm of all elements of each; no gradient flows through it."""
-    if order in (1.0, 2.0):
+    if order in (1.0, 2.0) and all(t.dtype.kind == "f" for t in tensors):
         op = _length if order == 2.0 else _sum_of_sizes
         return reduce_each(op, tensors, lambda t: vector_norm(t, order))
     return stack([vector_norm(t, order) for t in tensors])

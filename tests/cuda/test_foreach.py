@@ -12,7 +12,8 @@ import pytest
 
 import flame
 from flame import optim
-from flame.core.errors import DeviceError, GradientError
+from flame.core.errors import DeviceError, DTypeError, GradientError
+from flame.ops.op import OPS, interpreter
 from flame.runtime.cuda.driver import driver
 
 from .dry import get_ready
@@ -213,7 +214,7 @@ def test_a_gradient_of_a_wrong_device_changes_nothing() -> None:
 
 
 def test_several_devices(make_emulated_cuda: Callable[..., Any]) -> None:
-    plans = flame.ops.op.interpreter().plans  # type: ignore[attr-defined]
+    plans = interpreter().plans  # type: ignore[attr-defined]
     plans.clear()
     make_emulated_cuda(devices=2)
     try:
@@ -287,3 +288,19 @@ def test_one_bad_gradient_is_found(bad: float) -> None:
     assert not any_nonfinite(tensors).item()
     tensors[2][600] = bad
     assert any_nonfinite(tensors).item()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_calls_of_a_library_go_one_by_one(device: str) -> None:
+    pairs = [(flame.ones(4, n, device=device), flame.ones(n, 5, device=device)) for n in (3, 8)]
+    out = [(flame.zeros(4, 5, device=device),) for _ in pairs]
+    before = [x.storage.version for (x,) in out]
+    with flame.no_grad():
+        OPS["matmul"].foreach(pairs, out=out)
+    assert [x.storage.version for (x,) in out] == [n + 1 for n in before]
+    assert [(x == n).all().item() for (x,), n in zip(out, (3.0, 8.0), strict=True)] == [True, True]
+
+
+def test_integers_have_no_norm() -> None:
+    with pytest.raises(DTypeError, match="vector_norm needs a floating tensor"):
+        flame.nn.utils.get_total_norm([flame.ones(3, dtype=flame.int32) for _ in range(2)])
