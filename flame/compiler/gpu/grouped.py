@@ -162,8 +162,9 @@ def grouped(
 
 def _key(bound: BoundKernel) -> Any:
     """Equal for kernels of calls that one launch can serve."""
-    geometry = None if _is_free(bound.kernel) else geometry_of(bound)
-    return kernel_identity(bound.kernel), bound.operands, geometry
+    geometry = geometry_of(bound)
+    free = _is_free(bound.kernel) and not geometry.held  # rows that registers hold have a length
+    return kernel_identity(bound.kernel), bound.operands, None if free else geometry
 
 
 def _is_free(kernel: Kernel) -> bool:
