@@ -16,6 +16,7 @@ from flame import foreach
 from flame.autograd.engine import edge_of
 from flame.autograd.mode import mode, no_grad
 from flame.autograd.node import Edge, Node, OpNode
+from flame.compiler.foreach import ForeachPlans
 from flame.compiler.pipeline import make_plan
 from flame.compiler.plan import Plan, Step
 from flame.core import dtypes
@@ -40,7 +41,8 @@ class Eager(Interpreter):
     """Runs ops as they are called."""
 
     def __init__(self) -> None:
-        self.plans: dict[Any, Any] = {}  # a Plan, or of many calls a ForeachPlan
+        self.plans: dict[Any, Plan] = {}
+        self.lists = ForeachPlans()  # of many calls
 
     def apply(
         self,
@@ -69,7 +71,7 @@ class Eager(Interpreter):
         if out is not None:
             signature.append(tuple([t.type for t in out]))
         key = tuple(signature)
-        plan: Plan | None = self.plans.get(key)
+        plan = self.plans.get(key)
         if plan is None:
             moved = beside(inputs)
             if moved is not None:
@@ -155,14 +157,15 @@ class Eager(Interpreter):
         plan = self.make_plan(
             op, types, attributes, None if out is None else tuple(t.type for t in out)
         )
-        self.keep(key, plan)
-        return plan
-
-    def keep(self, key: Any, plan: Any) -> None:
-        """Know a plan by its signature."""
         if len(self.plans) >= MAX_PLANS:
             self.plans.clear()
         self.plans[key] = plan
+        return plan
+
+    def forget(self) -> None:
+        """Drop all plans, where what they depend on beside their signatures has changed."""
+        self.plans.clear()
+        self.lists.clear()
 
     def _view(self, plan: Plan, x: Any, attributes: dict[str, Any]) -> Any:
         type_ = plan.outputs[0]
@@ -500,4 +503,4 @@ def set_float32_matmul_precision(precision: str) -> None:
             "set_float32_matmul_precision: call it outside of functions that are being compiled"
         )
     choose_float32_matmul_precision(precision)
-    current.plans.clear()
+    current.forget()

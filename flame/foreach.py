@@ -12,7 +12,7 @@ from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flame.autograd.mode import mode
-from flame.compiler.foreach import CallType, ForeachPlan, make_foreach_plan
+from flame.compiler.foreach import CallType, ForeachPlan
 from flame.core.autocast import autocast
 from flame.ops.op import Op
 from flame.ops.transfer import move
@@ -50,8 +50,7 @@ def can_run_together(calls: Calls) -> bool:
         return False
     if any(x.__class__ is int and not -(1 << 63) <= x < 1 << 63 for x in shared):
         return False
-    kinds = {*map(type, chain.from_iterable(inputs)), *map(type, chain.from_iterable(out))}
-    return all(issubclass(kind, Tensor) for kind in kinds)
+    return all(issubclass(kind, Tensor) for kind in {*map(type, chain.from_iterable(inputs))})
 
 
 def by_device(calls: Calls) -> Iterator[Calls]:
@@ -147,18 +146,18 @@ def _plan_of(
     shared = tuple([x.type if isinstance(x, Tensor) else x.__class__ for x in calls.shared])
     attributes = tuple([tuple(each.items()) for each in calls.attributes])
     key = (calls.op, tuple(inputs), shared, tuple(out), attributes)
-    plan: ForeachPlan | None = eager.plans.get(key)
+    plan = eager.lists.find(key)
     if plan is None:
         rows = zip(*inputs, strict=True), zip(*out, strict=True)
-        given = calls.attributes or [{}] * len(calls.inputs)
-        plan = make_foreach_plan(
+        given = attributes or ((),) * len(calls.inputs)
+        plan = eager.lists.make(
+            key,
             calls.op,
             [
                 CallType((*own, *shared), each, made)
                 for own, made, each in zip(*rows, given, strict=True)
             ],
         )
-        eager.keep(key, plan)
     return plan
 
 
@@ -172,11 +171,12 @@ def _apart(
     place."""
     read = [x for i, column in enumerate(columns) if i not in in_place for x in column]
     read += [x for x in shared if isinstance(x, Tensor)]
-    written = [x for target in targets for x in target]
-    storages = {*map(id, map(_storage, written))}
-    if len(storages) == len(written) and storages.isdisjoint(map(id, map(_storage, read))):
+    written = {*map(id, map(_storage, chain.from_iterable(targets)))}
+    distinct = len(written) == sum(map(len, targets))
+    if distinct and written.isdisjoint(map(id, map(_storage, read))):
         return True
-    ranges = [(*_bytes_of(x), True) for x in written] + [(*_bytes_of(x), False) for x in read]
+    ranges = [(*_bytes_of(x), True) for target in targets for x in target]
+    ranges += [(*_bytes_of(x), False) for x in read]
     end_written = end_read = 0
     for begin, end, writes in sorted(ranges):
         if begin < end_written or (writes and begin < end_read):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from flame.compiler.pipeline import (
     check_operands,
@@ -22,22 +22,22 @@ from flame.compiler.pipeline import (
 from flame.compiler.plan import Step
 from flame.core.types import TensorType
 from flame.graph import one_op
-from flame.kernel.builder import BoundKernel
 from flame.ops.op import Op, Types
 from flame.ops.views import ViewOp
 
 if TYPE_CHECKING:
-    from flame.compiler.gpu.grouped import Call, GroupedLaunch
+    from flame.compiler.gpu.grouped import Call, GroupedLaunch, SharedKernel
 
 ALIGN: Final = 256  # bytes, as memory from the driver
+MAX_CALLS: Final = 20_000  # kept; beyond, all are dropped and found again by need
+MAX_LISTS: Final = 64  # kept, as each holds the tables of its launches
 
 
-@dataclass(frozen=True, eq=False)
-class CallType:
+class CallType(NamedTuple):
     """One call: its operands, its attributes, and the tensors that it is written into."""
 
     types: Types
-    attributes: Mapping[str, Any]
+    attributes: tuple[tuple[str, Any], ...]
     out: tuple[TensorType, ...]
 
 
@@ -58,20 +58,51 @@ class ForeachPlan:
     memory: Mapping[str, int]
 
 
-def make_foreach_plan(op: Op, calls: Sequence[CallType]) -> ForeachPlan:
-    """Compile many calls. Raises what `make_plan` raises, before any of them runs."""
-    lowered: dict[Any, Any] = {}
+class ForeachPlans:
+    """What was made ready: each call, and the latest lists of calls.
+
+    Which parameters have gradients may change with every step, and so the list, but not what each
+    of its calls is.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[tuple[Op, CallType], Any] = {}
+        self._lists: dict[Any, ForeachPlan] = {}
+
+    def find(self, key: Any) -> ForeachPlan | None:
+        """The plan that was made for an equal key."""
+        return self._lists.get(key)
+
+    def make(self, key: Any, op: Op, calls: Sequence[CallType]) -> ForeachPlan:
+        """Compile many calls. Raises what `make_plan` raises, before any of them runs."""
+        if len(self._calls) > MAX_CALLS:
+            self._calls.clear()
+        found = []
+        for call in calls:
+            if (op, call) not in self._calls:
+                prepare = _on_cpu if call.out[0].device == "cpu" else _on_gpu
+                self._calls[op, call] = prepare(op, call)
+            found.append(self._calls[op, call])
+        if len(self._lists) >= MAX_LISTS:
+            del self._lists[next(iter(self._lists))]
+        plan = self._lists[key] = _joined(calls, found)
+        return plan
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._calls.clear()
+        self._lists.clear()
+
+
+def _joined(calls: Sequence[CallType], prepared: Sequence[Any]) -> ForeachPlan:
+    """The plan of calls, of which each is ready."""
     on_gpus: dict[str, list[Call]] = {}
     steps: list[tuple[int, Step]] = []
     alone: set[int] = set()
     memory: dict[str, int] = {}
     temporaries: list[list[tuple[str, int]]] = []  # of each call
-    for number, call in enumerate(calls):
+    for number, (call, found) in enumerate(zip(calls, prepared, strict=True)):
         device, own = call.out[0].device, []
-        key = (call.types, tuple(call.attributes.items()), call.out)
-        if key not in lowered:
-            lowered[key] = _on_cpu(op, call) if device == "cpu" else _on_gpu(op, call)
-        found = lowered[key]
         if found is None:
             alone.add(number)
         elif isinstance(found, Step):
@@ -118,13 +149,13 @@ def _on_cpu(op: Op, call: CallType) -> Step | None:
     return make_plan(op, call.types, dict(call.attributes), call.out).direct
 
 
-def _on_gpu(op: Op, call: CallType) -> tuple[tuple[BoundKernel, ...], tuple[int, ...]] | None:
+def _on_gpu(op: Op, call: CallType) -> tuple[tuple[SharedKernel, ...], tuple[int, ...]] | None:
     """Kernels, and bytes of temporaries."""
     from flame.compiler.gpu.grouped import kernels_to_group
 
     if _goes_alone(op, call):
         return None
-    graph = one_op(op, call.types, call.attributes)
+    graph = one_op(op, call.types, dict(call.attributes))
     lowering = lower(graph, results(graph, call.out))
     kernels = kernels_to_group(lowering)
     return None if kernels is None else (kernels, lowering.temporaries)

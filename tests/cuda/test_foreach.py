@@ -12,7 +12,10 @@ import pytest
 
 import flame
 from flame import optim
+from flame.compiler import foreach
+from flame.compiler.foreach import MAX_LISTS
 from flame.core.errors import DeviceError, DTypeError, GradientError
+from flame.eager import Eager
 from flame.ops.op import OPS, interpreter
 from flame.runtime.cuda.driver import driver
 
@@ -214,8 +217,9 @@ def test_a_gradient_of_a_wrong_device_changes_nothing() -> None:
 
 
 def test_several_devices(make_emulated_cuda: Callable[..., Any]) -> None:
-    plans = interpreter().plans  # type: ignore[attr-defined]
-    plans.clear()
+    eager = interpreter()
+    assert isinstance(eager, Eager)
+    eager.forget()
     make_emulated_cuda(devices=2)
     try:
         devices = ("cuda:0", "cuda:1", "cpu")
@@ -227,7 +231,7 @@ def test_several_devices(make_emulated_cuda: Callable[..., Any]) -> None:
         assert len(launches(optimizer.step)) == 2
         assert all((p == 0.75).all().item() for p in parameters)
     finally:
-        plans.clear()
+        eager.forget()
 
 
 def test_a_stream_of_the_users() -> None:
@@ -304,3 +308,20 @@ def test_calls_of_a_library_go_one_by_one(device: str) -> None:
 def test_integers_have_no_norm() -> None:
     with pytest.raises(DTypeError, match="vector_norm needs a floating tensor"):
         flame.nn.utils.get_total_norm([flame.ones(3, dtype=flame.int32) for _ in range(2)])
+
+
+def test_lists_that_change_with_every_step() -> None:
+    eager = interpreter()
+    assert isinstance(eager, Eager)
+    parameters = [flame.ones(3, device="cuda").requires_grad_() for _ in range(2 * MAX_LISTS)]
+    optimizer = optim.SGD(parameters, lr=0.5)
+    for count in range(2, len(parameters)):
+        for p in parameters:
+            p.grad = None
+        for p in parameters[:count]:
+            p.grad = flame.ones_like(p)
+        with mock.patch.object(foreach, "_on_gpu", wraps=foreach._on_gpu) as prepared:
+            optimizer.step()
+        assert prepared.call_count <= (count == 2)
+    assert len(eager.lists._lists) == MAX_LISTS
+    assert (parameters[2] == 1.0 - 0.5 * (len(parameters) - 3)).all().item()

@@ -12,9 +12,11 @@ it returns, so that no table on the device has to outlive the call.
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any
 
@@ -33,14 +35,23 @@ from flame.runtime.cuda.driver import driver
 
 
 @dataclass(frozen=True)
+class SharedKernel:
+    """A kernel of a call. One launch can serve those that are equal: they are of one ``kind``."""
+
+    kind: int
+    bound: BoundKernel = field(compare=False)
+    geometry: Geometry = field(compare=False)  # of a launch for this call alone
+
+
+@dataclass(frozen=True)
 class Call:
-    """One of many calls: its number among them, and its kernels with sizes, which run in order.
+    """One of many calls: its number among them, and its kernels, which run in order.
 
     elements: that it writes.
     """
 
     number: int
-    kernels: tuple[BoundKernel, ...]
+    kernels: tuple[SharedKernel, ...]
     elements: int
 
 
@@ -115,7 +126,11 @@ def _picker(numbers: Sequence[int]) -> Callable[[Sequence[int]], Any]:
     return lambda column: (column[only],)
 
 
-def kernels_to_group(lowering: Lowering) -> tuple[BoundKernel, ...] | None:
+_kinds: dict[Any, int] = {}  # what makes kernels equal -> a number, as it is slow to compare
+_numbers = itertools.count()
+
+
+def kernels_to_group(lowering: Lowering) -> tuple[SharedKernel, ...] | None:
     """The kernels of a call, if launches can serve it together with others: no table or error slot
     belongs to it, and no scratch memory outside of the multiprocessors."""
     if lowering.host is not None or lowering.constants:
@@ -124,47 +139,17 @@ def kernels_to_group(lowering: Lowering) -> tuple[BoundKernel, ...] | None:
     if len(found) < sum(bool(bound.extent) for bound in lowering.steps):
         return None
     roles = {ref.role for bound in found for ref in bound.operands}
-    plain = roles <= {"input", "output", "temporary"}
-    return tuple(found) if plain and all(geometry_of(b).shared for b in found) else None
+    if not roles <= {"input", "output", "temporary"}:
+        return None
+    shared = tuple(_shared_kernel(bound) for bound in found)
+    return shared if all(each.geometry.shared for each in shared) else None
 
 
-def grouped(
-    calls: Sequence[Call], device: str, column: Callable[[str, int], int]
-) -> list[GroupedLaunch]:
-    """The launches of calls on a device, in order. column: of a role and a position."""
-    parts: list[tuple[list[tuple[int, BoundKernel]], Geometry]] = []
-    for stage in range(max(len(call.kernels) for call in calls)):
-        alike: dict[Any, list[Call]] = {}
-        keys: dict[int, Any] = {}
-        for call in calls:
-            if stage < len(call.kernels):
-                bound = call.kernels[stage]
-                if id(bound) not in keys:  # calls of equal types have one bound kernel
-                    keys[id(bound)] = _key(bound)
-                alike.setdefault(keys[id(bound)], []).append(call)
-        for each in alike.values():
-            geometry = _geometry(each, stage)
-            most = most_items(each[0].kernels[stage].kernel)
-            for start in range(0, len(each), most):
-                part = [(call.number, call.kernels[stage]) for call in each[start : start + most]]
-                # rounded up, so that models with other numbers of parameters share the text
-                items = min(1 << (len(part) - 1).bit_length(), most)
-                parts.append((part, replace(geometry, items=items)))
-    rendered = [render(part[0][1], geometry) for part, geometry in parts]
-    index = device_index(device)
-    modules.load_many(index, [(r.text, r.symbol, r.shared) for r in rendered])
-    launches = []
-    for (part, geometry), launch in zip(parts, rendered, strict=True):
-        operands = [column(ref.role, ref.position) for ref in part[0][1].operands]
-        launches.append(GroupedLaunch(part, operands, geometry, launch, index))
-    return launches
-
-
-def _key(bound: BoundKernel) -> Any:
-    """Equal for kernels of calls that one launch can serve."""
+def _shared_kernel(bound: BoundKernel) -> SharedKernel:
     geometry = geometry_of(bound)
     free = _is_free(bound.kernel) and not geometry.held  # rows that registers hold have a length
-    return kernel_identity(bound.kernel), bound.operands, None if free else geometry
+    key = kernel_identity(bound.kernel), bound.operands, None if free else geometry
+    return SharedKernel(_kinds.setdefault(key, next(_numbers)), bound, geometry)
 
 
 def _is_free(kernel: Kernel) -> bool:
@@ -174,9 +159,39 @@ def _is_free(kernel: Kernel) -> bool:
     return not any(isinstance(s, Accumulate) for s in walk(kernel.body.body))
 
 
+def grouped(
+    calls: Sequence[Call], device: str, column: Callable[[str, int], int]
+) -> list[GroupedLaunch]:
+    """The launches of calls on a device, in order. column: of a role and a position."""
+    parts: list[tuple[list[tuple[int, BoundKernel]], KernelLaunch, Geometry]] = []
+    for stage in range(max(len(call.kernels) for call in calls)):
+        alike: dict[SharedKernel, list[Call]] = {}
+        for call in calls:
+            if stage < len(call.kernels):
+                alike.setdefault(call.kernels[stage], []).append(call)
+        for kernel, each in alike.items():
+            geometry, most = _geometry(each, stage), most_items(kernel.bound.kernel)
+            for start in range(0, len(each), most):
+                part = [(c.number, c.kernels[stage].bound) for c in each[start : start + most]]
+                # rounded up, so that models with other numbers of parameters share the text
+                items = min(1 << (len(part) - 1).bit_length(), most)
+                sized = replace(geometry, items=items)
+                parts.append((part, _rendered(kernel, sized), sized))
+    index = device_index(device)
+    modules.load_many(index, [(made.text, made.symbol, made.shared) for _, made, _ in parts])
+    launches = []
+    for part, made, geometry in parts:
+        operands = [column(ref.role, ref.position) for ref in part[0][1].operands]
+        launches.append(GroupedLaunch(part, operands, geometry, made, index))
+    return launches
+
+
 def _geometry(alike: Sequence[Call], stage: int) -> Geometry:
     """That of the call which writes most, with room for the offsets of all."""
-    known = {id(call.kernels[stage]): geometry_of(call.kernels[stage]) for call in alike}
-    largest = max(alike, key=lambda call: call.elements)
-    wide = any(geometry.wide for geometry in known.values())
-    return replace(known[id(largest.kernels[stage])], wide=wide)
+    largest = max(alike, key=lambda call: call.elements).kernels[stage].geometry
+    return replace(largest, wide=any(call.kernels[stage].geometry.wide for call in alike))
+
+
+@functools.lru_cache(maxsize=1024)
+def _rendered(kernel: SharedKernel, geometry: Geometry) -> KernelLaunch:
+    return render(kernel.bound, geometry)
