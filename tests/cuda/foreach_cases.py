@@ -93,3 +93,19 @@ def one_by_one() -> Iterator[None]:
     """Every call alone."""
     with mock.patch.object(Eager, "foreach", Interpreter.foreach):
         yield
+
+
+def state_of(optimizer: Any) -> list[Any]:
+    held = [optimizer.state[p] for g in optimizer.param_groups for p in g["params"]]
+    tensors = [s[k] for s in held for k in sorted(s) if isinstance(s[k], flame.Tensor)]
+    return [*(p for g in optimizer.param_groups for p in g["params"]), *tensors]
+
+
+def check_same(make: Callable[[Any], Any], steps: int = 3, **options: Any) -> None:
+    together = trained(make, made(**options), steps)
+    with one_by_one():
+        apart = trained(make, made(**options), steps)
+    found, wanted = state_of(together), state_of(apart)
+    assert len(found) == len(wanted) > 0
+    assert bits(found) == bits(wanted)
+    assert [t.storage.version for t in found] == [t.storage.version for t in wanted]

@@ -19,7 +19,16 @@ from flame.ops.op import OPS, interpreter
 from flame.runtime.cuda.driver import driver
 
 from .dry import get_ready
-from .foreach_cases import OPTIMIZERS, bits, clipped, made, numbers, one_by_one, trained
+from .foreach_cases import (
+    OPTIMIZERS,
+    bits,
+    check_same,
+    clipped,
+    made,
+    numbers,
+    one_by_one,
+    trained,
+)
 
 DTYPES = ((flame.float64, flame.bfloat16), (flame.float16, flame.float32))
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -38,22 +47,6 @@ def kernels(eager_cuda: None) -> None:
                 work()
 
     get_ready([*works, apart])
-
-
-def state_of(optimizer: Any) -> list[Any]:
-    held = [optimizer.state[p] for g in optimizer.param_groups for p in g["params"]]
-    tensors = [s[k] for s in held for k in sorted(s) if isinstance(s[k], flame.Tensor)]
-    return [*(p for g in optimizer.param_groups for p in g["params"]), *tensors]
-
-
-def check_same(make: Callable[[Any], Any], steps: int = 3, **options: Any) -> None:
-    together = trained(make, made(**options), steps)
-    with one_by_one():
-        apart = trained(make, made(**options), steps)
-    found, wanted = state_of(together), state_of(apart)
-    assert len(found) == len(wanted) > 0
-    assert bits(found) == bits(wanted)
-    assert [t.storage.version for t in found] == [t.storage.version for t in wanted]
 
 
 def launches(work: Callable[[], Any]) -> list[str]:
