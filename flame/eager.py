@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from flame import foreach
 from flame.autograd.engine import edge_of
 from flame.autograd.mode import mode, no_grad
 from flame.autograd.node import Edge, Node, OpNode
+from flame.compiler.foreach import ForeachPlans
 from flame.compiler.pipeline import make_plan
 from flame.compiler.plan import Plan, Step
 from flame.core import dtypes
@@ -40,6 +42,7 @@ class Eager(Interpreter):
 
     def __init__(self) -> None:
         self.plans: dict[Any, Plan] = {}
+        self.lists = ForeachPlans()  # of many calls
 
     def apply(
         self,
@@ -87,6 +90,22 @@ class Eager(Interpreter):
         if tracked and mode.enabled and op.differentiable:
             record(plan, inputs, attributes, outputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def foreach(
+        self,
+        op: Op,
+        inputs: Sequence[tuple[Any, ...]],
+        shared: tuple[Any, ...],
+        out: Sequence[tuple[Any, ...]],
+        attributes: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        if self.recording:
+            super().foreach(op, inputs, shared, out, attributes)
+            return
+        shared = tuple([as_operand(op, x) for x in shared])
+        for part in foreach.by_device(foreach.Calls(op, inputs, shared, out, attributes)):
+            if not foreach.can_run_together(part) or not foreach.run_together(self, part):
+                super().foreach(*part)
 
     def constant(self, data: Any, **options: Any) -> Tensor:
         from flame.creation import tensor
@@ -142,6 +161,11 @@ class Eager(Interpreter):
             self.plans.clear()
         self.plans[key] = plan
         return plan
+
+    def forget(self) -> None:
+        """Drop all plans, where what they depend on beside their signatures has changed."""
+        self.plans.clear()
+        self.lists.clear()
 
     def _view(self, plan: Plan, x: Any, attributes: dict[str, Any]) -> Any:
         type_ = plan.outputs[0]
@@ -479,4 +503,4 @@ def set_float32_matmul_precision(precision: str) -> None:
             "set_float32_matmul_precision: call it outside of functions that are being compiled"
         )
     choose_float32_matmul_precision(precision)
-    current.plans.clear()
+    current.forget()

@@ -21,11 +21,11 @@ from flame.core.device import check_device
 from flame.core.errors import ArgumentError, DeviceError, DTypeError, FlameWarning, StateError
 from flame.ops.comparison import where
 from flame.ops.creation import full
-from flame.ops.joining import stack
+from flame.ops.foreach import scale_each_
 from flame.ops.mathematics import isfinite
 from flame.ops.op import interpreter
 from flame.ops.pointwise import pointwise
-from flame.ops.statistics import has_nonfinite
+from flame.ops.statistics import any_nonfinite
 from flame.optim import Optimizer
 from flame.tensor import Tensor
 
@@ -364,12 +364,8 @@ def _unscale(optimizer: Optimizer, scale: Tensor) -> Tensor | None:
             "Attempting to unscale FP16 gradients. Keep parameters in float32: autocast casts them "
             "where that is safe"
         )
-    flags = [has_nonfinite(gradient).to(scale.device) for gradient in gradients]
-    found = flags[0] if len(flags) == 1 else stack(flags).any()
-    inverse = inverse_scale(scale)
-    inverses = {d: inverse.to(d) for d in dict.fromkeys(g.device for g in gradients)}
-    for gradient in gradients:
-        gradient.mul_(inverses[gradient.device])
+    found = any_nonfinite(gradients)
+    scale_each_(gradients, inverse_scale(scale))
     result: Tensor = found.to(dtypes.float32)
     return result
 

@@ -21,7 +21,8 @@ class Geometry:
     team: threads of a team. block: threads of a block, a multiple of the team. wide: whether
     offsets need 64 bits. shared: whether scratch memory stands in shared memory. by_pointer:
     whether numbers of the call arrive as pointers to their 64-bit words on the device. held: packs
-    of a row that each thread keeps in registers; 0: none, see `flame.render.cuda_held`.
+    of a row that each thread keeps in registers; 0: none, see `flame.render.cuda_held`. items: how
+    many calls one launch serves at most, each by blocks of its own; 0: one call, without a table.
     """
 
     team: int
@@ -30,6 +31,7 @@ class Geometry:
     shared: bool = True
     by_pointer: bool = False
     held: int = 0
+    items: int = 0
 
     def __post_init__(self) -> None:
         whole = self.team & (self.team - 1) == 0 and self.team > 0 and self.block % self.team == 0
@@ -37,6 +39,11 @@ class Geometry:
             raise CompileError(
                 f"teams of {self.team} threads in blocks of {self.block}: a team is a power of two "
                 f"of at most {WARP} threads, or one whole block of at most 1024"
+            )
+        if self.items and (self.by_pointer or not self.shared):
+            raise CompileError(
+                "a launch of many calls takes numbers as they are, and has no scratch memory on "
+                "the device"
             )
 
     @property
@@ -51,7 +58,8 @@ class KernelLaunch:
 
     Arguments in order: one 64-bit word for each operand (pointers; numbers as int64 or double, or
     pointers to them), a pointer to ``scratch`` bytes of device memory if that is not 0, the
-    sizes as int64, the extent of the parallel loop as int64.
+    sizes as int64, the extent of the parallel loop as int64. Where one launch serves many calls:
+    a table of 64-bit words, see `flame.render.cuda_items`, then the numbers.
     """
 
     text: str

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 import flame
 from flame.core.errors import ArgumentError, GradientError, ShapeError
+from flame.ops.foreach import scale_each_
+from flame.ops.norms import norm_of_each
 from flame.tensor import Tensor
 
 __all__ = [
@@ -47,8 +49,10 @@ def get_total_norm(
         return flame.tensor(0.0)
     order = float(norm_type)
     with flame.no_grad():
-        norms = [flame.norm(tensor, order).to(given[0].device) for tensor in given]
-        total = norms[0] if len(norms) == 1 else flame.norm(flame.stack(norms), order)
+        if len(given) == 1:
+            total = flame.norm(given[0], order)
+        else:
+            total = flame.norm(norm_of_each(given, order), order)
     if error_if_nonfinite and not math.isfinite(float(total.item())):
         raise GradientError(
             f"the total norm of order {order} of {len(given)} gradients is {total.item()}, so they "
@@ -69,9 +73,7 @@ def clip_grads_with_norm_(
     with flame.no_grad():
         # The small addend keeps a norm of zero from dividing by it.
         factor = (float(max_norm) / (total_norm + 1e-6)).clamp(max=1.0)
-        factors = {d: factor.to(d) for d in dict.fromkeys(g.device for g in gradients)}
-        for gradient in gradients:
-            gradient.mul_(factors[gradient.device])
+        scale_each_(gradients, factor)
 
 
 def clip_grad_norm_(

@@ -6,6 +6,7 @@ Invariant: the gradient is 0 where a norm is 0, a subgradient as PyTorch's.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from flame.ops.comparison import eq, where
 from flame.ops.conversion import convert
 from flame.ops.extrema import _amax, _amin
 from flame.ops.folds import Fold, floating_result
+from flame.ops.foreach import reduce_each
+from flame.ops.joining import stack
 from flame.ops.mathematics import abs as magnitude
 from flame.ops.mathematics import sign
 from flame.ops.op import Arg, Op, Sample, Types
@@ -159,6 +162,14 @@ def vector_norm(
     else:
         result = _power_norm(x, order, **options)
     return result
+
+
+def norm_of_each(tensors: Sequence[Tensor], order: float) -> Tensor:
+    """(len(tensors),): the norm of all elements of each; no gradient flows through it."""
+    if order in (1.0, 2.0) and all(t.dtype.kind == "f" for t in tensors):
+        op = _length if order == 2.0 else _sum_of_sizes
+        return reduce_each(op, tensors, lambda t: vector_norm(t, order))
+    return stack([vector_norm(t, order).to(tensors[0].device) for t in tensors])
 
 
 def norm(

@@ -197,6 +197,17 @@ class Op:
         """Call with the results written into the tensors ``out``, in place."""
         return _interpreter.apply(self, inputs, attributes, out)
 
+    def foreach(
+        self,
+        inputs: Sequence[tuple[Any, ...]],
+        *shared: Any,
+        out: Sequence[tuple[Any, ...]],
+        attributes: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Many calls that have the operands ``shared`` in common, each written into its own tensors
+        of ``out``; see `Interpreter.foreach`."""
+        _interpreter.foreach(self, inputs, shared, out, attributes)
+
     def lowering(
         self, types: Types, outputs: tuple[TensorType, ...], attributes: Mapping[str, Any]
     ) -> Lowering:
@@ -227,6 +238,21 @@ class Interpreter:
         out: tuple[Any, ...] | None = None,
     ) -> Any:
         raise StateError(f"op {op.name} was called before `import flame` was complete")
+
+    def foreach(
+        self,
+        op: Op,
+        inputs: Sequence[tuple[Any, ...]],
+        shared: tuple[Any, ...],
+        out: Sequence[tuple[Any, ...]],
+        attributes: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Many calls, as if one after the other: each of its own ``inputs`` (tensors) and then of
+        ``shared`` (tensors and numbers), written into its own ``out``. attributes: of each call, if
+        there are any."""
+        given = attributes or [{}] * len(inputs)
+        for own, targets, each in zip(inputs, out, given, strict=True):
+            self.apply(op, (*own, *shared), each, targets)
 
     def constant(self, data: Any, **options: Any) -> Any:
         """A tensor of numbers that an op's wrapper brings along."""

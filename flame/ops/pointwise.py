@@ -42,12 +42,27 @@ class Pointwise:
         return f"<pointwise {self.__name__}>"
 
     def __call__(self, *operands: Any, out: Sequence[Any] | None = None) -> Any:
-        if len(operands) != len(self.op.inputs):
+        self._expect(len(operands))
+        return self.op(*operands) if out is None else self.op.into(tuple(out), *operands)
+
+    def foreach(
+        self,
+        inputs: Sequence[tuple[Any, ...]],
+        *shared: Any,
+        out: Sequence[tuple[Any, ...]],
+    ) -> None:
+        """``fused(*own, *shared, out=targets)`` for each ``own`` of ``inputs`` and ``targets`` of
+        ``out``, in few launches on a GPU. ``inputs``: tensors; ``shared``: tensors and numbers."""
+        for count in {*map(len, inputs)}:
+            self._expect(count + len(shared))
+        self.op.foreach(inputs, *shared, out=out)
+
+    def _expect(self, count: int) -> None:
+        if count != len(self.op.inputs):
             raise ArgumentError(
                 f"{self.__name__} takes {len(self.op.inputs)} operands "
-                f"({', '.join(self.op.inputs)}), got {len(operands)}"
+                f"({', '.join(self.op.inputs)}), got {count}"
             )
-        return self.op(*operands) if out is None else self.op.into(tuple(out), *operands)
 
     def _scalar(self, *operands: Value) -> tuple[Value, ...]:
         made = self.function(*operands)

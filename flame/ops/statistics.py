@@ -6,7 +6,7 @@ Invariants: variances take two passes, so nothing cancels; gradients of products
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from flame.ops.comparison import eq, ne, where
 from flame.ops.conversion import convert
 from flame.ops.elementwise import compute_dtype, floating
 from flame.ops.folds import Fold, floating_result
+from flame.ops.foreach import reduce_each
 from flame.ops.mathematics import abs as magnitude
 from flame.ops.mathematics import exp, isnan, sqrt
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types
@@ -309,6 +310,14 @@ def has_nonfinite(input: Tensor) -> Tensor:
     """Whether any element is infinite or NaN: a bool without dimensions. Floating tensors only."""
     result: Tensor = _has_nonfinite(input, dims=tuple(range(input.ndim)), keepdim=False)
     return result
+
+
+def any_nonfinite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether any element of any tensor is infinite or NaN: a bool without dimensions."""
+    if len(tensors) == 1:
+        return has_nonfinite(tensors[0])
+    found: Tensor = reduce_each(_has_nonfinite, tensors, has_nonfinite).any()
+    return found
 
 
 # --- counts and sums without NaN ------------------------------------------------------------------

@@ -22,7 +22,7 @@ from flame.optim._recording import as_numbers
 from flame.optim._tensors import Tensor, float64, full, pointwise, where
 
 if TYPE_CHECKING:
-    from flame.optim._optimizer import Optimizer, Update, UpdateCall
+    from flame.optim._optimizer import Optimizer, Update, Updates
 
 Numbers = tuple[Any, ...]
 
@@ -47,7 +47,7 @@ class _Part(NamedTuple):
     parameters: list[Tensor]
 
 
-def conditional(optimizer: Optimizer, found_inf: Tensor | None) -> list[UpdateCall]:
+def conditional(optimizer: Optimizer, found_inf: Tensor | None) -> list[Updates]:
     """Count this step, and give the kernel calls that are left of it."""
     parts: list[_Part] = []
     # a tuple in a list, as a list of tensors would be taken for a place where the user keeps them
@@ -77,7 +77,7 @@ def conditional(optimizer: Optimizer, found_inf: Tensor | None) -> list[UpdateCa
             count.add_(1.0)
         else:
             count_taken(count, found_inf.to(count.device), out=(count,))
-    return [call for part in parts for call in _calls(optimizer, part, numbers, found_inf)]
+    return [made for part in parts for made in _updates(optimizer, part, numbers, found_inf)]
 
 
 @pointwise
@@ -85,33 +85,35 @@ def count_taken(count: Any, found_inf: Any) -> Any:
     return where(found_inf == 0.0, count + 1.0, count)
 
 
-def _calls(
+def _updates(
     optimizer: Optimizer, part: _Part, numbers: Any, found_inf: Tensor | None
-) -> list[UpdateCall]:
-    from flame.optim._optimizer import UpdateCall
+) -> list[Updates]:
+    """The updates of a part, those of each device by themselves."""
+    from flame.optim._optimizer import Updates
 
     group, update, steps, parameters = part
     counted = optimizer._counted(group)
     scalars: Numbers = ()
     if counted is not None:
-        made = counted.function(steps, *[next(numbers) for _ in counted.numbers])
-        scalars = made if isinstance(made, tuple) else (made,)
+        given = counted.function(steps, *[next(numbers) for _ in counted.numbers])
+        scalars = given if isinstance(given, tuple) else (given,)
     rest = len(optimizer._scalars(group, 2)) - len(scalars)
     scalars = (*scalars, *[next(numbers) for _ in range(rest)])
     function = update.function
     if found_inf is not None:
         function, scalars = skippable(function), (*scalars, found_inf)
-    calls = []
-    devices = dict.fromkeys(parameter.device for parameter in parameters)
-    placed = {
-        device: tuple(s.to(device) if isinstance(s, Tensor) else s for s in scalars)
-        for device in devices
-    }
+    made: dict[Any, Updates] = {}
     for parameter in parameters:
-        kept = (parameter, *[optimizer.state[parameter][name] for name in update.buffers])
-        inputs = (parameter, parameter.grad, *kept[1:])
-        calls.append(UpdateCall(function, inputs, placed[parameter.device], kept))
-    return calls
+        gradient = parameter.grad
+        assert gradient is not None
+        device = parameter.device
+        if device not in made:
+            there = tuple(s.to(device) if isinstance(s, Tensor) else s for s in scalars)
+            made[device] = Updates(function, there, [], [])
+        buffers = [optimizer.state[parameter][name] for name in update.buffers]
+        made[device].inputs.append((parameter, gradient, *buffers))
+        made[device].outputs.append((parameter, *buffers))
+    return list(made.values())
 
 
 @functools.cache

@@ -39,13 +39,16 @@ class Update(NamedTuple):
     buffers: tuple[str, ...]
 
 
-class UpdateCall(NamedTuple):
-    """One kernel call of a step: `function(*inputs, *scalars, out=outputs)`."""
+class Updates(NamedTuple):
+    """Kernel calls of a step that have their scalars in common.
 
-    function: Callable[..., Any]
-    inputs: tuple[Tensor, ...]
+    They are `function(*inputs[i], *scalars, out=outputs[i])` for each parameter.
+    """
+
+    function: Any  # a `Pointwise`
     scalars: tuple[Scalar, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: list[tuple[Tensor, ...]]
+    outputs: list[tuple[Tensor, ...]]
 
 
 class Optimizer:
@@ -201,39 +204,40 @@ class Optimizer:
                 loss = closure()
         with no_grad():
             if self.found_inf is not None or self._counts:
-                calls = conditional(self, self.found_inf)
+                updates = conditional(self, self.found_inf)
             else:
-                calls = recorded(self) if interpreter().recording else self._prepare()
-            for function, inputs, scalars, outputs in calls:
-                function(*inputs, *scalars, out=outputs)
+                updates = recorded(self) if interpreter().recording else self._prepare()
+            for function, scalars, inputs, outputs in updates:
+                function.foreach(inputs, *scalars, out=outputs)
         return loss
 
-    def _prepare(self) -> list[UpdateCall]:
+    def _prepare(self) -> list[Updates]:
         """The host's work of one step: creates missing state, counts, computes the scalars.
 
         What is left is calling the kernels, in any order. In a compiled step the scalars are the
         only part that differs from step to step; see `flame.optim._recording`.
         """
-        calls: list[UpdateCall] = []
+        found: list[Updates] = []
         for group in self.param_groups:
             update = self._update(group)
-            scalars: tuple[Scalar, ...] = ()
-            scalars_step = -1
+            by_step: dict[int, Updates] = {}  # parameters without a gradient fall behind
             for parameter in group["params"]:
                 gradient = parameter.grad
                 if gradient is None:
                     continue
-                self._check_gradient(parameter)
+                if gradient.type is not parameter.type:
+                    self._check_gradient(parameter)
                 state = self.state[parameter]
                 step = self._advance(parameter, state, update, group)
-                if step != scalars_step:
-                    scalars, scalars_step = self._scalars(group, step), step
-                buffers = tuple([state[name] for name in update.buffers])
-                outputs = (parameter, *buffers)
-                calls.append(
-                    UpdateCall(update.function, (parameter, gradient, *buffers), scalars, outputs)
-                )
-        return calls
+                updates = by_step.get(step)
+                if updates is None:
+                    scalars = self._scalars(group, step)
+                    updates = by_step[step] = Updates(update.function, scalars, [], [])
+                    found.append(updates)
+                buffers = [state[name] for name in update.buffers]
+                updates.inputs.append((parameter, gradient, *buffers))
+                updates.outputs.append((parameter, *buffers))
+        return found
 
     def _check_gradient(self, parameter: Tensor) -> None:
         gradient = parameter.grad

@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any
 from flame.ops.op import Stale, interpreter
 
 if TYPE_CHECKING:
-    from flame.optim._optimizer import Optimizer, UpdateCall
+    from flame.optim._optimizer import Optimizer, Updates
 
 Numbers = tuple[Any, ...]
 
 
-def recorded(optimizer: Optimizer) -> list[UpdateCall]:
+def recorded(optimizer: Optimizer) -> list[Updates]:
     """This step's kernel calls, with stand-ins for the scalars that each step computes anew."""
-    calls: list[UpdateCall] = []
+    updates: list[Updates] = []
 
     def first() -> Numbers:
-        calls.extend(optimizer._prepare())
-        return as_numbers(_distinct(calls))
+        updates.extend(optimizer._prepare())
+        return as_numbers([each.scalars for each in updates])
 
     chosen = _chosen(optimizer)
     fresh = [tuple(p for _, _, found in chosen for p in found if not optimizer.state.get(p))]
-    known: list[tuple[tuple[Any, ...], Numbers]] = []
+    known: dict[Any, tuple[tuple[Any, ...], int]] = {}
 
     def again() -> Numbers:
         fresh.clear()
@@ -35,11 +35,12 @@ def recorded(optimizer: Optimizer) -> list[UpdateCall]:
 
     made = interpreter().repeat(first, again, lambda: _undo(optimizer, chosen, fresh))
     stand_ins = iter(made)
-    known += [(call.outputs[1:], call.scalars) for call in calls]
-    replaced = {
-        id(scalars): tuple(next(stand_ins) for _ in scalars) for scalars in _distinct(calls)
+    known |= {
+        parameter: (tuple(buffers), number)
+        for number, each in enumerate(updates)
+        for parameter, *buffers in each.outputs
     }
-    return [call._replace(scalars=replaced[id(call.scalars)]) for call in calls]
+    return [each._replace(scalars=tuple(next(stand_ins) for _ in each.scalars)) for each in updates]
 
 
 def _chosen(optimizer: Optimizer) -> list[tuple[dict[str, Any], Any, list[Any]]]:
@@ -50,11 +51,13 @@ def _chosen(optimizer: Optimizer) -> list[tuple[dict[str, Any], Any, list[Any]]]
     ]
 
 
-def _again(optimizer: Optimizer, chosen: Any, known: list[tuple[Any, Numbers]]) -> Numbers:
-    """The scalars of a later step. known: buffers and first scalars of each parameter."""
+def _again(
+    optimizer: Optimizer, chosen: Any, known: dict[Any, tuple[tuple[Any, ...], int]]
+) -> Numbers:
+    """The scalars of a later step. known: of each parameter its buffers, and which of the Updates
+    it is in."""
     if optimizer._counts:
         raise Stale("where the optimizer's steps are counted")
-    states: list[dict[str, Any]] = []
     if len(optimizer.param_groups) != len(chosen):
         raise Stale("the optimizer's groups")
     for now, (group, update, parameters) in zip(optimizer.param_groups, chosen, strict=True):
@@ -62,24 +65,18 @@ def _again(optimizer: Optimizer, chosen: Any, known: list[tuple[Any, Numbers]]) 
             raise Stale("the optimizer's options")
         for parameter in parameters:
             state = optimizer.state[parameter]
-            for name, buffer in zip(update.buffers, known[len(states)][0], strict=True):
+            for name, buffer in zip(update.buffers, known[parameter][0], strict=True):
                 if state.get(name) is not buffer:
                     raise Stale("the optimizer's state")
-            states.append(state)
     found: list[Numbers] = []
-    before: Numbers | None = None
-    position = 0
     for group, _, parameters in chosen:
-        for _ in parameters:
-            state = states[position]
+        for parameter in parameters:
             step = 2
             if optimizer._counts_steps:
+                state = optimizer.state[parameter]
                 step = state["step"] = state.get("step", 0) + 1
-            scalars = known[position][1]
-            if scalars is not before:  # parameters that shared their scalars share them always
+            if known[parameter][1] == len(found):  # who shared scalars once shares them always
                 found.append(optimizer._scalars(group, step))
-                before = scalars
-            position += 1
     return as_numbers(found)
 
 
@@ -95,11 +92,6 @@ def _undo(optimizer: Optimizer, chosen: Any, fresh: list[tuple[Any, ...]]) -> No
             state = optimizer.state.get(parameter)
             if state:
                 state["step"] -= 1
-
-
-def _distinct(calls: list[UpdateCall]) -> list[Numbers]:
-    """The tuples of scalars, each once, in order."""
-    return list({id(call.scalars): call.scalars for call in calls}.values())
 
 
 def as_numbers(scalars: list[Numbers]) -> Numbers:

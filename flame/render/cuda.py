@@ -97,10 +97,11 @@ class Renderer(VectorWriter):
     def text(self) -> str:
         """All of the text; ``@SYMBOL`` stands for the kernel's name."""
         teams, index = self.geometry.teams, self.index_type
-        first = f"({index})blockIdx.x"
+        block, blocks = ("block", "blocks") if self.geometry.items else ("blockIdx.x", "gridDim.x")
+        first = f"({index}){block}"
         if teams > 1:
             first = f"{first} * {teams} + threadIdx.x / {self.team}"
-        step = f"({index})gridDim.x" + (f" * {teams}" if teams > 1 else "")
+        step = f"({index}){blocks}" + (f" * {teams}" if teams > 1 else "")
         self.declare_held()
         self._loop("p", first, "end", step, self.kernel.body.body)
         return frame(self.kernel, self.geometry, self.written, self, self.scopes[0].lines)

@@ -12,6 +12,7 @@ from flame.kernel.values import Buffer
 from flame.render.cuda_folds import slots_name
 from flame.render.cuda_geometry import scratch_bytes, scratch_places
 from flame.render.cuda_instructions import C_TYPE, memory_type
+from flame.render.cuda_items import Column, find_item, table_type
 
 if TYPE_CHECKING:
     from flame.render.cuda import Renderer
@@ -28,40 +29,65 @@ def frame(
     head = f"// {kernel.name}: {geometry.teams} teams of {lanes} in a block"
     if geometry.teams == 1:
         head = f"// {kernel.name}: a block of {lanes} for each iteration"
+    items, columns = geometry.items, [*_buffers(kernel, written), *_sizes(kernel, geometry)]
     arguments = ",\n".join(f"    {a}" for a in _arguments(kernel, geometry, written))
     said = set(re.findall(r"\w+", " ".join(loop)))
-    constants = [line for name, line in _constants(kernel, geometry) if name in said]
-    opening = [*constants, *_slots(made), *_scratch(kernel, geometry, said)]
+    constants = [line for name, line in _constants(kernel, geometry, written) if name in said]
+    found = find_item(items) if items else ()
+    opening = [*found, *constants, *_slots(made), *_scratch(kernel, geometry, said)]
     body = "\n".join(f"  {line}" for line in [*opening, *loop])
     signature = (
         f'extern "C" __global__ void __launch_bounds__({block}) @SYMBOL(\n{arguments}) {{\n'
         f"{body}\n}}\n"
     )
-    functions = "\n\n".join(made.helpers.texts.values())
-    parts = [functions, signature] if functions else [signature]
-    text = "\n\n".join(parts)
+    table = [table_type(columns, items)] if items else []
+    text = "\n\n".join((*made.helpers.texts.values(), *table, signature))
     includes = [f"#include <{file}>" for type_, file in _INCLUDES.items() if type_ in text]
     start = [head, *includes]
     return "\n".join(start) + "\n\n" + text
 
 
-def _arguments(kernel: Kernel, geometry: Geometry, written: set[Buffer]) -> Iterator[str]:
+def _buffers(kernel: Kernel, written: set[Buffer]) -> Iterator[Column]:
     for operand in kernel.operands:
         if isinstance(operand, Buffer):
             const = "" if operand in written else "const "
-            yield f"{const}{memory_type(operand.dtype)}* {operand.name}"
+            yield f"{const}{memory_type(operand.dtype)}*", operand.name
+
+
+def _sizes(kernel: Kernel, geometry: Geometry) -> Iterator[Column]:
+    suffix = "" if geometry.wide else "_word"
+    yield from (("long long", f"{s.attr}{suffix}") for s in (*kernel.sizes, kernel.body.extent))
+
+
+def _arguments(kernel: Kernel, geometry: Geometry, written: set[Buffer]) -> Iterator[str]:
+    if geometry.items:
+        yield "const __grid_constant__ Items items"
+    buffers = _buffers(kernel, written)
+    for operand in kernel.operands:
+        if isinstance(operand, Buffer):
+            if not geometry.items:
+                yield " ".join(next(buffers))
         elif geometry.by_pointer:
             yield f"const {C_TYPE[operand.dtype]}* {operand.attr}_word"
         else:
             yield f"const {C_TYPE[operand.dtype]} {operand.attr}"
+    if geometry.items:
+        return
     if scratch_bytes(kernel) and not geometry.shared:
         yield "unsigned char* scratch"
-    suffix = "" if geometry.wide else "_word"
-    yield from (f"const long long {s.attr}{suffix}" for s in (*kernel.sizes, kernel.body.extent))
+    yield from (f"const {type_} {name}" for type_, name in _sizes(kernel, geometry))
 
 
-def _constants(kernel: Kernel, geometry: Geometry) -> Iterator[tuple[str, str]]:
+def _constants(
+    kernel: Kernel, geometry: Geometry, written: set[Buffer]
+) -> Iterator[tuple[str, str]]:
     """Names that the loop may use, and the lines that declare them."""
+    if geometry.items:
+        for type_, name in _buffers(kernel, written):
+            yield name, f"{type_} {name} = items.{name}[item];"
+        if geometry.wide:
+            for type_, name in _sizes(kernel, geometry):
+                yield name, f"const {type_} {name} = items.{name}[item];"
     if geometry.by_pointer:
         for operand in kernel.operands:
             if not isinstance(operand, Buffer):
@@ -69,7 +95,8 @@ def _constants(kernel: Kernel, geometry: Geometry) -> Iterator[tuple[str, str]]:
                 yield name, f"const {type_} {name} = *{name}_word;"
     if not geometry.wide:
         for size in (*kernel.sizes, kernel.body.extent):
-            yield size.attr, f"const int {size.attr} = (int){size.attr}_word;"
+            word = f"items.{size.attr}_word[item]" if geometry.items else f"{size.attr}_word"
+            yield size.attr, f"const int {size.attr} = (int){word};"
     team = geometry.team
     if team > 1:
         place = "threadIdx.x" if geometry.teams == 1 else f"threadIdx.x % {team}"

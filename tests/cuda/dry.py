@@ -16,6 +16,7 @@ from unittest import mock
 
 import numpy as np
 
+from flame.compiler.foreach import ForeachPlans
 from flame.eager import Eager
 from flame.ops.op import interpreter
 from flame.runtime.cuda import modules
@@ -60,7 +61,8 @@ def kernels_of(works: Iterable[Callable[[], Any]]) -> list[Request]:
     eager = interpreter()
     assert isinstance(eager, Eager)
     before = install_driver(DryDriver())
-    plans, eager.plans = eager.plans, {}  # they hold kernels of the driver that they were made with
+    # they hold kernels of the driver that they were made with
+    plans, lists, eager.plans, eager.lists = eager.plans, eager.lists, {}, ForeachPlans()
     try:
         comparisons = {"assert_allclose": _agree, "assert_array_equal": _agree}
         with (
@@ -74,7 +76,7 @@ def kernels_of(works: Iterable[Callable[[], Any]]) -> list[Request]:
                     work()
         return [(text, symbol, shared) for _, text, symbol, shared in modules.modules()._functions]
     finally:
-        eager.plans = plans
+        eager.plans, eager.lists = plans, lists
         install_driver(before)
 
 

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+import flame
 from flame.compiler.gpu.steps import KernelSpec
 from flame.render.cuda import render
 
+from .dry import kernels_of
+from .foreach_cases import OPTIMIZERS, clipped, made, trained
 from .host_compiler import DEFINE
 from .instruction_cases import kernels_of_many
 from .op_cases import launches_on_gpu, ops_with_kernels
@@ -72,6 +75,19 @@ def test_every_text_of_the_ops_compiles(architecture: str, share: int) -> None:
     cubin = machine_code(list(specs), architecture)
     assert cubin.startswith(b"\x7fELF")
     assert all(spec.symbol.encode() in cubin for spec in specs.values())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tables_of_calls_compile(architecture: str) -> None:
+    dtypes = (flame.float32, flame.bfloat16)
+    works = [lambda m=m: trained(m, made(dtypes=dtypes), 1) for m in OPTIMIZERS.values()]
+    many = [lambda: trained(OPTIMIZERS["AdamW"], made([(2,)] * 500), 1), lambda: clipped(2.0)]
+    requests = kernels_of([*works, *many])
+    texts = {text: symbol for text, symbol, _ in requests if "struct Items" in text}
+    assert len(texts) > len(OPTIMIZERS)
+    assert any("inp0[408]" in text for text in texts)  # as large as arguments may be
+    cubin = machine_code(list(texts), architecture)
+    assert all(symbol.encode() in cubin for symbol in texts.values())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

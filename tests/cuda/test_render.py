@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from flame.kernel.values import Value, const
 from flame.ops.op import OPS
 from flame.render.cuda import render
 from flame.render.cuda_geometry import geometry_of
+from flame.render.cuda_items import ARGUMENT_BYTES, columns_of, most_items
 
 from .host_compiler import HostLibrary
 from .op_cases import run_bound as run
@@ -60,6 +62,20 @@ def test_few_rows_get_large_teams() -> None:
 def test_equal_kernels_of_other_sizes_are_one_text() -> None:
     made = {render(lowered("sum", (n, 300), dims=(1,), keepdim=False)).symbol for n in (900, 1700)}
     assert len(made) == 1
+
+
+def test_a_table_holds_what_arguments_can() -> None:
+    bound = lowered("add", (4096, 4096), (4096, 4096))
+    assert columns_of(bound.kernel) == 5  # three buffers, a size, the extent
+    most = most_items(bound.kernel)
+    assert 8 * (6 * most + 1) <= ARGUMENT_BYTES < 8 * (6 * (most + 1) + 1)
+    geometry = geometry_of(bound)
+    alone, one, many = (render(bound, replace(geometry, items=n)).text for n in (0, 1, most))
+    assert "Items" not in alone
+    assert "step" not in one  # there is nothing to search
+    assert f"inp0[{most}]" in many
+    with pytest.raises(CompileError, match="takes numbers as they are"):
+        replace(geometry, items=2, by_pointer=True)
 
 
 def test_a_geometry_must_be_possible() -> None:

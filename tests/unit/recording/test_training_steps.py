@@ -564,6 +564,26 @@ def test_optimizers_are_the_same_bits(name: str) -> None:
     np.testing.assert_array_equal(*weights)
 
 
+def test_counts_of_steps_that_differ_between_parameters() -> None:
+    def setup() -> tuple[Sequence[Any], Callable[..., Any]]:
+        parameters = [array(4, seed=i).requires_grad_() for i in range(5)]
+        optimizer = optim.AdamW(parameters, lr=0.1)
+        for i, p in enumerate(parameters):
+            p.grad = None if i % 2 else flame.ones_like(p)
+        optimizer.step()  # the second and the fourth fall behind
+
+        def step(x: Any, y: Any) -> Any:
+            optimizer.zero_grad()
+            loss = sum((p * x[0, :4] * p).sum() for p in parameters)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return parameters, step
+
+    both(setup)
+
+
 def test_custom_functions_retained_gradients_and_hooks() -> None:
     class Clipped(flame.autograd.Function):
         @staticmethod
