@@ -239,7 +239,7 @@ def _given(types: Types) -> tuple[TensorType | None, ...]:
     return tuple(None if t is None else type_of(t) for t in types[:8])
 
 
-def _second(
+def second_order(
     g: Any, grad: Any, shift: Any, query: Any, key: Any, value: Any, mask: Any, result: Any,
     log_sum: Any, seed: Any, offset: Any, needs: Any, causal: bool, scale: float, dropout: float,
 ) -> tuple[Any, ...]:  # fmt: skip
@@ -285,7 +285,7 @@ attention_backward: Op = Op(
         "grad", "shift", "query", "key", "value", "mask", "result", "log_sum", "seed", "offset",
     ),
     infer=_infer_backward, lower=_lower_backward, lower_cuda=_lower_backward_cuda,
-    vjp=Joint(_second),
+    vjp=Joint(second_order),
     flops=lambda types, outputs: _flops(types[2], types[3], 5),
     reference=references.attention_backward, tolerance=4.0,
     samples=[references.backward_sample(s) for s in references.SAMPLES],
