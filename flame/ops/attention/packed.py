@@ -12,6 +12,7 @@ from flame.ops.attention.packed_operation import NAME, attention_packed, check, 
 from flame.ops.attention.packing import Packing, padded, unpadded
 from flame.ops.autocast import autocasts
 from flame.ops.conversion import convert
+from flame.ops.elementwise import compute_dtype
 
 if TYPE_CHECKING:
     from flame.tensor import Tensor
@@ -89,7 +90,8 @@ def _attend(
         return result
     made = scaled_dot_product_attention(
         padded(query, p.cu_seq_q, p.max_q), padded(key, p.cu_seq_k, p.max_k),
-        padded(value, p.cu_seq_k, p.max_k), None if p.causal else p.mask(), is_causal=p.causal,
-        scale=factor, enable_gqa=query.shape[1] != key.shape[1],
+        padded(value, p.cu_seq_k, p.max_k),
+        None if p.causal else p.mask(compute_dtype(query.dtype)), is_causal=p.causal, scale=factor,
+        enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return unpadded(made, p.cu_seq_q, query.shape[0])

@@ -245,7 +245,7 @@ def _second(
         """(H, T_q) as (N, G, H / G, max_q)."""
         return None if t is None else of_queries(unsqueeze(transpose(t, 0, 1), 2))[..., 0]
 
-    mask = packing.mask(whole=True)
+    mask = packing.mask(log_sum.dtype, whole=True)
     if slopes is not None:
         mask = reshape(mask, (mask.shape[0], groups, mask.shape[1] // groups, *mask.shape[2:]))
     else:

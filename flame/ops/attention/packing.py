@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flame.core import dtypes
+from flame.core.dtypes import DType
 from flame.ops.comparison import where
+from flame.ops.conversion import convert
 from flame.ops.creation import arange
 from flame.ops.indexing import index_select
 from flame.ops.mathematics import abs as absolute
@@ -61,9 +63,9 @@ class Packing:
         own = self.cu_seq_q is self.cu_seq_k and self.slopes is None
         return own and self.left < 0 and self.right == 0
 
-    def mask(self, *, whole: bool = False) -> Any:
-        """What is added to scores (N, 1 or H, 1 or max_q, max_k), or which take part if there are
-        no slopes. whole: padding among the queries takes no part either."""
+    def mask(self, dtype: DType, *, whole: bool = False) -> Any:
+        """What is added to scores (N, 1 or H, 1 or max_q, max_k), in ``dtype``, or which take part
+        if there are no slopes. whole: padding among the queries takes no part either."""
         device = self.cu_seq_k.device
         lengths_q, lengths_k = (
             unsqueeze(c[1:] - c[:-1], 1) for c in (self.cu_seq_q, self.cu_seq_k)
@@ -82,4 +84,5 @@ class Packing:
         if self.slopes is None:
             return seen
         distance = unsqueeze(absolute(own - keys), 1)
-        return where(seen, distance * -reshape(self.slopes, (-1, 1, 1)), -math.inf)
+        slopes = reshape(convert(self.slopes, dtype=dtype), (-1, 1, 1))
+        return where(seen, distance * -slopes, -math.inf)
