@@ -8,6 +8,7 @@ launch, and one CUDA graph, serves all lengths. On the CPU the ops are NumPy, se
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -160,13 +161,17 @@ def _infer(types: Types, *, scale: float, **limits: int) -> tuple[TensorType, ..
     return ordered((rows, heads, value.shape[-1]), query), log_sum
 
 
-def _lower(types: Types, outputs: tuple[TensorType, ...], **options: Any) -> Lowering:
-    def host(operands: Any, results: Any) -> None:
-        found = references.attention_packed(*operands, **options)
-        for result, made in zip(results, found, strict=True):
-            result[...] = made
+def _by(meaning: Callable[..., Any]) -> Callable[..., Lowering]:
+    """The lowering that is NumPy's computation of the meaning."""
 
-    return Lowering((), host=host)
+    def lower(types: Types, outputs: tuple[TensorType, ...], **options: Any) -> Lowering:
+        def host(operands: Any, results: Any) -> None:
+            for result, made in zip(results, meaning(*operands, **options), strict=True):
+                result[...] = made
+
+        return Lowering((), host=host)
+
+    return lower
 
 
 def _vjp(
@@ -189,8 +194,9 @@ def _flops(types: Types, products: int) -> int:
 
 attention_packed = Op(
     "attention_packed", inputs=("query", "key", "value", "cu_seq_q", "cu_seq_k", "slopes"),
-    infer=_infer, lower=_lower, lower_cuda=_lower_cuda, vjp=Joint(_vjp), materialize=False,
-    reads=lambda t: t.ndim == 3 or t.contiguous, failure=_failure,
+    infer=_infer, lower=_by(references.attention_packed), lower_cuda=_lower_cuda,
+    vjp=Joint(_vjp), materialize=False, failure=_failure,
+    reads=lambda t: t.ndim == 3 or t.contiguous,
     flops=lambda types, outputs: _flops(types, 2),
     reference=references.attention_packed, samples=references.SAMPLES, tolerance=2.0,
 )  # fmt: skip
@@ -213,15 +219,6 @@ def _infer_backward(types: Types, *, scale: float, **limits: int) -> tuple[Tenso
         if given is not None and (type_of(given).shape, type_of(given).dtype) != (shape, dtype):
             raise ShapeError(f"attention_packed_backward: {given} instead of {dtype.name} {shape}")
     return tuple(ordered(t.shape, t) for t in (query, key, value))
-
-
-def _lower_backward(types: Types, outputs: tuple[TensorType, ...], **options: Any) -> Lowering:
-    def host(operands: Any, results: Any) -> None:
-        found = references.attention_packed_backward(*operands, **options)
-        for result, made in zip(results, found, strict=True):
-            result[...] = made
-
-    return Lowering((), host=host)
 
 
 def _second(
@@ -282,8 +279,9 @@ attention_packed_backward: Op = Op(
         "grad", "shift", "query", "key", "value", "cu_seq_q", "cu_seq_k", "slopes", "result",
         "log_sum",
     ),
-    infer=_infer_backward, lower=_lower_backward, lower_cuda=_lower_backward_cuda,
-    vjp=Joint(_second), reads=lambda t: t.ndim == 3 or t.contiguous, failure=_failure,
+    infer=_infer_backward, lower=_by(references.attention_packed_backward),
+    lower_cuda=_lower_backward_cuda, vjp=Joint(_second),
+    reads=lambda t: t.ndim == 3 or t.contiguous, failure=_failure,
     flops=lambda types, outputs: _flops(types[2:6], 5),
     reference=references.attention_packed_backward, tolerance=4.0,
     samples=[references.backward_sample(s) for s in references.SAMPLES],
