@@ -2,6 +2,9 @@
 
 TFLOP/s count 4 B H L S E operations forward, 2.5 times as many backward, and half of them where
 causal. Times are medians of device events over random operands.
+
+Sequences of several lengths, causal, come as they stand one behind the other, and as a batch padded
+to the longest one, without what the padding itself costs; operations are those of the sequences.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ import ml_dtypes
 import numpy as np
 
 from flame.core import dtypes
-from flame.core.types import tensor_type
+from flame.core.types import TensorType, tensor_type
 from flame.kernel.builder import BoundSource
-from flame.kernel.library import AttentionProblem
+from flame.kernel.library import AttentionProblem, Sequences
 from flame.kernels.attention import flash_attention
 from flame.runtime.cuda.driver import driver
 
@@ -32,6 +35,12 @@ SHAPES = [  # batch, heads, key heads, length, width, causal
     (16, 16, 16, 1024, 64, True),
     (2, 8, 8, 4096, 256, False),
 ]
+LENGTHS = {  # of sequences
+    "like": [1024] * 16,
+    "drawn": [int(n) for n in np.random.default_rng(0).integers(64, 2048, 16)],
+    "one long": [8192, *[256] * 32],
+}
+PACKED = [(16, 16, 128), (16, 4, 64)]  # heads, key heads, width
 SWEEP = [  # warps, tiles of 16 rows a warp, columns, blocks a multiprocessor, queries in registers
     (4, 2, 64, 2, 0), (4, 2, 32, 2, 0), (4, 2, 128, 1, 0), (8, 1, 64, 1, 0), (8, 1, 64, 1, 1),
     (4, 1, 64, 2, 1), (8, 2, 64, 1, 0), (4, 2, 64, 2, 1),
@@ -53,6 +62,13 @@ class Bench:
 
     def random(self, *shape: int) -> int:
         made = self.noise.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+        pointer = self.empty(made.nbytes)
+        self.driver.copy_to_device(pointer, made.ctypes.data, made.nbytes, self.stream)
+        self.driver.synchronize(self.stream)
+        return pointer
+
+    def integers(self, numbers: np.ndarray[Any, Any]) -> int:
+        made = numbers.astype(np.int32)
         pointer = self.empty(made.nbytes)
         self.driver.copy_to_device(pointer, made.ctypes.data, made.nbytes, self.stream)
         self.driver.synchronize(self.stream)
@@ -139,6 +155,66 @@ def measure(bench: Bench, shape: tuple[int, int, int, int, int, bool], *, sweep:
         bench.driver.free(0, pointer, bench.stream)
 
 
+def problem_of(
+    query: TensorType, key: TensorType, sequences: Sequences | None, *, backward: bool
+) -> AttentionProblem:
+    return AttentionProblem(
+        backward, query, key, key, query, None, sequences is None, query.shape[-1] ** -0.5,
+        sequences=sequences,
+    )  # fmt: skip
+
+
+def timed_packed(
+    bench: Bench, shape: tuple[int, int, int], lengths: Sequence[int], *, padded: bool
+) -> list[float]:
+    """Milliseconds of the forward and the backward pass, causal."""
+    heads, key_heads, width = shape
+    count, longest, total = len(lengths), max(lengths), sum(lengths)
+    batch, rows = (count, longest) if padded else (1, total)
+    query, key = (
+        tensor_type(  # heads inside, as projections give them
+            dtypes.bfloat16, (batch, h, rows, width), (rows * h * width, width, h * width, 1)
+        )
+        for h in (heads, key_heads)
+    )
+    sequences = None if padded else Sequences(count, longest, longest, -1, 0)
+    q, grad, result, dq = (bench.random(*query.shape) for _ in range(4))
+    k, v, dk, dv = (bench.random(*key.shape) for _ in range(4))
+    log_sum, delta = (bench.empty(4 * batch * heads * rows) for _ in range(2))
+    starts, errors = bench.integers(np.cumsum((0, *lengths))), bench.empty(16)
+    places = () if padded else (starts, starts)
+    times = []
+    for backward in (False, True):
+        if backward:
+            inputs: tuple[int, ...] = (grad, 0, q, k, v, 0, result, log_sum, *places)
+            outputs: tuple[int, ...] = (dq, dk, dv)
+        else:
+            inputs, outputs = (q, k, v, 0, *places), (result, log_sum)
+        operands = {"input": inputs, "output": outputs, "temporary": (delta,), "error": (errors,)}
+        lowering = flash_attention(problem_of(query, key, sequences, backward=backward))
+        calls = [c for c in lowering.calls if isinstance(c, BoundSource)]
+        times.append(bench.milliseconds([
+            bench.launcher(c, [operands[r.role][r.position] for r in c.operands]) for c in calls
+        ]))  # fmt: skip
+    for pointer in (q, grad, result, dq, k, v, dk, dv, log_sum, delta, starts, errors):
+        bench.driver.free(0, pointer, bench.stream)
+    return times
+
+
+def measure_packed(bench: Bench, shape: tuple[int, int, int], name: str) -> None:
+    lengths, (heads, _, width) = LENGTHS[name], shape
+    work = 2 * heads * width * sum(n * n for n in lengths) * 1e-9
+    packed, padded = (timed_packed(bench, shape, lengths, padded=p) for p in (False, True))
+    for part, factor, own, other in zip(
+        ("forward", "backward"), (1.0, 2.5), packed, padded, strict=True
+    ):
+        print(
+            f"{shape} {len(lengths)} sequences, {name} {part}: packed {own:.3f} ms, "
+            f"{work * factor / own:.0f} TFLOP/s; padded {other:.3f} ms",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sweep", action="store_true", help="try other tiles of the forward")
@@ -146,6 +222,9 @@ def main() -> None:
     bench = Bench()
     for shape in SHAPES:
         measure(bench, shape, sweep=options.sweep)
+    for heads in PACKED:
+        for name in LENGTHS:
+            measure_packed(bench, heads, name)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,21 @@ class ConvolutionProblem:
 
 
 @dataclass(frozen=True)
+class Sequences:
+    """``count`` sequences that stand one behind the other, the longest of ``max_q`` and ``max_k``.
+
+    Query i of a sequence with L queries and S keys has its own place at key i + S - L, and sees the
+    keys from ``left`` before to ``right`` behind it; -1 is no end.
+    """
+
+    count: int
+    max_q: int
+    max_k: int
+    left: int
+    right: int
+
+
+@dataclass(frozen=True)
 class AttentionProblem:
     """softmax(q kᵀ scale + mask) v with q (B, H, L, E), k (B, G, S, E), v (B, G, S, Ev).
 
@@ -87,6 +102,11 @@ class AttentionProblem:
     None, result, log_sum, dq, dk, dv [, seed, offset].
     grad, gradients: types of grad and of dq, dk, dv, where they do not lie as the result and as
     q, k and v do.
+
+    sequences: B is 1, and L and S are the lengths of all sequences together, without causal and
+    dropout. The operands end with the places where the sequences of queries and of keys begin,
+    int32 (count + 1). mask: slopes (H) float32, of which -slope |own place - key| is added, or
+    None.
     """
 
     backward: bool
@@ -101,6 +121,7 @@ class AttentionProblem:
     shift: bool = False
     grad: TensorType | None = None
     gradients: tuple[TensorType, TensorType, TensorType] | None = None
+    sequences: Sequences | None = None
 
 
 Problem = MatmulProblem | ConvolutionProblem | AttentionProblem

@@ -8,6 +8,9 @@ same random bits.
 Dropout: element (b, h, i, j) takes the word of position ((b H + h) L + i) S' + j of a draw whose
 four elements share a block (see `flame.ops.philox`), with S' the length S rounded up to a multiple
 of 64; it is kept where the word's upper 24 bits, as a fraction of 1, are not below the probability.
+
+Sequences of several lengths (`Sequences`): the grid is made for the longest ones, and a block reads
+on the device where its sequence begins; what stands there may change from launch to launch.
 """
 
 from __future__ import annotations
@@ -21,12 +24,20 @@ from typing import Final
 import numpy as np
 
 from flame.core import dtypes
-from flame.core.dtypes import DType
 from flame.core.errors import UnsupportedError
 from flame.core.types import Shape, TensorType
 from flame.kernel.builder import BoundSource, Lowering, Ref
 from flame.kernel.library import AttentionProblem
 from flame.kernels import source
+from flame.kernels.attention_tiles import (
+    Tiles,
+    fitting,
+    flash_backward_tiles,
+    flash_forward_tiles,
+    plain_tiles,
+    round_up,
+    wide_of,
+)
 
 __all__ = ["dropout_blocks", "flash_attention", "on_tensor_cores", "takes"]
 
@@ -36,104 +47,12 @@ ELEMENTS: Final = {
     dtypes.float32: 2,
     dtypes.float64: 3,
 }
-NO_MASK, BOOL_MASK, ELEMENT_MASK, FLOAT32_MASK = range(4)  # as in attention.cuh
+NO_MASK, BOOL_MASK, ELEMENT_MASK, FLOAT32_MASK, SLOPES = range(5)  # as in attention.cuh
 WIDEST: Final = 256
 LONGEST: Final = 2**31 - 1024  # rows are counted in int32, tiles may reach over the end
+LONGEST_SEQUENCE: Final = 2**29  # so that a place and both ends of a window add up in int32
 HOPPER_SHARED: Final = 232448  # bytes of shared memory that a block may have on an H100 or H200
 DELTA_WARPS: Final = 4
-
-
-def _wide(dtype: DType) -> DType:
-    return dtypes.float64 if dtype is dtypes.float64 else dtypes.float32
-
-
-def _round_up(number: int, step: int) -> int:
-    return -(-number // step) * step
-
-
-# --- tiles ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How a kernel cuts the problem. rows: of the tile that stays, columns: that streams by."""
-
-    rows: int
-    columns: int
-    threads: int
-    shared: int  # bytes
-    defines: tuple[tuple[str, int], ...]
-
-
-def _flash_bytes(rows: int, width: int) -> int:
-    return rows * _round_up(width, 32) * 2
-
-
-def _flash_forward_tiles(head: int, head_v: int, *, extras: bool) -> Iterator[Tiles]:
-    """Candidates, best first. ``extras``: masks and dropout, whose registers half the rows make
-    room for; warps of 32 rows read each key from shared memory half as often.
-    """
-    widest = max(head, head_v)
-    if widest > 128:
-        shapes = [(4, 1, 32, 2, 0)]
-    elif extras:
-        shapes = [(8, 1, 64, 1, 0)]
-    else:
-        shapes = [(4, 2, 64, 2, int(widest <= 64))]
-    for warps, m_tiles, columns, blocks, keep in shapes:
-        rows = warps * m_tiles * 16
-        shared = _flash_bytes(rows, head)
-        shared += 2 * (_flash_bytes(columns, head) + _flash_bytes(columns, head_v))
-        defines = {
-            "WARPS": warps, "M_TILES": m_tiles, "COLUMNS": columns, "BLOCKS": blocks,
-            "KEEP_Q": keep,
-        }  # fmt: skip
-        yield Tiles(rows, columns, 32 * warps, shared, tuple(defines.items()))
-
-
-def _flash_backward_tiles(
-    head: int, head_v: int, *, keys: bool, first: bool, second: bool, dropout: bool
-) -> Iterator[Tiles]:
-    """Candidates, best first; fewer warps need less shared memory."""
-    widest = max(head, head_v)
-    shapes = [(8, 64), (4, 32), (2, 32)] if widest <= 128 else [(4, 32), (2, 32)]
-    for warps, columns in shapes:
-        rows = warps * 16
-        shared = _flash_bytes(rows, head) + (_flash_bytes(rows, head_v) if first else 0)
-        stage = _flash_bytes(columns, head) + _flash_bytes(columns, head_v)
-        if keys:  # log_sum and delta of the queries, and a bit for each probability
-            stage += 8 * columns + (rows // 16 * columns * 2 if dropout else 0)
-        shared += 2 * stage
-        defines = {
-            "KEYS": int(keys), "FIRST": int(first), "SECOND": int(second), "WARPS": warps,
-            "M_TILES": 1, "COLUMNS": columns, "BLOCKS": 1,
-        }  # fmt: skip
-        yield Tiles(rows, columns, 32 * warps, shared, tuple(defines.items()))
-
-
-def _plain_tiles(
-    head: int, head_v: int, dtype: DType, *, backward: bool, keys: bool = False
-) -> Iterator[Tiles]:
-    """Candidates, best first; accumulators of 256 columns leave registers for half the rows."""
-    size = _wide(dtype).itemsize
-    shapes = (
-        [(4, 2), (2, 2), (1, 1)] if max(head, head_v) <= 128 and size == 4 else [(2, 2), (1, 1)]
-    )
-    for m_tiles, n_tiles in shapes:
-        rows, columns = 16 * m_tiles, 16 * n_tiles
-        if backward:
-            words = (rows + columns) * (head + head_v + 2)
-        else:
-            words = rows * (head + 1) + columns * (max(head, head_v) + 1)
-        shared = (words + rows * (columns + 1)) * size
-        defines = {"M_TILES": m_tiles, "N_TILES": n_tiles}
-        if backward:
-            defines["KEYS"] = int(keys)
-        yield Tiles(rows, columns, 256, shared, tuple(defines.items()))
-
-
-def _fitting(candidates: Iterator[Tiles], limit: int) -> Tiles | None:
-    return next((tiles for tiles in candidates if tiles.shared <= limit), None)
 
 
 # --- what is taken --------------------------------------------------------------------------------
@@ -148,6 +67,8 @@ def _mask_kind(problem: AttentionProblem) -> int | None:
     mask, dtype = problem.mask, problem.query.dtype
     if mask is None:
         return NO_MASK
+    if problem.sequences is not None:
+        return SLOPES if mask.dtype is dtypes.float32 else None
     if mask.dtype is dtypes.bool_:
         return BOOL_MASK
     if mask.dtype is dtype:
@@ -189,9 +110,14 @@ def takes(problem: AttentionProblem, shared_limit: int = HOPPER_SHARED) -> str |
         return f"a mask of {problem.mask.dtype.name} for {dtype.name}; convert it to {dtype.name}"
     if not 0.0 <= problem.dropout < 1.0:
         return f"dropout of probability {problem.dropout}"
+    sequences = problem.sequences
+    if sequences is not None and (query.shape[0] != 1 or problem.causal or problem.dropout):
+        return "sequences in several entries of a batch, with causal or with dropout"
+    if sequences is not None and max(sequences.max_q, sequences.max_k) > LONGEST_SEQUENCE:
+        return f"sequences of {max(sequences.max_q, sequences.max_k)}, longer than 2^29"
     widths = _widths(problem)
-    plain = _plain_tiles(*widths, dtype, backward=problem.backward)
-    if not on_tensor_cores(problem) and _fitting(plain, shared_limit) is None:
+    plain = plain_tiles(*widths, dtype, backward=problem.backward)
+    if not on_tensor_cores(problem) and fitting(plain, shared_limit) is None:
         return f"{dtype.name} heads of width {max(widths)} need more shared memory than a block has"
     return None
 
@@ -203,7 +129,7 @@ def _types(problem: AttentionProblem) -> tuple[TensorType, ...]:
 def dropout_blocks(problem: AttentionProblem) -> int:
     """How far a call moves the random generator's offset on."""
     batch, heads, length, _ = problem.query.shape
-    return batch * heads * length * _round_up(problem.key.shape[2], 64) // 4
+    return batch * heads * length * round_up(problem.key.shape[2], 64) // 4
 
 
 # --- launches -------------------------------------------------------------------------------------
@@ -220,9 +146,12 @@ def _strides(type_: TensorType, count: int) -> Shape:
     return tuple(stride if size != 1 else 0 for stride, size in pairs)
 
 
-def _mask_strides(mask: TensorType | None) -> Shape:
+def _mask_strides(problem: AttentionProblem) -> Shape:
+    mask = problem.mask
     if mask is None:
         return ()
+    if problem.sequences is not None:
+        return (0, *_strides(mask, 1), 0, 0)
     return (0,) * (4 - mask.ndim) + _strides(mask, mask.ndim)
 
 
@@ -250,8 +179,8 @@ class _Launcher:
         self, symbol: str, candidates: Iterator[Tiles], operands: Sequence[Ref], sizes: Shape,
         owners: int, length: int,
     ) -> BoundSource:  # fmt: skip
-        """Blocks own ``rows`` of ``length`` rows, for each of ``owners`` matrices."""
-        tiles = _fitting(candidates, self.shared_limit)
+        """Blocks own ``rows`` of ``length`` rows, for each of ``owners`` heads of each entry."""
+        tiles = fitting(candidates, self.shared_limit)
         problem = self.problem
         if tiles is None:
             raise UnsupportedError(
@@ -261,10 +190,11 @@ class _Launcher:
         head, head_v = _widths(problem)
         text = source(
             symbol, ELEMENT=ELEMENTS[problem.query.dtype], HEAD=head, HEAD_V=head_v,
-            CAUSAL=int(problem.causal), DROPOUT=int(problem.dropout > 0),
-            MASK=_mask_kind(problem) or NO_MASK, **dict(tiles.defines),
+            CAUSAL=int(self.right_end), LEFT=int(self.left_end), PACKED=int(self.packed),
+            DROPOUT=int(problem.dropout > 0), MASK=_mask_kind(problem) or NO_MASK,
+            **dict(tiles.defines),
         )  # fmt: skip
-        blocks = -(-length // tiles.rows) * owners
+        blocks = -(-length // tiles.rows) * owners * self.entries
         return BoundSource(
             symbol, text, symbol, tuple(operands), sizes, (max(blocks, 1), 1, 1),
             (tiles.threads, 1, 1), tiles.shared, blocks,
@@ -274,13 +204,48 @@ class _Launcher:
         return tuple(s for t in types for s in _strides(t, self.dimensions))
 
     @property
+    def packed(self) -> bool:
+        return self.problem.sequences is not None
+
+    @property
+    def entries(self) -> int:
+        """Entries of the batch, or sequences."""
+        sequences = self.problem.sequences
+        return self.problem.query.shape[0] if sequences is None else sequences.count
+
+    @property
+    def right_end(self) -> bool:
+        """Whether queries do not see all keys behind them."""
+        sequences = self.problem.sequences
+        return self.problem.causal if sequences is None else sequences.right >= 0
+
+    @property
+    def left_end(self) -> bool:
+        """Whether queries do not see all keys before them."""
+        sequences = self.problem.sequences
+        return sequences is not None and sequences.left >= 0
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """The queries and keys that an entry has at most."""
+        problem, sequences = self.problem, self.problem.sequences
+        queries, keys = problem.query.shape[2], problem.key.shape[2]
+        if sequences is None:
+            return queries, keys
+        return min(queries, sequences.max_q), min(keys, sequences.max_k)
+
+    @property
     def tail(self) -> Shape:
-        """The sizes that come last: of the mask and of dropout."""
-        return (*_mask_strides(self.problem.mask), *_dropout_sizes(self.problem.dropout))
+        """The sizes that come last: of the mask, of dropout and of sequences."""
+        problem, sequences = self.problem, self.problem.sequences
+        sizes = (*_mask_strides(problem), *_dropout_sizes(problem.dropout))
+        if sequences is None:
+            return sizes
+        return (*sizes, sequences.count, *self.longest, sequences.left, sequences.right)
 
     def forward(self, operands: Sequence[Ref]) -> BoundSource:
         problem = self.problem
-        (batch, heads, length, _), key = problem.query.shape, problem.key.shape
+        (_, heads, length, _), key = problem.query.shape, problem.key.shape
         sizes = (
             heads, key[1], length, key[2], _bits(problem.scale),
             *self.strides(problem.query, problem.key, problem.value, problem.result), *self.tail,
@@ -289,11 +254,11 @@ class _Launcher:
         if self.tensor_cores:
             extras = problem.mask is not None or problem.dropout > 0
             symbol = "flash_attention_forward"
-            tiles = _flash_forward_tiles(head, head_v, extras=extras)
+            tiles = flash_forward_tiles(head, head_v, extras=extras)
         else:
             symbol = "attention_forward"
-            tiles = _plain_tiles(head, head_v, problem.query.dtype, backward=False)
-        return self.launch(symbol, tiles, operands, sizes, batch * heads, length)
+            tiles = plain_tiles(head, head_v, problem.query.dtype, backward=False)
+        return self.launch(symbol, tiles, operands, sizes, heads, self.longest[0])
 
     def delta(self, grad: TensorType, operands: Sequence[Ref]) -> BoundSource:
         problem = self.problem
@@ -316,7 +281,7 @@ class _Launcher:
     ) -> BoundSource:  # fmt: skip
         """``gradients``: dq, or dk and dv; ``first``: dq or dk is computed, ``second``: dv is."""
         problem = self.problem
-        (batch, heads, length, _), key = problem.query.shape, problem.key.shape
+        (_, heads, length, _), key = problem.query.shape, problem.key.shape
         owners = gradients[0].shape[1]
         sizes = (
             heads, key[1], owners, length, key[2], _bits(problem.scale),
@@ -325,18 +290,24 @@ class _Launcher:
         head, head_v = _widths(problem)
         if self.tensor_cores:
             symbol = "flash_attention_backward"
-            tiles = _flash_backward_tiles(
+            tiles = flash_backward_tiles(
                 head, head_v, keys=keys, first=first, second=second, dropout=problem.dropout > 0
             )
         else:
             symbol = "attention_backward"
-            tiles = _plain_tiles(head, head_v, problem.query.dtype, backward=True, keys=keys)
-        own = key[2] if keys else length
-        return self.launch(symbol, tiles, operands, sizes, batch * owners, own)
+            tiles = plain_tiles(head, head_v, problem.query.dtype, backward=True, keys=keys)
+        return self.launch(symbol, tiles, operands, sizes, owners, self.longest[int(keys)])
 
 
 def _present(*refs: Ref | None) -> tuple[Ref, ...]:
     return tuple(ref for ref in refs if ref is not None)
+
+
+def _after(problem: AttentionProblem, rest: Sequence[Ref | None]) -> tuple[Ref | None, ...]:
+    """Of the operands behind the results: seed and offset, or the places of sequences."""
+    if problem.sequences is not None:
+        return (*rest[:2], Ref("error", 0))
+    return tuple(rest[:2]) if problem.dropout else ()
 
 
 def _inputs_and_outputs(inputs: int, outputs: int) -> tuple[Ref, ...]:
@@ -351,7 +322,7 @@ def _forward(launcher: _Launcher, operands: Sequence[Ref | None] | None) -> Lowe
     q, k, v, mask, result, log_sum = operands[:6]
     used = _present(
         q, k, v, mask if problem.mask is not None else None, result, log_sum,
-        *(operands[6:8] if problem.dropout else ()),
+        *_after(problem, operands[6:]),
     )  # fmt: skip
     return Lowering((), calls=(launcher.forward(used),))
 
@@ -366,7 +337,7 @@ def _backward(
     grad_ref, shift, q, k, v, mask, result, log_sum, dq, dk, dv = operands[:11]
     delta = Ref("temporary", 0)
     before = _present(grad_ref, q, k, v, mask if problem.mask is not None else None, log_sum, delta)
-    after = tuple(operands[11:13]) if problem.dropout else ()
+    after = _after(problem, operands[11:])
     sums = launcher.delta(grad, _present(grad_ref, result, shift if problem.shift else None, delta))
     of_keys = _present(*before, dk, dv, *after)
     # Two wide sums do not fit the registers of a thread: one kernel each, which repeats a product.
@@ -381,7 +352,7 @@ def _backward(
         launcher.backward(grad, gradients[:1], _present(*before, dq, *after), keys=False),
     )
     rows = math.prod(problem.query.shape[:3])
-    return Lowering((), (rows * _wide(problem.query.dtype).itemsize,), calls=calls)
+    return Lowering((), (rows * wide_of(problem.query.dtype).itemsize,), calls=calls)
 
 
 def flash_attention(
@@ -395,10 +366,11 @@ def flash_attention(
     """The launches that solve a problem, forward or backward, with their temporaries.
 
     ``operands``: in the problem's order (`AttentionProblem`); by default inputs and outputs of the
-    ops `attention` and `attention_backward`, with seed and offset as the inputs behind. ``grad``:
-    type of the gradient of the result (B, H, L, Ev), by default the result's. ``gradients``: types
-    of dq (B, H, L, E), dk (B, G or H, S, E) and dv (B, G or H, S, Ev), by default of q, k and v;
-    with H heads each query head has its own, with G the heads that share a key are summed in order.
+    ops `attention` and `attention_backward`, with seed and offset, or the places of sequences, as
+    the inputs behind. ``grad``: type of the gradient of the result (B, H, L, Ev), by default the
+    result's. ``gradients``: types of dq (B, H, L, E), dk (B, G or H, S, E) and dv (B, G or H, S,
+    Ev), by default of q, k and v; with H heads each query head has its own, with G the heads that
+    share a key are summed in order.
     log_sum and shift are (B, H, L) contiguous, float32 (float64 for float64).
     Raises UnsupportedError where `takes` gives a reason.
     """

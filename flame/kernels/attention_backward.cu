@@ -19,6 +19,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward(
 #if DROPOUT
     const i64* seed, const i64* offset,
 #endif
+#if PACKED
+    const int* q_starts, const int* k_starts, i64* error,
+#endif
     i64 heads, i64 key_heads, i64 gradient_heads, i64 length, i64 key_length, i64 scale_bits,
     i64 grad_batch, i64 grad_head, i64 grad_row, i64 grad_column, i64 q_batch, i64 q_head,
     i64 q_row, i64 q_column, i64 k_batch, i64 k_head, i64 k_row, i64 k_column, i64 v_batch,
@@ -35,6 +38,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward(
 #if DROPOUT
     , i64 threshold, i64 gain_bits
 #endif
+#if PACKED
+    , i64 sequences, i64 max_q, i64 max_k, i64 left, i64 right
+#endif
 ) {
   DYNAMIC_SHARED(memory);
   Wide* own = (Wide*)memory;                        // (ROWS, HEAD)
@@ -42,33 +48,40 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward(
   Wide* stream = own_v + ROWS * (HEAD_V + 1);       // (COLUMNS, HEAD)
   Wide* stream_v = stream + COLUMNS * (HEAD + 1);   // (COLUMNS, HEAD_V)
   Wide* weights = stream_v + COLUMNS * (HEAD_V + 1);  // (ROWS, COLUMNS)
-  const int own_end = (int)(KEYS ? key_length : length);
-  const int stream_end = (int)(KEYS ? length : key_length);
-  const int tiles = (own_end + ROWS - 1) / ROWS;
+  const int tiles = (int)(((KEYS ? MOST_COLUMNS : MOST_ROWS) + ROWS - 1) / ROWS);
   const int number = (int)(blockIdx.x / tiles), first = (int)(blockIdx.x % tiles) * ROWS;
   const i64 owners = KEYS ? gradient_heads : heads;
   const i64 batch = number / owners, owner = number % owners;
   const int group = (int)(heads / owners);  // query heads that this block sums over
   const i64 key_head = owner * group / (heads / key_heads);
-  const Matrix keys{k + batch * k_batch + key_head * k_head, k_row, k_column};
-  const Matrix values{v + batch * v_batch + key_head * v_head, v_row, v_column};
+  const Span span = SPAN(batch);
+  const int own_end = KEYS ? span.columns : span.rows;
+  const int stream_end = KEYS ? span.rows : span.columns;
+  if (PACKED && first >= own_end) return;
+  const Matrix keys{
+      k + batch * k_batch + key_head * k_head + span.first_column * k_row, k_row, k_column};
+  const Matrix values{
+      v + batch * v_batch + key_head * v_head + span.first_column * v_row, v_row, v_column};
   const Wide scale = (Wide)number_of(scale_bits);
-  Scores scores{nullptr, 0, 0, (int)length, (int)key_length, scale};
+  Scores scores = scores_of(span, scale);
   Wide gain = 1;
 
   Wide first_sums[M_TILES][E_TILES], second_sums[M_TILES][V_TILES];
   clear(first_sums);
   clear(second_sums);
-  const int begin = CAUSAL && KEYS ? first / COLUMNS * COLUMNS : 0;
-  const int last = CAUSAL && !KEYS ? smaller(key_length, first + ROWS) : stream_end;
+  const int begin =
+      KEYS ? span.rows_begin(first, COLUMNS) : span.columns_begin(first, COLUMNS);
+  const int last = KEYS ? span.rows_end(first, ROWS) : span.columns_end(first, ROWS);
   for (int member = 0; member < group; ++member) {
-    const i64 head = owner * group + member, row_base = (batch * heads + head) * length;
-    const Matrix queries{q + batch * q_batch + head * q_head, q_row, q_column};
-    const Matrix grads{grad + batch * grad_batch + head * grad_head, grad_row, grad_column};
+    const i64 head = owner * group + member;
+    const i64 row_base = (ENTRY(batch) * heads + head) * length + span.first_row;
+    const Matrix queries{
+        q + batch * q_batch + head * q_head + span.first_row * q_row, q_row, q_column};
+    const Matrix grads{
+        grad + batch * grad_batch + head * grad_head + span.first_row * grad_row, grad_row,
+        grad_column};
 #if MASK
-    scores.mask = mask + batch * mask_batch + head * mask_head;
-    scores.row_step = mask_row;
-    scores.column_step = mask_column;
+    scores.read_mask(mask + batch * mask_batch + head * mask_head, mask_row, mask_column);
 #endif
 #if DROPOUT
     const Dropout dropout = dropout_of(seed, offset, batch * heads + head, length, key_length,
@@ -120,14 +133,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_backward(
   }
 #pragma unroll
   for (int i = 0; i < M_TILES; ++i) {
-    const int row = first + thread_y() + 16 * i;
-    if (row >= own_end) continue;
+    const int place = first + thread_y() + 16 * i;
+    if (place >= own_end) continue;
 #if KEYS
+    const i64 row = span.first_column + place;
     store_row<HEAD>(dk + batch * dk_batch + owner * dk_head + row * dk_row, dk_column,
                     first_sums[i], scale);
     store_row<HEAD_V>(dv + batch * dv_batch + owner * dv_head + row * dv_row, dv_column,
                       second_sums[i], (Wide)1);
 #else
+    const i64 row = span.first_row + place;
     store_row<HEAD>(dq + batch * dq_batch + owner * dq_head + row * dq_row, dq_column,
                     first_sums[i], scale);
 #endif

@@ -19,6 +19,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(
 #if DROPOUT
     const i64* seed, const i64* offset,
 #endif
+#if PACKED
+    const int* q_starts, const int* k_starts, i64* error,
+#endif
     i64 heads, i64 key_heads, i64 length, i64 key_length, i64 scale_bits, i64 q_batch, i64 q_head,
     i64 q_row, i64 q_column, i64 k_batch, i64 k_head, i64 k_row, i64 k_column, i64 v_batch,
     i64 v_head, i64 v_row, i64 v_column, i64 result_batch, i64 result_head, i64 result_row,
@@ -29,21 +32,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(
 #if DROPOUT
     , i64 threshold, i64 gain_bits
 #endif
+#if PACKED
+    , i64 sequences, i64 max_q, i64 max_k, i64 left, i64 right
+#endif
 ) {
   DYNAMIC_SHARED(memory);
   Wide* own = (Wide*)memory;                 // (ROWS, HEAD)
   Wide* stream = own + ROWS * (HEAD + 1);    // (COLUMNS, HEAD), then (COLUMNS, HEAD_V)
   Wide* weights = stream + COLUMNS * (WIDEST + 1);
-  const int tiles = (int)((length + ROWS - 1) / ROWS);
+  const int tiles = (int)((MOST_ROWS + ROWS - 1) / ROWS);
   const int number = (int)(blockIdx.x / tiles), first = (int)(blockIdx.x % tiles) * ROWS;
   const i64 batch = number / heads, head = number % heads, key_head = head / (heads / key_heads);
-  const Matrix keys{k + batch * k_batch + key_head * k_head, k_row, k_column};
-  const Matrix values{v + batch * v_batch + key_head * v_head, v_row, v_column};
-  Scores scores{nullptr, 0, 0, (int)length, (int)key_length, (Wide)number_of(scale_bits)};
+  const Span span = SPAN(batch);
+  if (PACKED && first >= span.rows) return;
+  const Matrix queries{
+      q + batch * q_batch + head * q_head + span.first_row * q_row, q_row, q_column};
+  const Matrix keys{
+      k + batch * k_batch + key_head * k_head + span.first_column * k_row, k_row, k_column};
+  const Matrix values{
+      v + batch * v_batch + key_head * v_head + span.first_column * v_row, v_row, v_column};
+  Scores scores = scores_of(span, (Wide)number_of(scale_bits));
 #if MASK
-  scores.mask = mask + batch * mask_batch + head * mask_head;
-  scores.row_step = mask_row;
-  scores.column_step = mask_column;
+  scores.read_mask(mask + batch * mask_batch + head * mask_head, mask_row, mask_column);
 #endif
   Wide gain = 1;
 #if DROPOUT
@@ -52,8 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(
   gain = dropout.gain;
 #endif
 
-  load_tile<ROWS, HEAD>(own, Matrix{q + batch * q_batch + head * q_head, q_row, q_column}, first,
-                        scores.rows);
+  load_tile<ROWS, HEAD>(own, queries, first, scores.rows);
   Wide sums[M_TILES][V_TILES], peak[M_TILES], total[M_TILES];
   clear(sums);
 #pragma unroll
@@ -61,8 +70,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(
     peak[i] = (Wide)MINUS_INFINITY;
     total[i] = 0;
   }
-  const int last = CAUSAL ? smaller(key_length, first + ROWS) : scores.columns;
-  for (int column = 0; column < last; column += COLUMNS) {
+  const int begin = scores.columns_begin(first, COLUMNS), last = scores.columns_end(first, ROWS);
+  for (int column = begin; column < last; column += COLUMNS) {
     __syncthreads();
     load_tile<COLUMNS, HEAD>(stream, keys, column, scores.columns);
     __syncthreads();
@@ -112,8 +121,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_forward(
     if (row >= scores.rows) continue;
     const bool none = sum == 0;
     if (thread_x() == 0)
-      log_sum[number * length + row] = none ? (Wide)0 : peak[i] + logarithm(sum);
-    store_row<HEAD_V>(result + batch * result_batch + head * result_head + row * result_row,
-                      result_column, sums[i], none ? (Wide)0 : gain / sum);
+      log_sum[(ENTRY(batch) * heads + head) * length + span.first_row + row] =
+          none ? (Wide)0 : peak[i] + logarithm(sum);
+    store_row<HEAD_V>(
+        result + batch * result_batch + head * result_head + (span.first_row + row) * result_row,
+        result_column, sums[i], none ? (Wide)0 : gain / sum);
   }
 }

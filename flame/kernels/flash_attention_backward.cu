@@ -19,8 +19,9 @@
 //
 // Defined in front: what attention.cuh lists; KEYS, FIRST and SECOND (1: compute dq or dk; dv),
 // WARPS, M_TILES, COLUMNS, BLOCKS. Operands: grad (B, H, L, Ev), q, k, v, [mask], log_sum and delta
-// (B, H, L) contiguous, dq or dk and dv, [seed, offset]; strides in elements, innermost 1. dk and
-// dv have as many heads as the keys or as the queries.
+// (B, H, L) contiguous, dq or dk and dv, [seed, offset], [q_starts, k_starts, error]; strides in
+// elements, innermost 1. dk and dv have as many heads as the keys or as the queries. PACKED as in
+// flash_attention_forward.cu.
 #include "flash_dropout.cuh"
 
 constexpr int THREADS = WARPS * 32;
@@ -35,7 +36,7 @@ constexpr int STREAM_V_BYTES = tile_bytes(COLUMNS, HEAD_V);
 constexpr int QUERY_BYTES = KEYS ? 2 * COLUMNS * 4 : 0;  // log_sum and delta of the columns
 constexpr int DRAWN_BYTES = KEYS && DROPOUT ? ROWS / 16 * COLUMNS * 2 : 0;
 constexpr int STAGE_BYTES = STREAM_BYTES + STREAM_V_BYTES + QUERY_BYTES + DRAWN_BYTES;
-constexpr bool ADDED = MASK == ELEMENT_MASK || MASK == FLOAT32_MASK;
+constexpr bool ADDED = MASK == ELEMENT_MASK || MASK == FLOAT32_MASK || MASK == SLOPES;
 
 // log_sum and delta of the queries: of a thread's own rows, or of the columns in shared memory.
 struct Queries {
@@ -55,8 +56,8 @@ __device__ __forceinline__ void probabilities(
     float (&tile)[M_TILES][N_TILES][4], const Scores& scores, const Queries& queries, int row,
     int column) {
   const int lane = (int)(threadIdx.x % 32);
-  const bool ragged = KEYS ? CAUSAL && row + 16 * M_TILES > column + 1
-                           : scores.ragged(row, column, COLUMNS);
+  const bool ragged = KEYS ? scores.hides(column, COLUMNS, row, 16 * M_TILES)
+                           : scores.ragged(row, 16 * M_TILES, column, COLUMNS);
 #pragma unroll
   for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
@@ -118,6 +119,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
 #if DROPOUT
     const i64* seed, const i64* offset,
 #endif
+#if PACKED
+    const int* q_starts, const int* k_starts, i64* error,
+#endif
     i64 heads, i64 key_heads, i64 gradient_heads, i64 length, i64 key_length, i64 scale_bits,
     i64 grad_batch, i64 grad_head, i64 grad_row, i64 q_batch, i64 q_head, i64 q_row, i64 k_batch,
     i64 k_head, i64 k_row, i64 v_batch, i64 v_head, i64 v_row,
@@ -132,13 +136,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
 #if DROPOUT
     , i64 threshold, i64 gain_bits
 #endif
+#if PACKED
+    , i64 sequences, i64 max_q, i64 max_k, i64 left, i64 right
+#endif
 ) {
   DYNAMIC_SHARED(memory);
   unsigned char* own_v = memory + OWN_BYTES;
   unsigned char* stages = own_v + OWN_V_BYTES;
-  const int own_end = (int)(KEYS ? key_length : length);
-  const int stream_end = (int)(KEYS ? length : key_length);
-  const int tiles = (own_end + ROWS - 1) / ROWS;
+  const int tiles = (int)(((KEYS ? MOST_COLUMNS : MOST_ROWS) + ROWS - 1) / ROWS);
   const int number = (int)(blockIdx.x / tiles), place = (int)(blockIdx.x % tiles);
   // Causal: the longest first, which are the last queries, or the first keys.
   const int first = (CAUSAL && !KEYS ? tiles - 1 - place : place) * ROWS;
@@ -146,31 +151,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
   const i64 batch = number / owners, owner = number % owners;
   const int group = (int)(heads / owners);  // query heads that this block sums over
   const i64 first_head = owner * group, key_head = first_head / (heads / key_heads);
+  const Span span = SPAN(batch);
+  const int own_end = KEYS ? span.columns : span.rows;
+  const int stream_end = KEYS ? span.rows : span.columns;
+  if (PACKED && first >= own_end) return;
   const int own_row = (int)(threadIdx.x / 32) * M_TILES * 16, lane = (int)(threadIdx.x % 32);
 
-  const Rows k_rows = rows_of(k + batch * k_batch + key_head * k_head, k_row);
-  const Rows v_rows = rows_of(v + batch * v_batch + key_head * v_head, v_row);
-  Rows q_rows = rows_of(q + batch * q_batch + first_head * q_head, q_row);
-  Rows grad_rows = rows_of(grad + batch * grad_batch + first_head * grad_head, grad_row);
+  const Rows k_rows =
+      rows_of(k + batch * k_batch + key_head * k_head + span.first_column * k_row, k_row);
+  const Rows v_rows =
+      rows_of(v + batch * v_batch + key_head * v_head + span.first_column * v_row, v_row);
+  Rows q_rows =
+      rows_of(q + batch * q_batch + first_head * q_head + span.first_row * q_row, q_row);
+  Rows grad_rows = rows_of(
+      grad + batch * grad_batch + first_head * grad_head + span.first_row * grad_row, grad_row);
   q_rows.aligned = q_rows.aligned && fits_16_bytes(nullptr, q_head);
   grad_rows.aligned = grad_rows.aligned && fits_16_bytes(nullptr, grad_head);
-  log_sum += (batch * heads + first_head) * length;
-  delta += (batch * heads + first_head) * length;
+  log_sum += (ENTRY(batch) * heads + first_head) * length + span.first_row;
+  delta += (ENTRY(batch) * heads + first_head) * length + span.first_row;
 
-  Scores scores{nullptr, 0, 0, (int)length, (int)key_length, (float)number_of(scale_bits) * LOG2_E};
-#if MASK
-  scores.mask = mask + batch * mask_batch + first_head * mask_head;
-  scores.row_step = mask_row;
-  scores.column_step = mask_column;
-#endif
+  Scores scores = scores_of(span, (float)number_of(scale_bits) * LOG2_E);
 #if DROPOUT
   const Dropout dropout = dropout_of(seed, offset, batch * heads + first_head, length, key_length,
                                threshold, gain_bits);
 #endif
 
   // What is streamed, for each head of the group.
-  const int begin = CAUSAL && KEYS ? first / COLUMNS * COLUMNS : 0;
-  const int last = CAUSAL && !KEYS ? smaller(key_length, first + ROWS) : stream_end;
+  const int begin =
+      KEYS ? span.rows_begin(first, COLUMNS) : span.columns_begin(first, COLUMNS);
+  const int last = KEYS ? span.rows_end(first, ROWS) : span.columns_end(first, ROWS);
 
   // Starts to copy one pass's tiles, and draws what it drops.
   auto load_stage = [&](unsigned char* stage, int member, int column) {
@@ -238,7 +247,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
       load_stage(stages + (turn ^ 1) * STAGE_BYTES, next_member, next);
     queries.staged = (const float*)(stage + STREAM_BYTES + STREAM_V_BYTES);
 #if MASK
-    scores.mask = mask + batch * mask_batch + (first_head + member) * mask_head;
+    scores.read_mask(
+        mask + batch * mask_batch + (first_head + member) * mask_head, mask_row, mask_column);
 #endif
 
     float tile[M_TILES][N_TILES][4];
@@ -282,11 +292,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_ba
   gain = dropout.gain;
 #endif
 #if KEYS
-  u16* first_target = dk + batch * dk_batch + owner * dk_head;
-  u16* second_target = dv + batch * dv_batch + owner * dv_head;
+  u16* first_target = dk + batch * dk_batch + owner * dk_head + span.first_column * dk_row;
+  u16* second_target = dv + batch * dv_batch + owner * dv_head + span.first_column * dv_row;
   const i64 first_step = dk_row, second_step = dv_row;
 #else
-  u16* first_target = dq + batch * dq_batch + owner * dq_head;
+  u16* first_target = dq + batch * dq_batch + owner * dq_head + span.first_row * dq_row;
   u16* second_target = nullptr;
   const i64 first_step = dq_row, second_step = 0;
 #endif

@@ -14,7 +14,8 @@
 // Defined in front: what attention.cuh lists, and WARPS, M_TILES, COLUMNS, BLOCKS (blocks that a
 // multiprocessor should hold), KEEP_Q (1: queries stay in registers). Operands: q (B, H, L, E),
 // k (B, G, S, E), v (B, G, S, Ev), [mask], result (B, H, L, Ev), log_sum (B, H, L) contiguous,
-// [seed, offset]; strides in elements, innermost 1.
+// [seed, offset], [q_starts, k_starts, error]; strides in elements, innermost 1. If PACKED, B is 1
+// and the blocks of a sequence that it does not fill return at once.
 #include "flash_dropout.cuh"
 
 constexpr int THREADS = WARPS * 32;
@@ -26,7 +27,7 @@ constexpr int Q_BYTES = tile_bytes(ROWS, HEAD);
 constexpr int K_BYTES = tile_bytes(COLUMNS, HEAD);
 constexpr int STAGE_BYTES = K_BYTES + tile_bytes(COLUMNS, HEAD_V);
 constexpr float SLACK = 8.0f;  // probabilities stay below 2^8
-constexpr bool ADDED = MASK == ELEMENT_MASK || MASK == FLOAT32_MASK;
+constexpr bool ADDED = MASK == ELEMENT_MASK || MASK == FLOAT32_MASK || MASK == SLOPES;
 
 // What a thread keeps of its rows lane / 4 + 8 i of each of its tiles.
 struct RowState {
@@ -49,12 +50,13 @@ __device__ __forceinline__ void mask_tile(
     for (int half = 0; half < 2; ++half) {
       const int y = row + 16 * m + lane / 4 + 8 * half, x = column + 2 * (lane % 4);
       const int seen = !MASK || y < scores.rows ? scores.seen(y, x) : 0;
+      const int hidden = scores.hidden(y, x);
 #pragma unroll
       for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& value = tile[m][n][2 * half + i];
-          if (8 * n + i >= seen) {
+          if (8 * n + i >= seen || (LEFT && 8 * n + i < hidden)) {
             value = MINUS_INFINITY;
           } else if (ADDED) {
             value = value * scores.scale + scores.masked_value(y, x + 8 * n + i) * LOG2_E;
@@ -189,6 +191,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_fo
 #if DROPOUT
     const i64* seed, const i64* offset,
 #endif
+#if PACKED
+    const int* q_starts, const int* k_starts, i64* error,
+#endif
     i64 heads, i64 key_heads, i64 length, i64 key_length, i64 scale_bits, i64 q_batch, i64 q_head,
     i64 q_row, i64 k_batch, i64 k_head, i64 k_row, i64 v_batch, i64 v_head, i64 v_row,
     i64 result_batch, i64 result_head, i64 result_row
@@ -198,23 +203,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_fo
 #if DROPOUT
     , i64 threshold, i64 gain_bits
 #endif
+#if PACKED
+    , i64 sequences, i64 max_q, i64 max_k, i64 left, i64 right
+#endif
 ) {
   DYNAMIC_SHARED(memory);
-  const int tiles = (int)((length + ROWS - 1) / ROWS);
+  const int tiles = (int)((MOST_ROWS + ROWS - 1) / ROWS);
   const int number = (int)(blockIdx.x / tiles);
   const int first = (tiles - 1 - (int)(blockIdx.x % tiles)) * ROWS;  // the longest first, if causal
   const i64 batch = number / heads, head = number % heads, key_head = head / (heads / key_heads);
-  const int warp = (int)(threadIdx.x / 32), own_row = warp * M_TILES * 16, end = (int)length;
-  const Rows q_rows = rows_of(q + batch * q_batch + head * q_head, q_row);
-  const Rows k_rows = rows_of(k + batch * k_batch + key_head * k_head, k_row);
-  const Rows v_rows = rows_of(v + batch * v_batch + key_head * v_head, v_row);
+  const Span span = SPAN(batch);
+  if (PACKED && first >= span.rows) return;
+  const int warp = (int)(threadIdx.x / 32), own_row = warp * M_TILES * 16, end = span.rows;
+  const Rows q_rows =
+      rows_of(q + batch * q_batch + head * q_head + span.first_row * q_row, q_row);
+  const Rows k_rows =
+      rows_of(k + batch * k_batch + key_head * k_head + span.first_column * k_row, k_row);
+  const Rows v_rows =
+      rows_of(v + batch * v_batch + key_head * v_head + span.first_column * v_row, v_row);
 
   const float scale = (float)number_of(scale_bits) * LOG2_E, factor = ADDED ? 1.0f : scale;
-  Scores scores{nullptr, 0, 0, end, (int)key_length, scale};
+  Scores scores = scores_of(span, scale);
 #if MASK
-  scores.mask = mask + batch * mask_batch + head * mask_head;
-  scores.row_step = mask_row;
-  scores.column_step = mask_column;
+  scores.read_mask(mask + batch * mask_batch + head * mask_head, mask_row, mask_column);
 #endif
   float gain = 1.0f;
 #if DROPOUT
@@ -223,8 +234,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_fo
   gain = dropout.gain;
 #endif
 
-  const int last = CAUSAL ? smaller(key_length, first + ROWS) : scores.columns;
-  const int passes = (last + COLUMNS - 1) / COLUMNS;
+  const int begin = scores.columns_begin(first, COLUMNS), last = scores.columns_end(first, ROWS);
+  const int passes = begin < last ? (last - begin + COLUMNS - 1) / COLUMNS : 0;
   clear_padding<ROWS, HEAD, THREADS>(memory);
   for (int stage = 0; stage < 2; ++stage) {
     clear_padding<COLUMNS, HEAD, THREADS>(memory + Q_BYTES + stage * STAGE_BYTES);
@@ -232,8 +243,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_fo
   }
   load_tile<ROWS, HEAD, THREADS>(memory, q_rows, first, end);
   if (passes) {
-    load_tile<COLUMNS, HEAD, THREADS>(memory + Q_BYTES, k_rows, 0, scores.columns);
-    load_tile<COLUMNS, HEAD_V, THREADS>(memory + Q_BYTES + K_BYTES, v_rows, 0, scores.columns);
+    load_tile<COLUMNS, HEAD, THREADS>(memory + Q_BYTES, k_rows, begin, scores.columns);
+    load_tile<COLUMNS, HEAD_V, THREADS>(memory + Q_BYTES + K_BYTES, v_rows, begin, scores.columns);
   }
   copy_commit();
 
@@ -262,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_fo
 
 #pragma unroll 1
   for (int pass = 0; pass < passes; ++pass) {
-    const int column = pass * COLUMNS;
+    const int column = begin + pass * COLUMNS;
     unsigned char* stage = memory + Q_BYTES + pass % 2 * STAGE_BYTES;
     copy_wait<0>();
     __syncthreads();  // this tile is there, and all are done with the other stage
@@ -274,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_fo
     }
     float tile[M_TILES][N_TILES][4];
     multiply_queries(tile, kept, shared_address(memory), own_row, shared_address(stage));
-    if (MASK || scores.ragged(first + own_row, column, COLUMNS))
+    if (MASK || scores.ragged(first + own_row, 16 * M_TILES, column, COLUMNS))
       mask_tile(tile, scores, first + own_row, column);
     exponentiate(tile, sums, state, factor);
 #if DROPOUT
@@ -282,6 +293,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) flash_attention_fo
 #endif
     multiply_columns<HEAD_V>(sums, tile, shared_address(stage + K_BYTES));
   }
-  finish_rows(sums, state, factor, gain, result + batch * result_batch + head * result_head,
-              result_row, log_sum + number * length, first + own_row, end);
+  finish_rows(
+      sums, state, factor, gain,
+      result + batch * result_batch + head * result_head + span.first_row * result_row, result_row,
+      log_sum + (ENTRY(batch) * heads + head) * length + span.first_row, first + own_row, end);
 }

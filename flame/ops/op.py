@@ -35,11 +35,13 @@ class Arg:
     shape: tuple[int, ...]
     low: float = -2.0
     high: float = 2.0
-    kind: str = "float"  # float | double (float32, float64) | int | bool | any | index (int64)
+    kind: str = "float"  # float | double (float32, float64) | int | bool | any | index (int64) |
+    # int32 | float32: these
     avoid: tuple[float, ...] = ()
     distinct: bool = False  # all elements differ well beyond a finite difference's step
     differentiable: bool = True
     contiguous: bool = False  # the op's meaning depends on the layout; tests keep it row-major
+    values: tuple[float, ...] = ()  # in row-major order; instead of drawn ones
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from flame.runtime.storage import Storage
 from flame.tensor import Tensor, from_array
 
 LAYOUTS: Final = ("contiguous", "permuted", "sliced", "offset", "expanded")
+FIXED: Final = {"int32": dtypes.int32, "float32": dtypes.float32}  # dtypes, by an Arg's kind
 OFFSETS: Final = {"sliced": 1, "offset": 3}  # elements before the first one, by layout
 
 
@@ -62,6 +63,9 @@ def draw(arg: Arg, dtype: DType, rng: np.random.Generator) -> np.ndarray[Any, An
             rng.integers(int(arg.low), max(int(arg.high), int(arg.low) + 1), arg.shape), np.int64
         )
     count = int(np.prod(arg.shape))
+    dtype = FIXED.get(arg.kind, dtype)
+    if arg.values:
+        return np.asarray(arg.values, dtype.numpy).reshape(arg.shape)
     if arg.distinct:
         values = arg.low + (arg.high - arg.low) * (rng.permutation(count) + 0.5) / max(count, 1)
         values = values.reshape(arg.shape)
@@ -105,6 +109,7 @@ def _pair(
         and array.ndim
         and array.shape[0] > 1
         and not arg.distinct
+        and not arg.values
     ):
         array = np.ascontiguousarray(np.broadcast_to(array[:1], array.shape))
     return lay_out(array, "contiguous" if arg.contiguous else layout), array

@@ -176,16 +176,19 @@ class Run:
 
 def execute(
     lowering: Lowering, inputs: Sequence[Array | None], outputs: Sequence[Array], launch: Launcher
-) -> None:
-    """All launches of a lowering, in order, over fresh temporaries full of NaN."""
+) -> Array:
+    """All launches of a lowering, in order, over fresh temporaries full of NaN; the words in which
+    kernels report errors."""
+    errors = np.zeros(2, np.int64)
     temporaries = [np.full(count, 0xFF, np.uint8) for count in lowering.temporaries]
     operands: dict[str, Sequence[Array | None]] = {
-        "input": inputs, "output": outputs, "temporary": temporaries,
+        "input": inputs, "output": outputs, "temporary": temporaries, "error": [errors],
     }  # fmt: skip
     for call in lowering.calls:
         assert isinstance(call, BoundSource)
         if call.extent:
             launch(call, [operands[ref.role][ref.position] for ref in call.operands])
+    return errors
 
 
 def packed(call: BoundSource, pointers: Sequence[int]) -> tuple[Any, Any]:

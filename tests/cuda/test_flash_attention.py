@@ -75,6 +75,9 @@ CASES = [  # few combinations of dtype, width and options, as each is compiled
     Case(1, 2, 1, 40, 100, 64, dtype=float16, mask=biases(40, 100), causal=True),
     Case(2, 2, 2, 20, 66, 16, mask=choices(2, 1, 1, 66)),
     Case(2, 2, 1, 20, 30, 64, dtype=float16, mask=biases(1, 2, 20, 1, dtype=np.float16)),
+    Case(2, 4, 2, 70, 90, 64, dtype=float16, mask=biases(1, 4, 1, 90), causal=True),  # ALiBi
+    Case(2, 2, 1, 70, 90, 64, dtype=float16, mask=biases(1, 2, 70, 90), causal=True),
+    Case(2, 2, 1, 70, 90, 64, dtype=float16, mask=biases(2, 1, 1, 90), causal=True),
     # dropout: whole groups of 64 columns, half a group, tiles for less shared memory
     Case(1, 2, 1, 30, 130, 64, dtype=float16, dropout=0.3),
     Case(1, 1, 1, 40, 100, 160, dtype=float16, dropout=0.3, causal=True),

@@ -16,7 +16,10 @@ from .op_cases import cases_of, compare, execute, expected, ops_with_kernels
 
 OPERATIONS = ops_with_kernels()
 # Functions of the host, not kernels: a GPU has hand-written ones for these.
-WITHOUT_KERNELS = {"argsort", "isin", "median_place", "mode_place", "searchsorted", "topk"}
+WITHOUT_KERNELS = {
+    "argsort", "attention_packed", "attention_packed_backward", "isin", "median_place",
+    "mode_place", "searchsorted", "topk",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("op", OPERATIONS, ids=lambda op: op.name)

@@ -94,6 +94,8 @@ CASES = [
     Case(1, 2, 1, 500, 600, 96, mask=choices(1, 1, 500, 600)),
     Case(1, 2, 1, 500, 600, 128, mask=biases(2, 500, 600), causal=True),
     Case(1, 2, 1, 500, 600, 40, 72, dtype=float16, mask=biases(600, dtype=np.float16)),
+    Case(2, 4, 2, 500, 600, 128, mask=biases(1, 4, 1, 600), causal=True),  # ALiBi
+    Case(2, 4, 2, 500, 600, 128, mask=biases(2, 1, 1, 600)),
     Case(1, 2, 1, 500, 600, 192, causal=True),
     Case(1, 2, 1, 500, 600, 256, dtype=float16),
     Case(1, 4, 2, 500, 600, 64, dropout=0.2, causal=True),

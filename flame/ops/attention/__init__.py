@@ -2,7 +2,8 @@
 
 `functions` is what users call; `operation` declares the ops; `forward` and `backward` are their
 kernels, made of the register tiles in `tiles`; `dropping` draws in them, `masked_softmax` serves
-dropout on the CPU, which has all probabilities in memory.
+dropout on the CPU, which has all probabilities in memory. `packed` is for sequences of several
+lengths: `packed_operation` declares its ops, `packing` pads where no kernel reads such sequences.
 """
 
 from flame.ops.attention.functions import (

@@ -69,14 +69,19 @@ def check_mask(mask: TensorType, scores: Shape) -> None:
 def ordered(shape: Shape, model: TensorType) -> TensorType:
     """A dense type whose dimensions lie in memory in the order of ``model``'s.
 
-    Heads that are a view of (B, T, H, E) give a result that lies in memory as (B, T, H, E) too.
+    Heads that are a view of (B, T, H, E) give a result that lies in memory as (B, T, H, E) too. A
+    dimension in which the model has one element, as the heads that share its keys, lies right
+    inside of the one before it: so its rows stay rows.
     """
     strides = model.strides
     if len(shape) != model.ndim or any(
         s == 0 and n > 1 for s, n in zip(strides, model.shape, strict=True)
     ):
         return tensor_type(model.dtype, shape, None, model.device)
-    order = sorted(range(len(shape)), key=lambda d: -strides[d] if model.shape[d] > 1 else 0)
+    keys: list[float] = []
+    for step, size in zip(strides, model.shape, strict=True):
+        keys.append(-step if size > 1 else keys[-1] if keys else -math.inf)
+    order = sorted(range(len(shape)), key=lambda d: keys[d])
     dense = contiguous_strides(tuple(shape[d] for d in order))
     steps = tuple(dense[order.index(d)] for d in range(len(shape)))
     return tensor_type(model.dtype, shape, steps, model.device)
@@ -239,7 +244,7 @@ def _given(types: Types) -> tuple[TensorType | None, ...]:
     return tuple(None if t is None else type_of(t) for t in types[:8])
 
 
-def _second(
+def second_order(
     g: Any, grad: Any, shift: Any, query: Any, key: Any, value: Any, mask: Any, result: Any,
     log_sum: Any, seed: Any, offset: Any, needs: Any, causal: bool, scale: float, dropout: float,
 ) -> tuple[Any, ...]:  # fmt: skip
@@ -285,7 +290,7 @@ attention_backward: Op = Op(
         "grad", "shift", "query", "key", "value", "mask", "result", "log_sum", "seed", "offset",
     ),
     infer=_infer_backward, lower=_lower_backward, lower_cuda=_lower_backward_cuda,
-    vjp=Joint(_second),
+    vjp=Joint(second_order),
     flops=lambda types, outputs: _flops(types[2], types[3], 5),
     reference=references.attention_backward, tolerance=4.0,
     samples=[references.backward_sample(s) for s in references.SAMPLES],

@@ -17,7 +17,7 @@ import numpy as np
 import flame
 import flame.ops
 from flame.ops.op import OPS, Arg, Op, Sample
-from flame.testing.sampling import LAYOUTS, lay_out
+from flame.testing.sampling import FIXED, LAYOUTS, lay_out
 
 for module in pkgutil.walk_packages(flame.ops.__path__, "flame.ops."):
     importlib.import_module(module.name)
@@ -33,7 +33,8 @@ SHARP = frozenset({
 # view_bits shows rounding as such; these backward passes divide by what their samples keep away
 # from zero together with other operands, which random operands do not.
 LEFT_OUT = frozenset({
-    "view_bits", "attention_backward", "cross_entropy_backward", "nll_loss_backward",
+    "view_bits", "attention_backward", "attention_packed_backward", "cross_entropy_backward",
+    "nll_loss_backward",
 })  # fmt: skip
 TABLE = [op for op in OPS.values() if op.name not in LEFT_OUT and op.samples]
 SHAPES = ((), (1,), (3,), (5,), (2, 3), (3, 1), (1, 3), (0, 3), (4, 5), (2, 3, 4), (3, 2, 1), (17,))
@@ -161,13 +162,15 @@ class _Run:
 
     def operand(self, random: Any, op: Op, arg: Arg, dtype: Any) -> Any:
         """A tensor of the pool, brought into the shape and the range of an Arg."""
+        if arg.values:
+            return flame.tensor(arg.values, dtype=FIXED[arg.kind]).reshape(arg.shape)
         if arg.kind == "bool":
             return self.fit(self.pick(random, leaf=True), arg.shape) > 0
         if arg.kind in ("index", "int"):
             ints = next(t for t in self.leaves if t.dtype is flame.int64)
             span = max(int(arg.high) - int(arg.low), 1)
             return self.fit(ints, arg.shape).remainder(span) + int(arg.low)
-        x = self.pick(random, leaf=op.name in SHARP).to(dtype)
+        x = self.pick(random, leaf=op.name in SHARP).to(FIXED.get(arg.kind, dtype))
         x = self.fit(x, arg.shape).sigmoid() * (arg.high - arg.low) + arg.low
         return x.contiguous() if arg.contiguous else x
 

@@ -211,8 +211,10 @@ def attention_graph(problem: AttentionProblem, *, deterministic: bool) -> Attent
     - a gradient of log_sum; head dimensions that are no multiple of 8; empty tensors;
     - operands whose last stride is not 1, or that lie over themselves.
 
-    - gradients of other shapes than what they are the gradients of.
+    - gradients of other shapes than what they are the gradients of; sequences of several lengths.
     """
+    if problem.sequences is not None:
+        return None
     types = (problem.query, problem.key, problem.value, problem.result)
     sources = (problem.query, problem.key, problem.value)
     made = problem.gradients or sources
