@@ -2,7 +2,7 @@
 
 Invariants: the text is in SSA form and final, so code generation needs no optimization passes; a
 value is computed in the outermost loop in which all that it depends on is known; a vector loop is a
-loop over full vectors and one masked vector for the rest, so there is no scalar remainder. No call
+loop over full vectors and masked vectors for the rest, so there is no scalar remainder. No call
 to the C library stands in a loop, but for the rare lanes of the ``libm`` instruction.
 """
 
@@ -73,7 +73,7 @@ class _Scope:
 
 @dataclass(frozen=True)
 class _Tail:
-    """The last, partial vector of a loop: from ``begin`` to ``end``, in the scope ``level``."""
+    """A partial vector of a loop: from ``begin`` to ``end``, in the scope ``level``."""
 
     level: int
     begin: str
@@ -240,8 +240,14 @@ class _Renderer(MemoryAccess):
     def combine(self, op: str, dtype: DType, a: str, b: str, lanes: int) -> str:
         return instructions.binary(self, op, dtype, a, b, lanes, None)
 
-    def _loop(self, var: str, begin: str, end: str, step: int, body: tuple[Statement, ...]) -> None:
-        """Count ``var`` from begin to end; registers that ``body`` writes are carried along."""
+    def _loop(
+        self, var: str, begin: str, end: str, step: int, body: tuple[Statement, ...],
+        emit: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Count ``var`` from begin to end; registers that ``body`` writes are carried along.
+
+        emit: writes ``body`` in a way of its own.
+        """
         carried = self._carried(body)
         label = self.fresh("loop")
         counter, following = f"%{label}.i", f"%{label}.next"
@@ -254,7 +260,10 @@ class _Renderer(MemoryAccess):
                 self._set(r, phis[r], start[r][1])
                 self.register_level[r] = len(self.scopes) - 1
             self.forget_loads(self.written)
-            self.statements(body)
+            if emit is None:
+                self.statements(body)
+            else:
+                emit()
             ends = {r: self.registers[r][0] for r in carried}
         self.scopes[-1].lines += [
             f"br label %{label}.hoist",
@@ -351,8 +360,7 @@ class _Renderer(MemoryAccess):
         if constant is None or constant >= lanes:
             self._loop(loop.var, "0", whole, lanes, loop.body)
         if constant is None or constant % lanes:
-            rest = self.emit(f"icmp slt i64 {whole}, {extent}")
-            self.branch(rest, lambda: self._last_vector(loop, whole, extent), loop.body)
+            self._rest(loop, whole, extent, carried)
         self.lanes, self.vector_var = 1, None
         for r in carried:
             whole_vector = self.registers[r][0]
@@ -371,16 +379,31 @@ class _Renderer(MemoryAccess):
         native = self.vector_bytes * 8 // (64 if widest == 64 else 32)
         return native * loop.unroll
 
-    def _last_vector(self, loop: Loop, whole: str, extent: str) -> None:
-        """The rest of a vector loop: lanes beyond the extent neither load, store nor accumulate."""
+    def _rest(self, loop: Loop, whole: str, extent: str, carried: list[Register]) -> None:
+        """What does not fill a vector. An unrolled vector spans several of the processor's: the
+        rest is done by one of those at a time, a quarter of the machine code to make, unless
+        registers with a lane for each element of an unrolled one are carried on."""
+        if loop.unroll == 1 or carried:
+            some = self.emit(f"icmp slt i64 {whole}, {extent}")
+            self.branch(some, lambda: self._masked_vector(loop, whole, extent), loop.body)
+            return
+        self.lanes //= loop.unroll
+
+        def masked() -> None:
+            self._masked_vector(loop, self.counters[loop.var], extent)
+
+        self._loop(loop.var, whole, extent, self.lanes, loop.body, masked)
+
+    def _masked_vector(self, loop: Loop, begin: str, extent: str) -> None:
+        """A vector from ``begin``: lanes beyond the extent neither load, store nor accumulate."""
         lanes = self.lanes
         self.scopes[-1].var = loop.var
-        self.counters[loop.var] = whole
-        rest = self.emit(f"sub i64 {extent}, {whole}")
+        self.counters[loop.var] = begin
+        rest = self.emit(f"sub i64 {extent}, {begin}")
         few = instructions.splat(self, "i32", self.emit(f"trunc i64 {rest} to i32"), lanes, None)
         numbers = instructions.lane_numbers("i32", lanes)
         self.mask = self.emit(f"icmp slt <{lanes} x i32> {numbers}, {few}")
-        self.tail = _Tail(len(self.scopes) - 1, whole, extent)
+        self.tail = _Tail(len(self.scopes) - 1, begin, extent)
         self.statements(loop.body)
         self.mask = self.tail = None
 
