@@ -11,6 +11,7 @@ import argparse
 import operator
 import os
 import pickle
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,19 @@ from flame.tensor import Tensor
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    from torch.testing._internal import common_utils
     from torch.testing._internal.common_methods_invocations import op_db
+
+
+def _seed(seed: int = 0) -> None:
+    """Seed the generators of the CPU. `torch.manual_seed` also writes down the whole stack for each
+    device that it does not find, and the database seeds before every sample."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+common_utils.set_rng_seed = _seed
 
 Entry = Any
 Array = np.ndarray[Any, Any]
@@ -342,7 +355,7 @@ def spread(samples: list[Any], limit: int) -> list[Any]:
 
 def samples_of(entry: Entry, dtype: torch.dtype, limit: int, *, more: bool = False) -> list[Any]:
     """Samples of one dtype, seeded; ``more``: the larger reference set too."""
-    torch.manual_seed(0)
+    _seed()
     wanted = dtype is torch.float64 and entry.supports_autograd
     found = []
     for sample in entry.sample_inputs("cpu", dtype, requires_grad=wanted):
