@@ -49,7 +49,7 @@ from flame.render.llvm_instructions import LLVM_TYPE
 from flame.render.llvm_memory import MemoryAccess
 from flame.render.llvm_transpose import transpose_function
 from flame.render.math import expand
-from flame.render.uses import Dependents, UsesOfValues
+from flame.render.uses import Dependents, Uses, UsesOfValues
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class _Scope:
     before: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     known: dict[tuple[Value, int], str] = field(default_factory=dict)
+    levels: dict[Uses, int] = field(default_factory=dict)  # found while this scope is the last
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class _Renderer(MemoryAccess):
         self.declared: set[str] = set()
         self.functions: dict[str, str] = {}  # of this text's own, by name
         self.uses = UsesOfValues()
+        self.expanded: dict[Value, Value] = {}
+        self.constants: dict[tuple[Value, int], str] = {}
         self.dependents: Dependents[tuple[Value, int]] = Dependents()
         self.written = (
             {s.buffer for s in stores(kernel.body)}
@@ -412,15 +415,23 @@ class _Renderer(MemoryAccess):
     def level(self, value: Value) -> int:
         """The outermost scope in which ``value`` may be computed."""
         uses = self.uses(value)
+        levels = self.scopes[-1].levels
+        level = levels.get(uses)
+        if level is None:
+            level = levels[uses] = self._level(uses)
+        if uses.registers:
+            return max([level, *(self.register_level[r] for r in uses.registers)])
+        return level
+
+    def _level(self, uses: Uses) -> int:
+        """Of all but registers, whose levels change."""
         if uses.buffers & self.written:
             return len(self.scopes) - 1
-        level = 0
         for depth in range(len(self.scopes) - 1, 0, -1):
             scope = self.scopes[depth]
             if scope.var in uses.names or (scope.guards and uses.buffers):
-                level = depth
-                break
-        return max([level, *(self.register_level[r] for r in uses.registers)])
+                return depth
+        return 0
 
     def varying(self, value: Value) -> bool:
         """Whether lanes of the open vector loop differ in ``value``."""
@@ -433,10 +444,14 @@ class _Renderer(MemoryAccess):
 
     def value(self, value: Value, lanes: int) -> str:
         """The name of ``value`` as a scalar (lanes 1) or a vector."""
+        key = (value, lanes)
         if value.op == "const":
-            return instructions.constant(value, lanes)
+            text = self.constants.get(key)
+            if text is None:
+                text = self.constants[key] = instructions.constant(value, lanes)
+            return text
         for scope in self.scopes:
-            found = scope.known.get((value, lanes))
+            found = scope.known.get(key)
             if found is not None:
                 return found
         level = self.level(value)
@@ -445,8 +460,8 @@ class _Renderer(MemoryAccess):
             name = instructions.splat(self, LLVM_TYPE[value.dtype], scalar, lanes, level)
         else:
             name = self._compute(value, lanes, level)
-        self.scopes[level].known[value, lanes] = name
-        self.dependents.add((value, lanes), self.uses(value))
+        self.scopes[level].known[key] = name
+        self.dependents.add(key, self.uses(value))
         return name
 
     def _compute(self, value: Value, lanes: int, level: int) -> str:
@@ -461,7 +476,10 @@ class _Renderer(MemoryAccess):
         if instructions.native(value):
             args = [self.value(arg, lanes) for arg in value.args]
             return instructions.instruction(self, value, args, lanes, level)
-        return self.value(expand(value.op, value.args), lanes)
+        plain = self.expanded.get(value)
+        if plain is None:  # else it was written for whole vectors, and is now for the rest
+            plain = self.expanded[value] = expand(value.op, value.args)
+        return self.value(plain, lanes)
 
     def _counter(self, value: Value, lanes: int, level: int) -> str:
         counter = self.counters[value.attr]
