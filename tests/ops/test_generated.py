@@ -56,7 +56,9 @@ def test_has_samples(op: Op) -> None:
     assert op.samples, f"op {op.name} has no samples, so no test reaches it"
     if op.differentiable:
         operands = (x for sample in op.samples for x in sample.inputs)
-        assert any(is_differentiable(op, x) for x in operands), f"op {op.name} is differentiable, but no sample has a float operand"
+        assert any(is_differentiable(op, x) for x in operands), (
+            f"op {op.name} is differentiable, but no sample has a float operand"
+        )
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
