@@ -28,13 +28,14 @@ from flame.core.types import TensorType
 from flame.kernel.values import Value
 from flame.ops.autocast import cast_operands
 from flame.ops.conversion import convert
-from flame.ops.op import Interpreter, Op, Types, interpreter
+from flame.ops.op import Interpreter, Op, interpreter
 from flame.ops.transfer import move
 from flame.runtime import cpu, transfer
 from flame.runtime.storage import Storage
 from flame.tensor import Tensor, from_array
 
 MAX_PLANS = 20_000  # signatures kept; beyond, all are dropped and found again by need
+TRIAL = 64  # calls of a signature with quickly made machine code, before better is made
 
 
 class Eager(Interpreter):
@@ -43,6 +44,15 @@ class Eager(Interpreter):
     def __init__(self) -> None:
         self.plans: dict[Any, Plan] = {}
         self.lists = ForeachPlans()  # of many calls
+        # Plans with quickly made code and how often each was used: apart, for `plans` to stay the
+        # one look-up of what is called often.
+        self.trials: dict[Any, tuple[Plan, int]] = {}
+
+    def forget_plans(self) -> None:
+        """Prepare all calls anew, as what they depend on beside their signatures has changed."""
+        self.plans.clear()
+        self.trials.clear()
+        self.lists.clear()
 
     def apply(
         self,
@@ -138,11 +148,6 @@ class Eager(Interpreter):
         """The results of a call, written into ``out`` if given."""
         return run(plan, inputs, out)
 
-    def make_plan(
-        self, op: Op, types: Types, attributes: dict[str, Any], out: tuple[TensorType, ...] | None
-    ) -> Plan:
-        return make_plan(op, types, attributes, out)
-
     def _prepare(
         self,
         key: Any,
@@ -151,21 +156,23 @@ class Eager(Interpreter):
         attributes: dict[str, Any],
         out: tuple[Any, ...] | None,
     ) -> Plan:
+        """The plan of a call that `plans` does not have."""
+        trial = self.trials.pop(key, None)
+        if trial is not None and trial[1] < TRIAL:
+            self.trials[key] = (trial[0], trial[1] + 1)
+            return trial[0]
         types = tuple(
             x.type if isinstance(x, Tensor) else None if x is None else type(x) for x in inputs
         )
-        plan = self.make_plan(
-            op, types, attributes, None if out is None else tuple(t.type for t in out)
-        )
-        if len(self.plans) >= MAX_PLANS:
-            self.plans.clear()
-        self.plans[key] = plan
+        written = None if out is None else tuple(t.type for t in out)
+        plan = make_plan(op, types, attributes, written, quick=trial is None)
+        if len(self.plans) + len(self.trials) >= MAX_PLANS:
+            self.forget_plans()
+        if plan.quick:
+            self.trials[key] = (plan, 1)
+        else:
+            self.plans[key] = plan
         return plan
-
-    def forget(self) -> None:
-        """Drop all plans, where what they depend on beside their signatures has changed."""
-        self.plans.clear()
-        self.lists.clear()
 
     def _view(self, plan: Plan, x: Any, attributes: dict[str, Any]) -> Any:
         type_ = plan.outputs[0]
@@ -503,4 +510,4 @@ def set_float32_matmul_precision(precision: str) -> None:
             "set_float32_matmul_precision: call it outside of functions that are being compiled"
         )
     choose_float32_matmul_precision(precision)
-    current.forget()
+    current.forget_plans()

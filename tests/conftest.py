@@ -26,6 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 f"{item.path} is in no tier; move it below tests/{{{','.join(TIERS)}}}"
             )
         item.add_marker(tier)
+    # What takes minutes begins first: at the end one worker would be alone with it.
+    items.sort(key=lambda item: tier_of(item.path) != "train")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

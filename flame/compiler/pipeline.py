@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from flame.compiler.plan import Plan, Step
 from flame.core.errors import ArgumentError, DeviceError, DTypeError, FlameError, ShapeError
@@ -23,10 +23,17 @@ if TYPE_CHECKING:
     from flame.render.llvm import Source
 
 
+# Bytes that a call may touch, and still run for less time than its kernel is compiled, dozens of
+# times over, with machine code that was made quickly.
+QUICK_BYTES: Final = 32 << 10
+
+
 def make_plan(
-    op: Op, types: Types, attributes: dict[str, Any], out: tuple[TensorType, ...] | None
-) -> Plan:
-    """Compile one call. ``out``: types of given output tensors, for writing in place.
+    op: Op, types: Types, attributes: dict[str, Any], out: tuple[TensorType, ...] | None,
+    *, quick: bool = False,
+) -> Plan:  # fmt: skip
+    """Compile one call. ``out``: types of given output tensors, for writing in place. quick: of a
+    call on little data the machine code may be such as is made in little time.
 
     Raises the op's own ShapeError or DTypeError, DeviceError where devices differ, CompileError.
     """
@@ -43,8 +50,11 @@ def make_plan(
         return Plan(op, types, outputs, (), (), None, False, attributes=attributes, moves=True)
     if outputs[0].device != "cpu":
         return gpu_plan(op, types, outputs, lowering)
+    quick = quick and touched(types, outputs, lowering) <= QUICK_BYTES
     sources = [source_of(bound.kernel) for bound in lowering.kernels]
-    steps = [load(b, s) for b, s in zip(lowering.kernels, sources, strict=True) if b.extent]
+    steps = [
+        load(b, s, quick=quick) for b, s in zip(lowering.kernels, sources, strict=True) if b.extent
+    ]
     return Plan(
         op,
         types,
@@ -55,7 +65,14 @@ def make_plan(
         checked=any(r.role == "error" for s in steps for r in s.operands),
         host=lowering.host,
         constants=lowering.constants,
+        quick=quick and bool(steps),
     )
+
+
+def touched(types: Types, outputs: tuple[TensorType, ...], lowering: Lowering) -> int:
+    """Bytes of all operands, results and temporaries of a call."""
+    tensors = [t for t in (*types, *outputs) if isinstance(t, TensorType)]
+    return sum(t.span * t.dtype.itemsize for t in tensors) + sum(lowering.temporaries)
 
 
 def gpu_plan(op: Op, types: Types, outputs: tuple[TensorType, ...], lowering: Lowering) -> Plan:
@@ -122,12 +139,12 @@ def source_of(kernel: Kernel) -> Source:
     return render(kernel, vector_bytes())
 
 
-def load(bound: BoundKernel, source: Source) -> Step:
-    """Machine code for a source, from the caches or from the compiler."""
+def load(bound: BoundKernel, source: Source, *, quick: bool = False) -> Step:
+    """Machine code for a source, from the caches or from the compiler. quick: see `jit.load`."""
     from flame.runtime.cpu import jit  # llvmlite is loaded with the first kernel, not with FLAME
 
     return Step(
-        jit.load(source.text, source.symbol),
+        jit.load(source.text, source.symbol, quick=quick),
         bound.extent,
         bound.grain,
         bound.operands,

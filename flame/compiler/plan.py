@@ -50,4 +50,5 @@ class Plan:
     constants: tuple[Any, ...] = ()  # arrays that the steps read
     attributes: Mapping[str, Any] = field(default_factory=dict)
     gpu: GpuCall | None = None  # instead of steps, on a GPU
+    quick: bool = False  # machine code that was made in little time, and takes more to run
     moves: bool = False  # the result is the operand's bytes on another device

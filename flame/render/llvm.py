@@ -2,7 +2,7 @@
 
 Invariants: the text is in SSA form and final, so code generation needs no optimization passes; a
 value is computed in the outermost loop in which all that it depends on is known; a vector loop is a
-loop over full vectors and one masked vector for the rest, so there is no scalar remainder. No call
+loop over full vectors and masked vectors for the rest, so there is no scalar remainder. No call
 to the C library stands in a loop, but for the rare lanes of the ``libm`` instruction.
 """
 
@@ -49,7 +49,7 @@ from flame.render.llvm_instructions import LLVM_TYPE
 from flame.render.llvm_memory import MemoryAccess
 from flame.render.llvm_transpose import transpose_function
 from flame.render.math import expand
-from flame.render.uses import Dependents, UsesOfValues
+from flame.render.uses import Dependents, Uses, UsesOfValues
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,12 @@ class _Scope:
     before: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     known: dict[tuple[Value, int], str] = field(default_factory=dict)
+    levels: dict[Uses, int] = field(default_factory=dict)  # found while this scope is the last
 
 
 @dataclass(frozen=True)
 class _Tail:
-    """The last, partial vector of a loop: from ``begin`` to ``end``, in the scope ``level``."""
+    """A partial vector of a loop: from ``begin`` to ``end``, in the scope ``level``."""
 
     level: int
     begin: str
@@ -104,6 +105,8 @@ class _Renderer(MemoryAccess):
         self.declared: set[str] = set()
         self.functions: dict[str, str] = {}  # of this text's own, by name
         self.uses = UsesOfValues()
+        self.expanded: dict[Value, Value] = {}
+        self.constants: dict[tuple[Value, int], str] = {}
         self.dependents: Dependents[tuple[Value, int]] = Dependents()
         self.written = (
             {s.buffer for s in stores(kernel.body)}
@@ -240,8 +243,14 @@ class _Renderer(MemoryAccess):
     def combine(self, op: str, dtype: DType, a: str, b: str, lanes: int) -> str:
         return instructions.binary(self, op, dtype, a, b, lanes, None)
 
-    def _loop(self, var: str, begin: str, end: str, step: int, body: tuple[Statement, ...]) -> None:
-        """Count ``var`` from begin to end; registers that ``body`` writes are carried along."""
+    def _loop(
+        self, var: str, begin: str, end: str, step: int, body: tuple[Statement, ...],
+        emit: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Count ``var`` from begin to end; registers that ``body`` writes are carried along.
+
+        emit: writes ``body`` in a way of its own.
+        """
         carried = self._carried(body)
         label = self.fresh("loop")
         counter, following = f"%{label}.i", f"%{label}.next"
@@ -254,7 +263,10 @@ class _Renderer(MemoryAccess):
                 self._set(r, phis[r], start[r][1])
                 self.register_level[r] = len(self.scopes) - 1
             self.forget_loads(self.written)
-            self.statements(body)
+            if emit is None:
+                self.statements(body)
+            else:
+                emit()
             ends = {r: self.registers[r][0] for r in carried}
         self.scopes[-1].lines += [
             f"br label %{label}.hoist",
@@ -351,8 +363,7 @@ class _Renderer(MemoryAccess):
         if constant is None or constant >= lanes:
             self._loop(loop.var, "0", whole, lanes, loop.body)
         if constant is None or constant % lanes:
-            rest = self.emit(f"icmp slt i64 {whole}, {extent}")
-            self.branch(rest, lambda: self._last_vector(loop, whole, extent), loop.body)
+            self._rest(loop, whole, extent, carried)
         self.lanes, self.vector_var = 1, None
         for r in carried:
             whole_vector = self.registers[r][0]
@@ -371,16 +382,31 @@ class _Renderer(MemoryAccess):
         native = self.vector_bytes * 8 // (64 if widest == 64 else 32)
         return native * loop.unroll
 
-    def _last_vector(self, loop: Loop, whole: str, extent: str) -> None:
-        """The rest of a vector loop: lanes beyond the extent neither load, store nor accumulate."""
+    def _rest(self, loop: Loop, whole: str, extent: str, carried: list[Register]) -> None:
+        """What does not fill a vector. An unrolled vector spans several of the processor's: the
+        rest is done by one of those at a time, a quarter of the machine code to make, unless
+        registers with a lane for each element of an unrolled one are carried on."""
+        if loop.unroll == 1 or carried:
+            some = self.emit(f"icmp slt i64 {whole}, {extent}")
+            self.branch(some, lambda: self._masked_vector(loop, whole, extent), loop.body)
+            return
+        self.lanes //= loop.unroll
+
+        def masked() -> None:
+            self._masked_vector(loop, self.counters[loop.var], extent)
+
+        self._loop(loop.var, whole, extent, self.lanes, loop.body, masked)
+
+    def _masked_vector(self, loop: Loop, begin: str, extent: str) -> None:
+        """A vector from ``begin``: lanes beyond the extent neither load, store nor accumulate."""
         lanes = self.lanes
         self.scopes[-1].var = loop.var
-        self.counters[loop.var] = whole
-        rest = self.emit(f"sub i64 {extent}, {whole}")
+        self.counters[loop.var] = begin
+        rest = self.emit(f"sub i64 {extent}, {begin}")
         few = instructions.splat(self, "i32", self.emit(f"trunc i64 {rest} to i32"), lanes, None)
         numbers = instructions.lane_numbers("i32", lanes)
         self.mask = self.emit(f"icmp slt <{lanes} x i32> {numbers}, {few}")
-        self.tail = _Tail(len(self.scopes) - 1, whole, extent)
+        self.tail = _Tail(len(self.scopes) - 1, begin, extent)
         self.statements(loop.body)
         self.mask = self.tail = None
 
@@ -389,15 +415,23 @@ class _Renderer(MemoryAccess):
     def level(self, value: Value) -> int:
         """The outermost scope in which ``value`` may be computed."""
         uses = self.uses(value)
+        levels = self.scopes[-1].levels
+        level = levels.get(uses)
+        if level is None:
+            level = levels[uses] = self._level(uses)
+        if uses.registers:
+            return max([level, *(self.register_level[r] for r in uses.registers)])
+        return level
+
+    def _level(self, uses: Uses) -> int:
+        """Of all but registers, whose levels change."""
         if uses.buffers & self.written:
             return len(self.scopes) - 1
-        level = 0
         for depth in range(len(self.scopes) - 1, 0, -1):
             scope = self.scopes[depth]
             if scope.var in uses.names or (scope.guards and uses.buffers):
-                level = depth
-                break
-        return max([level, *(self.register_level[r] for r in uses.registers)])
+                return depth
+        return 0
 
     def varying(self, value: Value) -> bool:
         """Whether lanes of the open vector loop differ in ``value``."""
@@ -410,10 +444,14 @@ class _Renderer(MemoryAccess):
 
     def value(self, value: Value, lanes: int) -> str:
         """The name of ``value`` as a scalar (lanes 1) or a vector."""
+        key = (value, lanes)
         if value.op == "const":
-            return instructions.constant(value, lanes)
+            text = self.constants.get(key)
+            if text is None:
+                text = self.constants[key] = instructions.constant(value, lanes)
+            return text
         for scope in self.scopes:
-            found = scope.known.get((value, lanes))
+            found = scope.known.get(key)
             if found is not None:
                 return found
         level = self.level(value)
@@ -422,8 +460,8 @@ class _Renderer(MemoryAccess):
             name = instructions.splat(self, LLVM_TYPE[value.dtype], scalar, lanes, level)
         else:
             name = self._compute(value, lanes, level)
-        self.scopes[level].known[value, lanes] = name
-        self.dependents.add((value, lanes), self.uses(value))
+        self.scopes[level].known[key] = name
+        self.dependents.add(key, self.uses(value))
         return name
 
     def _compute(self, value: Value, lanes: int, level: int) -> str:
@@ -438,7 +476,10 @@ class _Renderer(MemoryAccess):
         if instructions.native(value):
             args = [self.value(arg, lanes) for arg in value.args]
             return instructions.instruction(self, value, args, lanes, level)
-        return self.value(expand(value.op, value.args), lanes)
+        plain = self.expanded.get(value)
+        if plain is None:  # else it was written for whole vectors, and is now for the rest
+            plain = self.expanded[value] = expand(value.op, value.args)
+        return self.value(plain, lanes)
 
     def _counter(self, value: Value, lanes: int, level: int) -> str:
         counter = self.counters[value.attr]

@@ -4,18 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from flame.kernel.values import Buffer, Register, Value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Uses:
     """The loop variables, registers and buffers that a value depends on."""
 
-    names: frozenset[str]
-    registers: frozenset[Register]
-    buffers: frozenset[Buffer]
+    names: frozenset[str] = frozenset()
+    registers: frozenset[Register] = frozenset()
+    buffers: frozenset[Buffer] = frozenset()
+
+    def joined(self, other: Uses) -> Uses:
+        """What either depends on: one of both where that is all, as it mostly is."""
+        if other is self or other is NOTHING:
+            return self
+        if self is NOTHING:
+            return other
+        names = self.names | other.names
+        registers = self.registers | other.registers
+        buffers = self.buffers | other.buffers
+        for one in (self, other):
+            if (len(one.names), len(one.registers), len(one.buffers)) == (
+                len(names), len(registers), len(buffers)
+            ):  # fmt: skip
+                return one
+        return Uses(names, registers, buffers)
+
+
+NOTHING: Final = Uses()
 
 
 Key = TypeVar("Key")
@@ -45,15 +64,14 @@ class UsesOfValues:
     def __call__(self, value: Value) -> Uses:
         found = self._found.get(value)
         if found is None:
-            inner = [self(arg) for arg in value.args]
-            names = frozenset[str]().union(*(u.names for u in inner))
-            registers = frozenset[Register]().union(*(u.registers for u in inner))
-            buffers = frozenset[Buffer]().union(*(u.buffers for u in inner))
+            found = NOTHING
             if value.op == "var":
-                names |= {value.attr}
+                found = Uses(names=frozenset((value.attr,)))
             elif value.op == "read":
-                registers |= {value.attr}
+                found = Uses(registers=frozenset((value.attr,)))
             elif value.op == "load":
-                buffers |= {value.attr}
-            found = self._found[value] = Uses(names, registers, buffers)
+                found = Uses(buffers=frozenset((value.attr,)))
+            for arg in value.args:
+                found = found.joined(self(arg))
+            self._found[value] = found
         return found

@@ -36,7 +36,7 @@ def emulated_cuda(make_emulated_cuda: Callable[..., EmulatedDriver]) -> Emulated
 def eager_cuda() -> Iterator[None]:
     """One emulated device for the eager calls of a module: their plans hold on to the driver."""
     before = install_driver(EmulatedDriver())
-    interpreter().forget()
+    interpreter().forget_plans()
     yield
-    interpreter().forget()
+    interpreter().forget_plans()
     install_driver(before)

@@ -211,7 +211,7 @@ def test_a_gradient_of_a_wrong_device_changes_nothing() -> None:
 def test_several_devices(make_emulated_cuda: Callable[..., Any]) -> None:
     eager = interpreter()
     assert isinstance(eager, Eager)
-    eager.forget()
+    eager.forget_plans()
     make_emulated_cuda(devices=2)
     try:
         devices = ("cuda:0", "cuda:1", "cpu")
@@ -223,7 +223,7 @@ def test_several_devices(make_emulated_cuda: Callable[..., Any]) -> None:
         assert len(launches(optimizer.step)) == 2
         assert all((p == 0.75).all().item() for p in parameters)
     finally:
-        eager.forget()
+        eager.forget_plans()
 
 
 def test_a_stream_of_the_users() -> None:
@@ -306,7 +306,7 @@ def test_lists_that_change_with_every_step(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(foreach, "MAX_LISTS", 4)
     eager = interpreter()
     assert isinstance(eager, Eager)
-    eager.forget()
+    eager.forget_plans()
     parameters = [flame.ones(3, device="cuda").requires_grad_() for _ in range(8)]
     optimizer = optim.SGD(parameters, lr=0.5)
     for count in range(2, len(parameters)):

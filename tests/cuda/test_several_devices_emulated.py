@@ -16,9 +16,9 @@ from .several_devices_checks import CHECKS
 @pytest.fixture(scope="module", autouse=True)
 def two_devices() -> Iterator[None]:
     before = install_driver(EmulatedDriver(devices=2))
-    interpreter().plans.clear()
+    interpreter().forget_plans()
     yield
-    interpreter().plans.clear()
+    interpreter().forget_plans()
     install_driver(before)
 
 

@@ -12,6 +12,7 @@ import importlib.util
 import operator
 import os
 import pickle
+import random
 import sys
 import time
 import unittest
@@ -22,6 +23,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
@@ -50,7 +52,19 @@ if importlib.util.find_spec("expecttest") is None:
     sys.modules["expecttest"] = stand_in
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    from torch.testing._internal import common_utils
     from torch.testing._internal.common_methods_invocations import op_db
+
+
+def _seed(seed: int = 0) -> None:
+    """Seed the generators of the CPU. `torch.manual_seed` also writes down the whole stack for each
+    device that it does not find, and the database seeds before every sample."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+common_utils.set_rng_seed = _seed
 
 Entry = Any
 
@@ -242,7 +256,7 @@ def samples_of(
     entry: Entry, dtype: torch.dtype, limit: int, *, more: bool = False, scope: Scope = CPU
 ) -> list[Any]:
     """Samples of one dtype, seeded; ``more``: the larger reference set too."""
-    torch.manual_seed(0)
+    _seed()
     wanted = dtype in scope.differentiated and dtype in entry.supported_backward_dtypes("cpu")
     found = []
     for sample in entry.sample_inputs("cpu", dtype, requires_grad=wanted):

@@ -14,6 +14,7 @@ import flame.ops
 from flame.core.errors import FlameError
 from flame.ops.op import OPS, Op, Sample
 from flame.testing import LAYOUTS, check_gradients, check_reference, dtypes_of
+from flame.testing.sampling import is_differentiable
 
 # Every module of ops, those too that `import flame` leaves to a later import: no op escapes.
 for module in pkgutil.walk_packages(flame.ops.__path__, "flame.ops."):
@@ -54,8 +55,10 @@ def test_derivatives(op: Op, sample: Sample, tally: Any) -> None:
 def test_has_samples(op: Op) -> None:
     assert op.samples, f"op {op.name} has no samples, so no test reaches it"
     if op.differentiable:
-        checked = sum(check_gradients(op, sample) for sample in op.samples)
-        assert checked, f"op {op.name} is differentiable, but no sample has a float operand"
+        operands = (x for sample in op.samples for x in sample.inputs)
+        assert any(is_differentiable(op, x) for x in operands), (
+            f"op {op.name} is differentiable, but no sample has a float operand"
+        )
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)

@@ -62,6 +62,7 @@ class Compiler:
         self._binding: Any = binding
         self._machine: Any = new_machine(self.cpu_name, self.cpu_features)
         self._machines = [self._machine]  # more where several kernels are compiled at once
+        self._quick_machine: Any = new_machine(self.cpu_name, self.cpu_features, quick=True)
         # Alignments and calling conventions are the host's, not LLVM's defaults. No line break, so
         # that LLVM counts lines as the source does.
         layout, triple = self._machine.target_data, self._machine.triple
@@ -77,26 +78,34 @@ class Compiler:
         self.lock = threading.RLock()
 
     def load(
-        self, source: str, symbols: tuple[str, ...], *, optimize: bool = False
+        self, source: str, symbols: tuple[str, ...], *, quick: bool = False
     ) -> tuple[int, ...]:
-        """The addresses of `symbols`, functions or globals that `source` defines."""
-        identity = (source, symbols, optimize)
+        """The addresses of `symbols`, functions or globals that `source` defines.
+
+        quick: slow code will do, where no better is known.
+        """
         with self.lock:
-            if (known := self._addresses.get(identity)) is not None:
-                self.statistics.memory_hits += 1
-                return known
+            for level in (False, True) if quick else (False,):
+                if (known := self._addresses.get((source, symbols, level))) is not None:
+                    self.statistics.memory_hits += 1
+                    return known
             started = time.perf_counter()
-            key = self._key(source, optimize=optimize)
-            entry = self.disk.read(key)
-            if entry is not None:
-                self.statistics.disk_hits += 1
-            else:
-                entry = self._compile(self._machine, source, symbols, optimize=optimize)
-                self._keep(key, entry, symbols[0])
+            entry, level = self._obtain(source, symbols, quick=quick)
             addresses = self._link([entry], source, symbols)
-            self._addresses[identity] = addresses
+            self._addresses[source, symbols, level] = addresses
             self.statistics.seconds += time.perf_counter() - started
             return addresses
+
+    def _obtain(self, source: str, symbols: tuple[str, ...], *, quick: bool) -> tuple[Entry, bool]:
+        """Machine code from disk or from LLVM, and whether it is of the quick kind."""
+        for level in (False, True) if quick else (False,):
+            if (entry := self.disk.read(self._key(source, quick=level))) is not None:
+                self.statistics.disk_hits += 1
+                return entry, level
+        machine = self._quick_machine if quick else self._machine
+        entry = self._compile(machine, source, symbols)
+        self._keep(self._key(source, quick=quick), entry, symbols[0])
+        return entry, quick
 
     def load_many(self, sources: Sequence[tuple[str, str]]) -> list[int]:
         """The addresses of one function each of many texts: (text, symbol).
@@ -110,7 +119,7 @@ class Compiler:
             new = list(dict.fromkeys(i for i in identities if i not in self._addresses))
             self.statistics.memory_hits += len(sources) - len(new)
             if new:
-                keys = [self._key(source, optimize=False) for source, _, _ in new]
+                keys = [self._key(source, quick=False) for source, _, _ in new]
                 entries = [self.disk.read(key) for key in keys]
                 self.statistics.disk_hits += sum(entry is not None for entry in entries)
                 missing = [i for i, entry in enumerate(entries) if entry is None]
@@ -137,17 +146,15 @@ class Compiler:
             self._machines.append(new_machine(self.cpu_name, self.cpu_features))
 
         def work(machine: Any, source: tuple[str, tuple[str, ...]]) -> Entry:
-            return self._compile(machine, *source, optimize=False)
+            return self._compile(machine, *source)
 
         return over_machines(self._machines[: max(wanted, 1)], work, sources)
 
-    def _key(self, source: str, *, optimize: bool) -> str:
-        text = f"{self.identity}\n{'optimized' if optimize else 'plain'}\n{source}"
+    def _key(self, source: str, *, quick: bool) -> str:
+        text = f"{self.identity}\n{'quick' if quick else 'plain'}\n{source}"
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _compile(
-        self, machine: Any, source: str, symbols: tuple[str, ...], *, optimize: bool
-    ) -> Entry:
+    def _compile(self, machine: Any, source: str, symbols: tuple[str, ...]) -> Entry:
         context = self._binding.create_context()
         try:
             module = self._binding.parse_assembly(self._target + source, context)
@@ -169,10 +176,6 @@ class Compiler:
                 if value.is_declaration and not value.name.startswith("llvm.")
             )
         )
-        if optimize:
-            options = self._binding.create_pipeline_tuning_options(speed_level=2)
-            builder = self._binding.create_pass_builder(machine, options)
-            builder.getModulePassManager().run(module, builder)
         return Entry(emit(machine, module), externals)
 
     def _resolve(self, name: str, symbol: str) -> int | None:
@@ -259,14 +262,14 @@ def compiler() -> Compiler:
         return _shared()
 
 
-def load(source: str, symbol: str, *, optimize: bool = False) -> int:
+def load(source: str, symbol: str, *, quick: bool = False) -> int:
     """The address of the function `symbol` that the LLVM IR text `source` defines.
 
-    Compiled for the host's CPU at code generation level 2; `optimize` runs LLVM's passes first, for
-    text that is not already in its final form. The result is cached in memory and on disk by text.
-    Raises CompileError where LLVM refuses the text or a declared name does not exist.
+    Compiled for the host's CPU at code generation level 2; with `quick` at level 0, in a third of
+    the time, unless a cache has the better code. The result is cached in memory and on disk by
+    text. Raises CompileError where LLVM refuses the text or a declared name does not exist.
     """
-    return compiler().load(source, (symbol,), optimize=optimize)[0]
+    return compiler().load(source, (symbol,), quick=quick)[0]
 
 
 def load_many(sources: Sequence[tuple[str, str]]) -> list[int]:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import flame
-from flame.ops import op
 from flame.ops.contraction import tiles_amx
+from flame.ops.op import interpreter
 from flame.runtime.cpu import amx
 from flame.tensor import Tensor
 from tests.unit.ops.test_products_kernels import laid_out
@@ -34,8 +34,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def forget() -> None:
-    plans: dict[Any, Any] = getattr(op._interpreter, "plans", {})
-    plans.clear()
+    interpreter().forget_plans()
 
 
 def by_vectors(a: Tensor, b: Tensor) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +10,9 @@ import pytest
 import flame
 from flame.core.types import tensor_type
 from flame.kernel.builder import Ref
-from flame.ops import op
 from flame.ops.contraction import Factor, PlainStore, blocking, contract, lowering
 from flame.ops.contraction.blocking import blocking_for, tile_for
+from flame.ops.op import interpreter
 from flame.tensor import Tensor
 
 ODD = (1, 3, 13, 14, 15, 17, 31, 33, 65, 257)
@@ -23,8 +22,7 @@ rng = np.random.default_rng(0)
 
 def forget_plans() -> None:
     """Plans are made anew, as the test changes how they are made."""
-    plans: dict[Any, Any] = getattr(op._interpreter, "plans", {})
-    plans.clear()
+    interpreter().forget_plans()
 
 
 def laid_out(numbers: np.ndarray, layout: str, dtype: flame.DType) -> Tensor:

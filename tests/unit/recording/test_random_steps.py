@@ -21,7 +21,7 @@ import pytest
 import flame
 
 SHARDS = 25
-EXAMPLES = int(os.environ.get("FLAME_RANDOM_STEPS", "8"))
+EXAMPLES = int(os.environ.get("FLAME_RANDOM_STEPS", "6"))
 CALLS = 2  # the recorded one, and a replay
 
 

@@ -56,10 +56,36 @@ def test_a_damaged_entry_is_rebuilt(tmp_path: Path) -> None:
     assert len(path.read_bytes()) == len(whole)
 
 
-def test_the_key_tells_machine_and_options_apart(tmp_path: Path) -> None:
+def test_quick_code_serves_until_better_is_known(tmp_path: Path) -> None:
     compiler = Compiler(DiskCache(tmp_path))
+    (quick,) = compiler.load(ANSWER, ("answer",), quick=True)
+    assert call(quick) == 42
+    assert compiler.load(ANSWER, ("answer",), quick=True) == (quick,)
+    (better,) = compiler.load(ANSWER, ("answer",))
+    assert better != quick
+    assert call(better) == 42
+    assert compiler.load(ANSWER, ("answer",), quick=True) == (better,)
+    assert compiler.statistics.compiled == 2
+
+    again = Compiler(DiskCache(tmp_path))
+    found = again.load(ANSWER, ("answer",), quick=True)
+    assert again.load(ANSWER, ("answer",)) == found
+    assert again.statistics.compiled == 0
+
+
+def test_quick_code_on_disk(tmp_path: Path) -> None:
+    Compiler(DiskCache(tmp_path)).load(ANSWER, ("answer",), quick=True)
+    again = Compiler(DiskCache(tmp_path))
+    assert call(again.load(ANSWER, ("answer",), quick=True)[0]) == 42
+    assert (again.statistics.compiled, again.statistics.disk_hits) == (0, 1)
+    again.load_many([(ANSWER, "answer")])  # a program runs for long: nothing quick will do
+    assert again.statistics.compiled == 1
+
+
+def test_the_key_tells_texts_and_options_apart(tmp_path: Path) -> None:
+    compiler = Compiler(DiskCache(tmp_path))
+    compiler.load(ANSWER, ("answer",), quick=True)
     compiler.load(ANSWER, ("answer",))
-    compiler.load(ANSWER, ("answer",), optimize=True)
     assert compiler.statistics.compiled == 2
     compiler.load(ANSWER + "\n", ("answer",))
     assert compiler.statistics.compiled == 3
