@@ -21,8 +21,9 @@ class Geometry:
     team: threads of a team. block: threads of a block, a multiple of the team. wide: whether
     offsets need 64 bits. shared: whether scratch memory stands in shared memory. by_pointer:
     whether numbers of the call arrive as pointers to their 64-bit words on the device. held: packs
-    of a row that each thread keeps in registers; 0: none, see `flame.render.cuda_held`. items: how
-    many calls one launch serves at most, each by blocks of its own; 0: one call, without a table.
+    of a row that each thread keeps in registers; 0: none, see `flame.render.cuda_held`. width: the
+    elements of such a pack; 0: as many of the smallest as fill 16 bytes. items: how many calls one
+    launch serves at most, each by blocks of its own; 0: one call, without a table.
     """
 
     team: int
@@ -31,6 +32,7 @@ class Geometry:
     shared: bool = True
     by_pointer: bool = False
     held: int = 0
+    width: int = 0
     items: int = 0
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from flame.core.errors import CompileError
 from flame.kernel.builder import BoundKernel
@@ -59,6 +60,8 @@ def render(
     if geometry is None:
         geometry = geometry_of(bound, by_pointer=by_pointer)
     held = held_of(bound.kernel) if geometry.held else None
+    if held is not None and geometry.width:
+        held = replace(held, width=geometry.width)
     kernel = bound.kernel if held is None else without(bound.kernel, held)
     private = scratch_bytes(kernel) * geometry.teams
     if geometry.shared and private > SHARED_BYTES:

@@ -35,10 +35,10 @@ def geometry_of(bound: BoundKernel, *, by_pointer: bool = False) -> Geometry:
     held = held_of(kernel)
     found = None if held is None else team_of(held, bounds, bound.extent, BUSY)
     if found is None:
-        team, turns = _team(bound, bounds), 0
+        team, turns, width = _team(bound, bounds), 0, 0
     else:
         assert held is not None
-        (team, turns), kernel = found, without(kernel, held)
+        (team, turns, width), kernel = found, without(kernel, held)
     block = team if team > WARP else _block(team, bound.extent)
     while block > max(team, WARP) and scratch_bytes(kernel) * (block // team) > SHARED_BYTES:
         block //= 2
@@ -49,6 +49,7 @@ def geometry_of(bound: BoundKernel, *, by_pointer: bool = False) -> Geometry:
         shared=scratch_bytes(kernel) * (block // team) <= SHARED_BYTES,
         by_pointer=by_pointer,
         held=turns,
+        width=width,
     )
 
 

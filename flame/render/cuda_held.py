@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Final
 
 from flame.kernel import values
@@ -35,6 +36,7 @@ WORDS: Final = 80  # registers of a thread that hold a row, at most
 TURNS: Final = 4  # packs of a row that a thread takes, at most
 LINE: Final = 8  # threads of a team whose packs fill a line of memory
 LARGEST: Final = 1024
+WASTED: Final = 0.9  # of the registers, from which on narrower packs are not worth it
 
 Key = tuple[Buffer, Value]  # an operand, and where in it a row starts
 
@@ -94,10 +96,12 @@ def held_of(kernel: Kernel) -> Held | None:
     return Held(width, held, keys, first, local)
 
 
-def team_of(held: Held, bounds: Bounds, rows: int, threads: int) -> tuple[int, int] | None:
-    """(threads of a team, packs that each holds) for so many rows; None where rows are too long.
+def team_of(held: Held, bounds: Bounds, rows: int, threads: int) -> tuple[int, int, int] | None:
+    """(threads of a team, packs that each holds, elements of a pack) for so many rows; None where
+    rows are too long.
 
-    threads: how many keep the device busy.
+    threads: how many keep the device busy. Packs are narrower where that leaves fewer registers
+    without an element, as long as the largest operand is still read 16 bytes at a time.
     """
     longest = 1
     for loop in held.loops:
@@ -105,12 +109,21 @@ def team_of(held: Held, bounds: Bounds, rows: int, threads: int) -> tuple[int, i
         if extent is None:
             return None
         longest = max(longest, extent[1])
+    found = _team_of(held, longest, rows, threads)
+    least = BYTES // max((item_bytes(b.dtype) for b, _ in held.first), default=BYTES)
+    if found is None or held.width // 2 < max(least, 1):
+        return found
+    narrow = _team_of(replace(held, width=held.width // 2), longest, rows, threads)
+    return narrow if narrow and prod(narrow) < WASTED * prod(found) else found
+
+
+def _team_of(held: Held, longest: int, rows: int, threads: int) -> tuple[int, int, int] | None:
     packs = -(-longest // held.width)
     most = max(1, min(TURNS, WORDS // held.words))
     team = min(LINE, 1 << (packs - 1).bit_length())
     while team * most < packs or (team < packs and rows * team < threads):
         team *= 2
-    return (team, -(-packs // team)) if team <= LARGEST else None
+    return (team, -(-packs // team), held.width) if team <= LARGEST else None
 
 
 # --- reading kernels ------------------------------------------------------------------------------
