@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flame.ops.autocast import autocasts
-from flame.ops.bivariate import xlogy
+from flame.ops.bivariate import xlog1py, xlogy
 from flame.ops.comparison import where
 from flame.ops.gamma import digamma, erfinv, i0, i0e, i1, i1e, lgamma, polygamma, zeta
 from flame.ops.mathematics import erf, erfc, exp2, expm1, log1p, sigmoid
@@ -40,14 +40,3 @@ def ndtri(input: Tensor) -> Tensor:
     """The inverse of `ndtr`."""
     result: Tensor = erfinv(input * 2.0 - 1.0) * math.sqrt(2)
     return result
-
-
-@autocasts("plain")
-def xlog1py(input: Any, other: Any) -> Tensor:
-    """input * log(1 + other); 0 where ``input`` is 0 and ``other`` is no NaN."""
-    shifted = log1p(other) if hasattr(other, "storage") else math.log1p(other)
-    product = input * shifted
-    number = ~other.isnan() if hasattr(other, "storage") else not math.isnan(other)
-    nothing = (input == 0) & number
-    made: Tensor = where(nothing, 0.0, product)
-    return made.to(product.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from flame.kernel import values
 from flame.kernel.values import Value, compare, const, select, unary
 from flame.ops.comparison import where
 from flame.ops.elementwise import common_dtype, elementwise, scalar_binary, to_float
-from flame.ops.mathematics import exp
+from flame.ops.mathematics import exp, log1p
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Sample, Types
 from flame.ops.powers import logarithm
 
@@ -90,19 +91,33 @@ _logaddexp2 = elementwise(
 )  # fmt: skip
 
 
-def _xlogy_scalar(x: Value, y: Value) -> Value:
-    zero = const(0, x.dtype)
-    made = select(compare("eq", x, zero), zero, x * unary("log", y))
-    return select(unary("is_nan", y), y, made)
+def _nothing_of(function: str) -> Callable[[Value, Value], Value]:
+    """x * function(y); 0 where x is 0 and y is no NaN."""
+
+    def scalar(x: Value, y: Value) -> Value:
+        zero = const(0, x.dtype)
+        made = select(compare("eq", x, zero), zero, x * unary(function, y))
+        return select(unary("is_nan", y), y, made)
+
+    return scalar
 
 
 _xlogy = elementwise(
-    "xlogy", _xlogy_scalar, inputs=("x", "y"), rule=to_float,
+    "xlogy", _nothing_of("log"), inputs=("x", "y"), rule=to_float,
     vjp=(
         lambda g, x, y: where((x == 0) & (y <= 0), 0, g * logarithm(y)),
         lambda g, x, y: g * x / y,
     ),
     reference=lambda x, y: x * np.log(y), domain=(0.3, 3.0),
+)  # fmt: skip
+
+_xlog1py = elementwise(
+    "xlog1py", _nothing_of("log1p"), inputs=("x", "y"), rule=to_float,
+    vjp=(
+        lambda g, x, y: where((x == 0) & (y <= -1), 0, g * log1p(y)),
+        lambda g, x, y: g * x / (y + 1),
+    ),
+    reference=lambda x, y: x * np.log1p(y), domain=(-0.7, 3.0),
 )  # fmt: skip
 
 _copysign = elementwise(
@@ -203,6 +218,12 @@ def logaddexp2(input: Tensor, other: Tensor) -> Tensor:
 def xlogy(input: Operand, other: Operand) -> Tensor:
     """input * log(other), 0 where input is 0 (NaN where other is NaN), broadcast."""
     result: Tensor = _xlogy(input, other)
+    return result
+
+
+def xlog1py(input: Operand, other: Operand) -> Tensor:
+    """input * log(1 + other), 0 where input is 0 (NaN where other is NaN), broadcast."""
+    result: Tensor = _xlog1py(input, other)
     return result
 
 

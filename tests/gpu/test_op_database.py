@@ -7,12 +7,15 @@ Several processes (pytest -n 16) share the work well.
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.cuda.dry import get_ready
 from tests.ops import database
 
 pytestmark = pytest.mark.usefixtures("gpu")
 
+# Entries that differ from PyTorch before 2.13, with the reason.
+OLDER = {"unravel_index": "coordinates were int64, whatever the dtype of the index"}
 LIMIT = 3  # samples of each dtype, spread over all that the database has
 ENTRIES = database.shared_entries()
 
@@ -25,4 +28,6 @@ def test_entry(name: str) -> None:
     tally = database.tally_of(checks)
     if name in database.KNOWN:  # whether any of these few samples differs is not said
         pytest.skip(f"differs: {database.KNOWN[name]}")
+    if name in OLDER and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+        pytest.skip(f"differs from an older PyTorch: {OLDER[name]}")
     assert not tally.errors, f"{len(tally.errors)} samples differ; the first: {tally.errors[0]}"

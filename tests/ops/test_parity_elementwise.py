@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import math
 import operator
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from database import op_db
-
 import flame
 from flame.core import dtypes
 from flame.core.errors import FlameError
 from flame.ops import activations
 from flame.tensor import Tensor
+
+from .database import op_db
 
 DTYPES = {
     torch.float64: dtypes.float64, torch.float32: dtypes.float32, torch.float16: dtypes.float16,
@@ -386,3 +382,17 @@ def test_remainder_of_a_huge_quotient_is_exact_or_nan() -> None:
     exact = np.fmod(x, y)
     np.testing.assert_array_equal(made[known], exact[known])
     assert np.all(np.isnan(made) | (made == exact))
+
+
+@pytest.mark.parametrize("name", ["xlogy", "xlog1py"])
+def test_gradients_of_products_with_logarithms_at_zeros(name: str) -> None:
+    """A factor of 0 hides the logarithm's value, but not the slope, which the logarithm is."""
+    x, y = np.zeros(6), np.array([-1.5, -1.0, 0.0, 0.5, 2.0, np.nan])
+    found, expected = [], []
+    for library, kept in ((flame, found), (torch, expected)):
+        a, b = (library.from_numpy(v.copy()).requires_grad_() for v in (x, y))
+        made = getattr(library.special, name)(a, b)
+        made.backward(library.ones_like(made))
+        kept += [t.detach().numpy() for t in (made, a.grad, b.grad)]
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
