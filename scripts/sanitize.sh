@@ -81,8 +81,13 @@ tell() {
     tests=$(grep -E '^=+ .* in [0-9.]+s' "$logs/$name.output" | tail -1 | tr -d =)
     errors=$(cat "$logs/$name".*.report 2>/dev/null |
         sed -nE 's/.* SUMMARY: .*\b([0-9]+) errors?\b.*/\1/p' | awk '{n += $1} END {print n + 0}')
+    if grep -q ' / 0 selected' "$logs/$name.output"; then
+        # The sanitizer takes it for a failure that a program never called CUDA.
+        echo "$1 $2/$jobs: ok; no test fell to this part"
+        return 0
+    fi
     case $status in
-        0 | 5) said=ok ;; # 5: no test fell to this part
+        0) said=ok ;;
         99) said="FAILED: the sanitizer found errors" ;;
         124 | 137) said="FAILED: out of time in $(grep '::' "$logs/$name.output" | tail -1)" ;;
         *) said="FAILED: exit status $status" ;;

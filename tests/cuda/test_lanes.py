@@ -12,10 +12,17 @@ import pytest
 import flame
 from flame import nn, optim
 from flame.compiler.gpu import blueprint
+from flame.compiler.gpu import lanes as gpu_lanes
 from flame.compiler.gpu.lanes import Work, waits_of
 from flame.compiler.schedule.memory import Place
 
 from .emulation import EmulatedDriver
+
+
+@pytest.fixture(autouse=True)
+def small_ones_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_lanes, "LEAST", 0)
+    monkeypatch.setenv("FLAME_CACHE_DIR", str(tmp_path))
 
 
 def build(device: str) -> tuple[nn.Module, Any]:
@@ -60,9 +67,8 @@ def test_updates_run_beside_the_rest(emulated_cuda: EmulatedDriver) -> None:
 
 
 def test_the_emulation_tells_of_missing_waits(
-    emulated_cuda: EmulatedDriver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    emulated_cuda: EmulatedDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FLAME_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(blueprint, "waits_of", lambda works: [-1] * len(works))
     found, _ = losses("cuda", 6)
     wanted, _ = losses("cpu", 6)
@@ -90,6 +96,14 @@ def test_state_that_an_argument_shares_keeps_everything_in_order(
     argument = next(iter(program.arguments.values()))
     argument.pointer = program.state[numbers[0]] + 4
     assert program._inputs_overlap()
+
+
+def test_what_is_little_stays_in_one_lane(
+    emulated_cuda: EmulatedDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    _, compiled = losses("cuda", 1)
+    assert not any(launch.beside for launch in compiled.program.blueprint.launches)
 
 
 def random_works(random: np.random.Generator, count: int) -> list[Work]:

@@ -158,7 +158,8 @@ def compare_gradients(
     if not pairs:
         return
     weights = [
-        torch.linspace(0.5, 1.5, b.numel(), dtype=b.dtype).reshape(b.shape) for _, b in pairs
+        torch.linspace(0.5, 1.5, b.numel(), dtype=b.dtype, device=b.device).reshape(b.shape)
+        for _, b in pairs
     ]
     expected = torch.autograd.grad(
         [b for _, b in pairs], their_leaves, weights, retain_graph=True, allow_unused=True

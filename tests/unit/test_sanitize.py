@@ -25,8 +25,13 @@ if [ -n "${STUCK:-}" ]; then
     echo "tests/test_seven.py::$STUCK"
     sleep 60
 fi
-"$@"
+output=$("$@")
 status=$?
+echo "$output"
+if [[ $output = *" / 0 selected"* ]]; then
+    echo "========= Error: Target application terminated before first API call" >>"$report"
+    exit 255
+fi
 if [ "$tool" = racecheck ]; then
     echo "========= RACECHECK SUMMARY: 3 hazards displayed ($FOUND errors, 3 warnings)" >>"$report"
 else
@@ -78,6 +83,13 @@ def test_parts_share_the_tests(tmp_path: Path) -> None:
     assert len(given) == 4
     assert all("--target-processes all --error-exitcode 99" in line for line in given)
     assert [("--kernel-name-exclude" in line) for line in given] == [False, False, True, True]
+
+
+def test_parts_without_tests(tmp_path: Path) -> None:
+    status, told = sanitize(tmp_path, "--tools", "memcheck", "--jobs", "16")
+    assert status == 0, told
+    assert "/16: ok; no test fell to this part" in told
+    assert "/16: ok;  1 passed" in told or "/16: ok; 1 passed" in told
 
 
 def test_what_goes_wrong_is_told(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from flame.graph import Symbol
 from flame.kernel.builder import BoundCall
 
 SMALL: Final = 1 << 30  # operations of a product up to which it leaves room for others
+LEAST: Final = 1 << 20  # bytes that move beside the rest: less is not worth a graph with branches
 
 
 def beside(schedule: Schedule) -> frozenset[int]:
@@ -42,7 +43,13 @@ def beside(schedule: Schedule) -> frozenset[int]:
             found.add(t)
             if not after:
                 last.add(t)
-    return frozenset(found)
+    moved = sum(
+        nbytes_of(s.type)
+        for t in found
+        for s in (*schedule.tasks[t].inputs, *schedule.tasks[t].outputs)
+        if isinstance(s, Symbol) and isinstance(s.type, TensorType)
+    )
+    return frozenset(found if moved >= LEAST else ())
 
 
 def _leaves_room(task: Task) -> bool:
