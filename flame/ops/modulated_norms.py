@@ -14,7 +14,7 @@ import numpy as np
 from flame.core.errors import ShapeError
 from flame.core.types import Shape, TensorType, tensor_type
 from flame.kernel.builder import Lowering
-from flame.ops import norm_kernels
+from flame.ops import norm_gradients, norm_kernels
 from flame.ops.loops import broadcast_strides
 from flame.ops.norm_ops import EPS
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types
@@ -71,7 +71,7 @@ def _infer_backward(types: Types) -> tuple[TensorType, ...]:
 
 def _lower_backward(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
     samples, *_, length = type_of(types[1]).shape
-    return norm_kernels.lower_layer_backward(
+    return norm_gradients.lower_layer_backward(
         types, outputs, length=length, centred=True, samples=samples
     )
 

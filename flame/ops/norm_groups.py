@@ -19,7 +19,8 @@ from flame.kernel.values import Value, cast, const
 from flame.ops import group_tiles
 from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import broadcast_strides, by_stride, coalesce
-from flame.ops.norm_kernels import inverse_root, sum_parts
+from flame.ops.norm_gradients import sum_parts
+from flame.ops.norm_kernels import inverse_root
 from flame.ops.op import Types
 from flame.ops.rows import type_of, unroll_for
 

@@ -15,7 +15,7 @@ import numpy as np
 from flame.core.errors import DTypeError, ShapeError
 from flame.core.types import Shape, TensorType, like_strides, tensor_type
 from flame.kernel.builder import Lowering
-from flame.ops import batch_rows, norm_columns, norm_groups, norm_kernels
+from flame.ops import batch_rows, norm_columns, norm_gradients, norm_groups, norm_kernels
 from flame.ops.elementwise import compute_dtype
 from flame.ops.loops import broadcast_strides
 from flame.ops.op import Arg, Joint, Op, Sample, Types
@@ -243,12 +243,12 @@ def _declare(name: str, form_of: FormOf, samples: list[Any], *, centred: bool) -
         if form_of is group_form and not row_major:
             return norm_groups.lower_backward(types, outputs, groups=rows)
         if form_of is group_form:
-            return norm_kernels.lower_group_backward(types, outputs, groups=rows)
+            return norm_gradients.lower_group_backward(types, outputs, groups=rows)
         x = type_of(types[1])
         length = 1
         for size in x.shape[x.ndim - rows :]:
             length *= size
-        return norm_kernels.lower_layer_backward(types, outputs, length=length, centred=centred)
+        return norm_gradients.lower_layer_backward(types, outputs, length=length, centred=centred)
 
     def reads(type_: TensorType) -> bool:
         follows = form_of is group_form and norm_groups.fits(type_) and type_.dense

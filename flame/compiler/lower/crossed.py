@@ -17,7 +17,7 @@ from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder, Lowering, Operand
 from flame.kernel.values import Value, cast, const
 from flame.ops import schedules
-from flame.ops.norm_kernels import PARTS
+from flame.ops.norm_gradients import PARTS
 from flame.ops.reductions import COLUMNS, Reduction
 from flame.ops.rows import Index, Rows, unroll_for
 
