@@ -182,6 +182,8 @@ class _Rewriter:
         for operand, its in zip(bound.kernel.operands, bound.operands, strict=True):
             if its == ref:
                 assert isinstance(operand, Buffer)
+                if self.target is not None:  # the kernel reads what another one has stored there
+                    raise Mismatch
                 self.target = operand
                 continue
             if its.role == "output":

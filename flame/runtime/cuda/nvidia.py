@@ -353,8 +353,8 @@ class NvidiaDriver:
     # --- streams and events -----------------------------------------------------------------------
 
     def create_stream(self, device: int, priority: int = 0) -> int:
-        flags = int(self._drv.CUstream_flags.CU_STREAM_NON_BLOCKING)
-        with self._on(device):
+        with self._on(device):  # first, as it refuses devices that are too old
+            flags = int(self._drv.CUstream_flags.CU_STREAM_NON_BLOCKING)
             made = self._value(
                 "cuStreamCreateWithPriority", self._drv.cuStreamCreateWithPriority(flags, priority)
             )

@@ -177,6 +177,14 @@ def test_what_follows_a_hand_written_kernel_is_stored_by_it() -> None:
     check(g.graph(g("add", g("sigmoid", normal), residual), normal), 1)
 
 
+def test_what_kernels_of_one_op_hand_on_in_its_result_stays_there() -> None:
+    """The second kernel of this product reads what the first has stored, and stores it anew."""
+    g = GraphBuilder()
+    x, w, z = g.input((8, 30)), g.input((30, 40)), g.input((8, 40))
+    made = g("matmul_gelu_backward", x, w, z)
+    check(g.graph(g("add", g("sigmoid", made), z)), 2)
+
+
 def test_batch_norm_takes_relu_and_the_residual() -> None:
     for shape in ((8, 6, 40, 40), (2, 3, 4, 4)):
         g = GraphBuilder()
