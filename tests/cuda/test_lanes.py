@@ -14,7 +14,9 @@ from flame import nn, optim
 from flame.compiler.gpu import blueprint
 from flame.compiler.gpu import lanes as gpu_lanes
 from flame.compiler.gpu.lanes import Work, waits_of
+from flame.compiler.gpu.steps import CallSpec
 from flame.compiler.schedule.memory import Place
+from flame.kernel.library import ConvolutionProblem, MatmulProblem
 
 from .emulation import EmulatedDriver
 
@@ -96,6 +98,29 @@ def test_state_that_an_argument_shares_keeps_everything_in_order(
     argument = next(iter(program.arguments.values()))
     argument.pointer = program.state[numbers[0]] + 4
     assert program._inputs_overlap()
+
+
+def test_convolutions_stay_in_one_lane(emulated_cuda: EmulatedDriver) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)
+    ).cuda()
+    optimizer = optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+
+    @flame.compile
+    def step(x: Any) -> Any:
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    step(flame.ones(2, 3, 6, 6, device="cuda"))
+    launches = step.program.blueprint.launches
+    assert any(launch.beside for launch in launches)
+    calls = [launch for launch in launches if isinstance(launch.spec, CallSpec)]
+    assert any(isinstance(launch.spec.problem, ConvolutionProblem) for launch in calls)
+    for launch in calls:
+        assert isinstance(launch.spec.problem, MatmulProblem) or not launch.beside
 
 
 def test_what_is_little_stays_in_one_lane(

@@ -21,6 +21,7 @@ from flame.compiler.schedule.task import Schedule, Task
 from flame.core.types import TensorType
 from flame.graph import Symbol
 from flame.kernel.builder import BoundCall
+from flame.kernel.library import MatmulProblem
 
 SMALL: Final = 1 << 30  # operations of a product up to which it leaves room for others
 LEAST: Final = 1 << 20  # bytes that move beside the rest: less is not worth a graph with branches
@@ -53,8 +54,11 @@ def beside(schedule: Schedule) -> frozenset[int]:
 
 
 def _leaves_room(task: Task) -> bool:
-    """Whether a task can run beside others: kernels of our own, or a small call of a library."""
-    calls = any(isinstance(step, BoundCall) for step in task.lowering.steps)
+    """Whether a task can run beside others: kernels of our own, or a small product. cuDNN's handle
+    knows one stream at a time, so its calls stay together."""
+    calls = [step for step in task.lowering.steps if isinstance(step, BoundCall)]
+    if not all(isinstance(call.problem, MatmulProblem) for call in calls):
+        return False
     return not calls or sum(map(flops_of, task.nodes)) <= SMALL
 
 
