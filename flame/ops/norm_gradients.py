@@ -205,16 +205,20 @@ def _layer_row(
 
         scale = inverse_root(sums(square, 1)[0] / count, eps)
 
-        def terms(i: Value) -> list[Value]:
-            _, through = gradient(i)
-            return [through, through * ((loaded(i) - mean) * scale)]
-
-        average, slope = (t / count for t in sums(terms, 2))
+        totals = [k.register(0.0, compute) for _ in range(2)]
+        with k.vector(size, unroll) as i:
+            g, through = gradient(i)
+            normal = (loaded(i) - mean) * scale
+            k.accumulate(totals[0], "add", through)
+            k.accumulate(totals[1], "add", through * normal)
+            add(i, [g * normal, g])
+        average, slope = (values.read(t) / count for t in totals)
     with k.vector(size, unroll) as i:
         g, through = gradient(i)
         normal = (loaded(i) - mean) * scale
         inner = through - average if centred else through
-        add(i, [g * normal, g])
+        if at_once:
+            add(i, [g * normal, g])
         k.store(dx, (row, i), (inner - normal * slope) * scale)
 
 
