@@ -6,9 +6,9 @@ parameter. So equal texts serve tensors of all sizes, and the text alone is the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from flame.core import dtypes
@@ -56,6 +56,10 @@ class BoundKernel:
     sizes: tuple[int, ...]
     extent: int
     grain: int
+
+    def over(self, places: Mapping[Ref, Ref]) -> BoundKernel:
+        """The kernel on other operands: ``places`` says which, where they differ."""
+        return replace(self, operands=tuple(places.get(r, r) for r in self.operands))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,6 @@ The activation's argument is computed again from the normalization's operand, so
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -77,9 +76,7 @@ class _Steps:
         first, own = len(self.temporaries), range(len(made.temporaries))
         self.temporaries += made.temporaries
         known = {Ref("temporary", i): Ref("temporary", first + i) for i in own} | {**places}
-        for kernel in made.kernels:
-            operands = tuple(known.get(r, r) for r in kernel.operands)
-            self.kernels.append(replace(kernel, operands=operands))
+        self.kernels += [kernel.over(known) for kernel in made.kernels]
 
     def done(self) -> Lowering:
         return Lowering(tuple(self.kernels), tuple(self.temporaries))

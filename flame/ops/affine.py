@@ -116,7 +116,7 @@ def _infer_linear_gelu(types: Types) -> tuple[TensorType, TensorType]:
 
 def _lower_linear_gelu(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
     before = _lower_linear(types, outputs[1:])
-    kernels = [_retargeted(k, {Ref("output", 0): Ref("output", 1)}) for k in before.kernels]
+    kernels = [k.over({Ref("output", 0): Ref("output", 1)}) for k in before.kernels]
     return replace(before, kernels=(*kernels, *_activated(outputs)))
 
 
@@ -124,11 +124,7 @@ def _activated(outputs: tuple[TensorType, ...]) -> list[BoundKernel]:
     """gelu of output 1 into output 0."""
     made = OPS["gelu_tanh"].lower((outputs[1],), outputs[:1])
     places = {Ref("input", 0): Ref("output", 1), Ref("output", 0): Ref("output", 0)}
-    return [_retargeted(k, places) for k in made.kernels]
-
-
-def _retargeted(kernel: BoundKernel, places: Mapping[Ref, Ref]) -> BoundKernel:
-    return replace(kernel, operands=tuple(places.get(r, r) for r in kernel.operands))
+    return [k.over(places) for k in made.kernels]
 
 
 def _lower_linear_gelu_cuda(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
@@ -177,7 +173,7 @@ def _slope(out: TensorType, z: TensorType) -> list[BoundKernel]:
     assert isinstance(gelu, Elementwise)
     made = gelu.backward((True,), (z,)).lower((out, z), (out,))
     places = {Ref("input", 0): Ref("output", 0), Ref("input", 1): Ref("input", 2)}
-    return [_retargeted(k, places) for k in made.kernels]
+    return [k.over(places) for k in made.kernels]
 
 
 def _lower_gelu_product(types: Types, outputs: tuple[TensorType, ...]) -> Lowering:
