@@ -35,8 +35,8 @@ class Arg:
     shape: tuple[int, ...]
     low: float = -2.0
     high: float = 2.0
-    kind: str = "float"  # float | double (float32, float64) | int | bool | any | index (int64) |
-    # int32 | float32: these
+    # float | double (float32, float64) | int | bool | any | index (int64) | int32 | float32
+    kind: str = "float"
     avoid: tuple[float, ...] = ()
     distinct: bool = False  # all elements differ well beyond a finite difference's step
     differentiable: bool = True

@@ -2,8 +2,8 @@
 
 The graph of a step has two lanes. An optimizer's updates, and what only they need - sums and small
 products - run beside the rest, where they fill the gaps between kernels and their last, half empty
-waves. Within a lane everything stays in order; between them a
-launch waits for the last one of the other lane that made, or still uses, what it touches.
+waves. Within a lane everything stays in order; between them a launch waits for the last one of the
+other lane that made, or still uses, what it touches.
 """
 
 from __future__ import annotations
