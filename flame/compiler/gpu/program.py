@@ -48,6 +48,7 @@ from flame.runtime.cuda import errors, streams
 from flame.runtime.cuda.driver import driver
 from flame.runtime.cuda.graphs import Graph as CudaGraph
 from flame.runtime.cuda.graphs import Lanes, capture
+from flame.runtime.cuda.memory import leave_room
 from flame.runtime.cuda.transfer import from_host
 from flame.runtime.storage import Storage
 
@@ -113,6 +114,7 @@ class GpuProgram:
         self.output_places = blueprint.outputs
         self.lock = threading.RLock()
         self.graph: CudaGraph | None = None
+        self.captured = False  # at least once
         self.stream = -1
         driver().use(self.index)
         self._numbers = {s: i for i, s in enumerate(graph.inputs)}
@@ -312,6 +314,9 @@ class GpuProgram:
 
     def _capture(self) -> CudaGraph:
         """All steps as a graph."""
+        if not self.captured:
+            leave_room(self.index)  # the first time loads kernels of libraries
+            self.captured = True
         aside = None
         if self.aside is not None and not self._inputs_overlap():
             aside = self.aside.cuda_stream

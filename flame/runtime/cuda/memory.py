@@ -21,6 +21,7 @@ from flame.runtime.cuda.driver import Driver, Lifetime, per_driver
 from flame.runtime.cuda.live import live_report
 from flame.runtime.cuda.streams import current_handle, wait
 
+ROOM: Final = 64 << 20  # bytes, see `leave_room`
 _WAYS_OUT: Final = (
     "Use a smaller batch, drop tensors you no longer need, compute in flame.bfloat16, or trade "
     "time for memory by flame.autograd.checkpoint"
@@ -105,17 +106,36 @@ class DeviceMemory:
 
     def _retry(self, nbytes: int, stream: int) -> int:
         """Once more after all that was freed is back, then after cycles were collected, too."""
+        for _ in self._reclaim():
+            try:
+                return self._allocate(self.device, nbytes, stream)
+            except OutOfMemoryError as error:
+                refusal = error
+        raise OutOfMemoryError(self._refusal(nbytes)) from refusal
+
+    def _reclaim(self) -> Iterator[None]:
+        """Two ways to have more memory free, each before a step of the iteration."""
         self.retries += 1
         for collect in (False, True):
             if collect:
                 gc.collect()
             self.driver.synchronize_device(self.device)
             self.driver.trim(self.device)
-            try:
-                return self._allocate(self.device, nbytes, stream)
-            except OutOfMemoryError as error:
-                refusal = error
-        raise OutOfMemoryError(self._refusal(nbytes)) from refusal
+            yield
+
+    def leave_room(self) -> None:
+        """Have `ROOM` bytes free outside of the pool, which code that is about to be loaded takes.
+        cuBLASLt, without memory for the code of a kernel, may return neither an error nor a result,
+        and fails until the process ends. Raises OutOfMemoryError."""
+        if self._free_outside() >= ROOM:
+            return
+        for _ in self._reclaim():
+            if self._free_outside() >= ROOM:
+                return
+        raise OutOfMemoryError(f"Code that is about to be loaded needs room: {self._refusal(ROOM)}")
+
+    def _free_outside(self) -> int:
+        return self.driver.memory_info(self.device)[0]
 
     def _refusal(self, nbytes: int) -> str:
         free, total = self.driver.memory_info(self.device)
@@ -167,6 +187,12 @@ def capturing() -> Iterator[None]:
         while _waiting and not _capturing:
             memory, pointer, nbytes, stream, uses = _waiting.pop()
             memory.free(pointer, nbytes, stream, uses)
+
+
+def leave_room(device: int) -> None:
+    """See `DeviceMemory.leave_room`; a capture has seen to it before it began."""
+    if threading.get_ident() not in _capturing:
+        device_memory(device).leave_room()
 
 
 def refuse_capture(what: str) -> None:

@@ -53,6 +53,24 @@ def test_memory_is_of_the_current_stream(fake: FakeDriver) -> None:
     assert fake.named("free")[-1][3] == other.cuda_stream
 
 
+def test_room_for_code_is_made_by_a_trim(fake: FakeDriver) -> None:
+    held = Storage.allocate(fake.total // 2, "cuda:0")
+    memory.leave_room(0)
+    assert not fake.named("trim")
+    Storage.allocate(fake.total // 2, "cuda:0")  # freed at once, and kept by the pool
+    memory.leave_room(0)
+    assert fake.memory_info(0)[0] == fake.total - held.nbytes
+
+
+def test_room_for_code_that_cannot_be_made_is_an_error(fake: FakeDriver) -> None:
+    held = Storage.allocate(fake.total - memory.ROOM + 1, "cuda:0")
+    with pytest.raises(OutOfMemoryError, match=r"about to be loaded.*no room for 64 MiB"):
+        memory.leave_room(0)
+    capture(0, lambda _: memory.leave_room(0))  # had to be seen to before
+    del held
+    memory.leave_room(0)
+
+
 def test_a_shortage_is_met_by_a_trim(fake: FakeDriver) -> None:
     Storage.allocate(fake.total // 2, "cuda:0")  # freed at once, and kept by the pool
     assert fake.kept[0] == fake.total // 2
