@@ -31,10 +31,14 @@ class GraphBuilder:
         self.nodes: list[Node] = []
 
     def input(
-        self, shape: Shape, dtype: DType = dtypes.float32, strides: Shape | None = None
+        self,
+        shape: Shape,
+        dtype: DType = dtypes.float32,
+        strides: Shape | None = None,
+        device: str = "cpu",
     ) -> Symbol:
         """A tensor input."""
-        return self._input(tensor_type(dtype, shape, strides))
+        return self._input(tensor_type(dtype, shape, strides, device))
 
     def number(self, kind: type) -> Symbol:
         """A number that is known at the call."""

@@ -1,8 +1,10 @@
 """Cheap values are computed again in the backward pass instead of being kept for it.
 
-Only at the place where most memory is in use, only elementwise results of few instructions (no exp,
-no tanh), and only from operands that stay alive until then anyway. Where the late readers are
-elementwise too, the second computation is part of their kernel and costs nothing.
+Only at the place where most memory is in use, only elementwise results, and only from operands that
+are there anyway. On a CPU they are of few instructions (no exp, no tanh); on a GPU instructions
+are cheap beside memory, and gelu within a product counts as the elementwise node that it is. Where
+the late readers are elementwise too, the second computation is part of their kernel, and saves
+reading; where they are products, it costs a pass over its operands.
 """
 
 from __future__ import annotations
@@ -10,13 +12,16 @@ from __future__ import annotations
 from typing import Final
 
 from flame.compiler.lower.scalars import weight_of
+from flame.compiler.passes.dead import dead
 from flame.core.types import TensorType
-from flame.graph import Graph, Node, Operand, Symbol, Uses
+from flame.graph import Graph, Node, Operand, Symbol, Uses, tensor_of
 from flame.graph.liveness import Liveness
+from flame.ops.affine import linear_gelu
 from flame.ops.elementwise import Elementwise
+from flame.ops.op import OPS
 from flame.ops.views import ViewOp
 
-CHEAP: Final = 12  # instructions for an element
+CHEAP: Final = {"cpu": 12, "cuda": 96}  # instructions for an element
 LEAST: Final = 1 << 16  # bytes that are worth it
 ROUNDS: Final = 8  # after each, the most memory is in use elsewhere
 
@@ -31,30 +36,43 @@ def recompute(graph: Graph) -> Graph:
         chosen = _choose(graph, memory, peak)
         if not chosen:
             return graph
-        made = _again(graph, chosen, peak)
+        made = dead(_again(graph, chosen, peak))  # views that nobody reads any more
         if Liveness(made).peak() >= profile[peak]:
             return graph
         graph = made
     return graph
 
 
-def _choose(graph: Graph, memory: Liveness, peak: int) -> set[Symbol]:
-    """What is kept over ``peak`` for later, and may be computed again."""
+def _choose(graph: Graph, memory: Liveness, peak: int) -> dict[Symbol, Node]:
+    """What is kept over ``peak`` for later and may be computed again, and by which node."""
     reads = _reads(memory)
     until = dict(memory.last)  # how long a memory lives, with what is computed again
-    found: set[Symbol] = set()
-    for node in graph.nodes[:peak]:
-        symbol = node.outputs[0]
-        if memory.last.get(symbol, 0) <= peak or not _cheap(node, memory):
+    found: dict[Symbol, Node] = {}
+    for made in graph.nodes[:peak]:
+        symbol = made.outputs[0]
+        if memory.last.get(symbol, 0) <= peak or memory.last[symbol] == len(graph.nodes):
             continue
+        node = _elementwise(made)
         late = next((place for place in reads.get(symbol, ()) if place > peak), None)
-        if late is None or memory.last[symbol] == len(graph.nodes):
+        if node is None or late is None or not _cheap(node, memory):
             continue
-        operands = [memory.owner(s) for s in node.symbols if isinstance(s.type, TensorType)]
-        if all(_alive(graph, memory, until, s, late) for s in operands):
-            found.add(symbol)
+        read = {memory.owner(s) for s in node.symbols if isinstance(s.type, TensorType)}
+        operands = read - found.keys()  # others are computed again, too
+        longer = [s for s in operands if not _alive(graph, memory, until, s, late)]
+        # What lives longer for it must not take more than it frees.
+        lent = sum(memory.bytes_of(s) for s in longer)
+        if all(until.get(s, -1) > peak for s in longer) and lent <= memory.bytes_of(symbol):
+            found[symbol] = node
             until[symbol] = peak
+            until.update(dict.fromkeys(longer, late))
     return found
+
+
+def _elementwise(node: Node) -> Node | None:
+    """The elementwise node that gives a node's first output."""
+    if node.op is linear_gelu:
+        return Node(OPS["gelu_tanh"], node.outputs[1:], node.outputs[:1], {}, node.line)
+    return node if isinstance(node.op, Elementwise) else None
 
 
 def _reads(memory: Liveness) -> dict[Symbol, list[int]]:
@@ -68,10 +86,12 @@ def _reads(memory: Liveness) -> dict[Symbol, list[int]]:
 
 
 def _cheap(node: Node, memory: Liveness) -> bool:
-    op = node.op
-    if not isinstance(op, Elementwise) or op.failure is not None or len(node.outputs) != 1:
+    if node.op.failure is not None or len(node.outputs) != 1:
         return False
-    return memory.bytes_of(node.outputs[0]) >= LEAST and weight_of(node) <= CHEAP
+    (made,) = node.outputs
+    if memory.bytes_of(made) < LEAST:
+        return False
+    return weight_of(node) <= CHEAP["cpu" if tensor_of(made).device == "cpu" else "cuda"]
 
 
 def _alive(
@@ -86,7 +106,7 @@ def _alive(
     return owner in graph.constants or until.get(owner, -1) >= place
 
 
-def _again(graph: Graph, chosen: set[Symbol], peak: int) -> Graph:
+def _again(graph: Graph, chosen: dict[Symbol, Node], peak: int) -> Graph:
     """What is chosen stands once more before its first reader after the peak, and so do views."""
     uses = Uses.of(graph)
     second: dict[Symbol, Symbol] = {}
@@ -97,10 +117,10 @@ def _again(graph: Graph, chosen: set[Symbol], peak: int) -> Graph:
             return operand
         found = second.get(operand)
         if found is None:
-            maker = uses.makers.get(operand)
+            maker = chosen.get(operand, uses.makers.get(operand))
             found = operand
             if maker is not None and (operand in chosen or isinstance(maker.op, ViewOp)):
-                inputs = tuple([x if operand in chosen else now(x) for x in maker.inputs])
+                inputs = tuple([now(x) for x in maker.inputs])
                 if operand in chosen or inputs != maker.inputs:
                     found = Symbol(f"{operand.name}_again", operand.type)
                     nodes.append(Node(maker.op, inputs, (found,), maker.attributes, maker.line))

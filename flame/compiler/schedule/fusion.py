@@ -13,7 +13,7 @@ its op's own lowering. Nodes that no result needs are left out.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 from flame.compiler.lower.atoms import Mismatch
@@ -166,7 +166,8 @@ def _plan(flow: Flow, nodes: list[Node]) -> Callable[[], Task]:
 
 
 def _in_order(flow: Flow, groups: Groups) -> list[Group]:
-    """Groups so that each stands after all that it needs, else by their last node."""
+    """Groups so that each stands after all that it needs, else by their last node, or where another
+    group needs one before that (as an update in it may come late), by the other's."""
     needs: dict[Group, set[Group]] = {}
     users: dict[Group, list[Group]] = {}
     for group in groups.live:
@@ -174,16 +175,29 @@ def _in_order(flow: Flow, groups: Groups) -> list[Group]:
         needs[group] = found
         for other in found:
             users.setdefault(other, []).append(group)
-    ready = [(g.last, g.number) for g, found in needs.items() if not found]
+    wanted = {group: group.last for group in groups.live}
+    for group in reversed(_sorted(needs, users, wanted)):
+        wanted[group] = min([group.last, *(wanted[user] for user in users.get(group, ()))])
+    return _sorted(needs, users, wanted)
+
+
+def _sorted(
+    needs: Mapping[Group, set[Group]],
+    users: Mapping[Group, Sequence[Group]],
+    wanted: Mapping[Group, int],
+) -> list[Group]:
+    """Each group after those that it needs, else by where it is wanted."""
+    waits = {group: len(found) for group, found in needs.items()}
+    ready = [(wanted[g], g.number, g) for g, count in waits.items() if not count]
     heapq.heapify(ready)
     order = []
     while ready:
-        group = groups.all[heapq.heappop(ready)[1]]
+        *_, group = heapq.heappop(ready)
         order.append(group)
         for user in users.get(group, ()):
-            needs[user].discard(group)
-            if not needs[user]:
-                heapq.heappush(ready, (user.last, user.number))
+            waits[user] -= 1
+            if not waits[user]:
+                heapq.heappush(ready, (wanted[user], user.number, user))
     return order
 
 

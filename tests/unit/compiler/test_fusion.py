@@ -156,6 +156,18 @@ def test_column_sums_of_one_operand_are_one_task() -> None:
     )
 
 
+def test_what_a_reader_needs_does_not_wait_for_a_late_node_of_its_task() -> None:
+    g = GraphBuilder()
+    x, w = g.input((300, 64)), g.input((64, 64))
+    negative = g("neg", x)
+    product = g("matmul", negative, w)
+    others = [g("matmul", x, g("exp", g.input((64, 64)))) for _ in range(3)]
+    update = g("sum", negative, dims=(0,), keepdim=False)  # in the task of neg
+    graph = g.graph(product, *others, update)
+    check(graph, 8)
+    assert [task.outputs[-1] for task in fuse(graph).tasks][:2] == [update, product]
+
+
 def test_bias_activation_and_residual_follow_a_product() -> None:
     g = GraphBuilder()
     x, w, bias, residual = g.input((40, 30)), g.input((30, 50)), g.input((50,)), g.input((40, 50))

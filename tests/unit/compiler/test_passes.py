@@ -332,6 +332,48 @@ def test_cheap_values_are_computed_again() -> None:
     same_results(graph, made)
 
 
+def gelus(device: str, *, products: bool) -> Graph:
+    """Layers of a product and gelu, and what reads both again on the way back."""
+    g = GraphBuilder()
+    x, w = g.input((256, 64), device=device), g.input((64, 64), device=device)
+    kept = []
+    for _ in range(4):
+        if products:
+            x, h = g("linear_gelu", x, w, g.input((64,), device=device))
+        else:
+            h = g("matmul", x, w)
+            x = g("gelu_tanh", h)
+        kept.append((h, x))
+    gradients = []
+    for h, made in reversed(kept):
+        x = g("mul", g("matmul", x, w), h)
+        gradients.append(g("matmul", g("permute", made, dims=(1, 0)), x))
+    return g.graph(x, *gradients)
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_on_a_gpu_gelu_is_computed_again(products: bool) -> None:
+    graph = gelus("cuda:0", products=products)
+    made = simplified(graph, recompute, dead)
+    assert Liveness(made).peak() < 0.8 * Liveness(graph).peak()
+    again = [node.outputs[0] for node in made.nodes if node.outputs[0].name.endswith("_again")]
+    again = [s for s in again if Uses.of(made).makers[s].op is OPS["gelu_tanh"]]
+    assert len(again) >= 2
+    for symbol in again:  # right before its reader, though its operand was read before that
+        at = [symbol in node.outputs or symbol in node.symbols for node in made.nodes]
+        assert any(at[i] and (at[i + 1] or at[i + 2]) for i in range(len(at) - 2))
+    values = [
+        np.random.default_rng(i).standard_normal(s.type.shape) for i, s in enumerate(graph.inputs)
+    ]
+    for a, b in zip(interpret(made, values), interpret(graph, values), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_on_a_cpu_gelu_is_kept() -> None:
+    graph = gelus("cpu", products=False)
+    assert recompute(graph) is graph
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("shape", [(3, 5, 16), (2, 3, 4, 8)])
 def test_modulated_norms_and_their_gradients(shape: tuple[int, ...], swapped: bool) -> None:

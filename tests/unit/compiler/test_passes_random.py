@@ -233,7 +233,7 @@ def test_each_pass_on_random_graphs(step: Any) -> None:
 def test_whatever_is_elementwise_can_be_computed_again(graph: Graph, peak: int, seed: int) -> None:
     module = sys.modules[recompute.__module__]
     chosen = {
-        node.outputs[0]
+        node.outputs[0]: node
         for node in graph.nodes[:peak]
         if isinstance(node.op, Elementwise) and len(node.outputs) == 1
     }
