@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import pytest
 import flame
 from flame import nn, optim
 from flame.core.errors import FlameError, IndexRangeError, OutOfMemoryError
+from flame.recording.function import CompiledFunction
 from tests.models.zoo import ZOO
 
 OPTIMIZERS = {
@@ -361,6 +365,68 @@ def a_module_is_compiled_with_its_gradients() -> None:
         nn.functional.cross_entropy(model(x), y).backward()
         for made, p in zip(found, model.parameters(), strict=True):
             np.testing.assert_allclose(made, p.grad.cpu().numpy(), rtol=1e-4, atol=1e-6)
+
+
+def large_in_small(**limits: dict[str, Any]) -> contextlib.ExitStack:
+    """Passes that look for large tensors take small ones, too: limits of modules by name."""
+    stack = contextlib.ExitStack()
+    for name, values in limits.items():
+        module = sys.modules[f"flame.compiler.passes.{name}"]
+        stack.enter_context(mock.patch.multiple(module, **values))
+    return stack
+
+
+class LanguageModel(nn.Module):
+    """Tied scores behind blocks of products with gelu."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40, 16)
+        self.up = nn.ModuleList([nn.Linear(16, 64) for _ in range(3)])
+        self.down = nn.ModuleList([nn.Linear(64, 16) for _ in range(3)])
+
+    def forward(self, x: Any) -> Any:
+        made = self.embedding(x)
+        for up, down in zip(self.up, self.down, strict=True):
+            made = made + down(nn.functional.gelu(up(made), approximate="tanh"))
+        return made @ self.embedding.weight.T
+
+
+def language_losses(*, compiling: bool, half: bool) -> tuple[list[float], str]:
+    flame.manual_seed(3)
+    model = LanguageModel().cuda()
+    optimizer = optim.AdamW(model.parameters(), lr=3e-3)
+
+    def step(x: Any, y: Any) -> Any:
+        with flame.autocast("cuda", dtype=flame.bfloat16, enabled=half):
+            scores = model(x)
+            loss = nn.functional.cross_entropy(scores.view(-1, 40), y.view(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    run = flame.compile(step) if compiling else step
+    x, y = (flame.randint(0, 40, (8, 16)).cuda() for _ in range(2))
+    losses = [run(x, y).item() for _ in range(5)]
+    return losses, run.report() if isinstance(run, CompiledFunction) else ""
+
+
+@check
+def scores_in_blocks_and_activations_computed_again_train_alike() -> None:
+    for half in (False, True):
+        wanted, _ = language_losses(compiling=False, half=half)
+        with large_in_small(
+            blocks={"LEAST": 1, "SHARE": 0.0, "ROWS": 8}, recompute={"LEAST": 1},
+            epilogues={"LEAST": 1}, pieces={"LEAST": 1},
+        ):  # fmt: skip
+            found, report = language_losses(compiling=True, half=half)
+        runs = [line.split() for line in report.splitlines()]
+        assert sum("cross_entropy_backward" in words for words in runs) == 4, report
+        activations = [words for words in runs if "gelu_tanh" in words or "linear_gelu" in words]
+        assert len(activations) >= 5, report  # three in the forward pass, and again
+        np.testing.assert_allclose(found, wanted, rtol=2e-2 if half else 1e-4)
+        assert wanted[-1] < 0.95 * wanted[0]
 
 
 @check

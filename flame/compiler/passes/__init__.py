@@ -12,6 +12,7 @@ from typing import Final
 
 from flame.compiler.passes.activated import activated
 from flame.compiler.passes.assemble import assemble
+from flame.compiler.passes.blocks import blocks
 from flame.compiler.passes.canonicalize import canonicalize
 from flame.compiler.passes.cse import cse
 from flame.compiler.passes.dead import dead
@@ -50,6 +51,7 @@ SIMPLIFYING: Final[tuple[Pass, ...]] = (
 )
 FINISHING: Final[tuple[Pass, ...]] = (
     dead,
+    blocks,  # before the passes that look for products, and for what an op was given
     modulated,  # nodes have found their simplest form, and all of them are there
     epilogues,  # products have found their final form
     activated,  # before `narrow`, as it looks for an op and for what its gradient was given

@@ -18,7 +18,7 @@ from flame.core.types import tensor_type
 from flame.kernel.library import ConvolutionProblem
 from flame.runtime.cpu.cache import Entry
 from flame.runtime.cuda import libraries
-from flame.runtime.cuda.libraries import cudnn, prepare, tuning
+from flame.runtime.cuda.libraries import cudnn, pointwise, prepare, tuning
 from flame.runtime.cuda.libraries.cudnn_graphs import channels_last, row_major
 
 DIRECTIONS = ("forward", "input_gradient", "weight_gradient")
@@ -288,6 +288,34 @@ def test_plans_are_tried_out(
         assert found is not None, case.why_not()
         assert case.error(found) < TOLERANCES[bfloat16]
     assert len(tried) == 1
+
+
+@pytest.mark.parametrize("dtype", [bfloat16, float16], ids=str)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("faster", [0, 1], ids=["cuDNN", "cuBLASLt"])
+def test_single_elements_by_either_library(
+    nvidia: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, direction: str, dtype: DType,
+    faster: int,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("FLAME_CUDA_TUNE", "1")
+    monkeypatch.setenv("FLAME_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "SMALL_SECONDS", 0.0)
+    timed: list[Any] = []
+    real = pointwise._faster
+
+    def forced(*arguments: Any) -> int:
+        timed.append(real(*arguments))
+        return faster
+
+    monkeypatch.setattr(pointwise, "_faster", forced)
+    window = Window((2, 32, 9, 7), 64, (1, 1), (1, 1), (0, 0), (1, 1))
+    for bias in (False, True)[: 1 + (direction == "forward")]:
+        case = Case(window, problem_of(window, direction, dtype, bias=bias))
+        libraries._prepared.clear()
+        found = case.run(nvidia)
+        assert found is not None, case.why_not()
+        assert case.error(found) < TOLERANCES[dtype]
+    assert timed
 
 
 def counted(function: Any, calls: list[Any]) -> Any:

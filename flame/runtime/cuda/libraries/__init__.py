@@ -11,7 +11,7 @@ import threading
 
 from flame.core.determinism import are_deterministic_algorithms_enabled
 from flame.core.precision import get_float32_matmul_precision
-from flame.kernel.library import MatmulProblem, Problem
+from flame.kernel.library import ConvolutionProblem, MatmulProblem, Problem
 from flame.runtime.cuda.driver import Prepared
 
 _prepared: dict[tuple[Problem, int, bool, str], Prepared | None] = {}
@@ -38,6 +38,10 @@ def _prepare(problem: Problem, device: int) -> Prepared | None:
         from flame.runtime.cuda.libraries import cublaslt
 
         return cublaslt.prepare(problem, device)
+    if isinstance(problem, ConvolutionProblem):
+        from flame.runtime.cuda.libraries import pointwise
+
+        return pointwise.prepare(problem, device)
     from flame.runtime.cuda.libraries import cudnn
 
     return cudnn.prepare(problem, device)

@@ -22,7 +22,7 @@ from flame.core.precision import choose_float32_matmul_precision
 from flame.core.types import tensor_type
 from flame.kernel.library import Batch, ConvolutionProblem, MatmulProblem
 from flame.runtime.cuda import libraries
-from flame.runtime.cuda.libraries import cublaslt, cublaslt_plan, cudnn, tuning
+from flame.runtime.cuda.libraries import cublaslt, cublaslt_plan, cudnn, pointwise, tuning
 from flame.runtime.cuda.libraries import device as gpu
 from flame.runtime.cuda.libraries.cudnn_graphs import ConvolutionGraph, Graph
 from flame.runtime.cuda.libraries.matmul_layout import Description, describe
@@ -386,6 +386,110 @@ def test_the_fastest_convolution_is_built_last(
     assert lowered.built == [1, 2, 3, 4, 3]
     assert lowered.ran == [1, 2, 3, 4]
     assert dnn.streams == [9, 0]
+
+
+def laid_out(dtype: Any, shape: tuple[int, ...], order: tuple[int, ...]) -> Any:
+    """A type whose dimensions lie in this order, the last one densest."""
+    strides, step = [0] * len(shape), 1
+    for dim in reversed(order):
+        strides[dim], step = step, step * shape[dim]
+    return tensor_type(dtype, shape, tuple(strides))
+
+
+def one_by_one(
+    direction: Any, *, size: int = 128, channels: tuple[int, int] = (64, 256), bias: bool = False,
+    last: bool = True,
+) -> ConvolutionProblem:  # fmt: skip
+    into, out = channels
+    order = (0, 2, 3, 1) if last else (0, 1, 2, 3)
+    x = laid_out(bfloat16, (16, into, size, size), order)
+    y = laid_out(bfloat16, (16, out, size, size), order)
+    weight = laid_out(bfloat16, (out, into, 1, 1), order)
+    return ConvolutionProblem(direction, x, weight, y, (1, 1), (0, 0), (1, 1), 1, bias=bias)
+
+
+@pytest.mark.parametrize("channels", [(3, 5), (1, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "input_gradient", "weight_gradient"])
+def test_a_convolution_of_single_elements_is_a_product(
+    direction: Any, channels: tuple[int, int]
+) -> None:
+    problem = one_by_one(direction, size=3, channels=channels)
+    product = pointwise.product_of(problem)
+    assert product is not None
+    random = np.random.default_rng(0)
+    memories = {
+        name: random.standard_normal(getattr(problem, name).numel)
+        for name in ("x", "weight", "y")
+    }  # fmt: skip
+    x, weight, y = (
+        np.lib.stride_tricks.as_strided(memories[n], t.shape, tuple(8 * s for s in t.strides))
+        for n, t in (("x", problem.x), ("weight", problem.weight), ("y", problem.y))
+    )
+    first, second, result, wanted = {
+        "forward": ("x", "weight", y, np.einsum("nchw,kcij->nkhw", x, weight)),
+        "input_gradient": ("y", "weight", x, np.einsum("nkhw,kcij->nchw", y, weight)),
+        "weight_gradient": ("y", "x", weight, np.einsum("nkhw,nchw->kc", y, x)[..., None, None]),
+    }[direction]
+    sides = [
+        np.lib.stride_tricks.as_strided(memories[n], shape, tuple(8 * s for s in strides))
+        for n, shape, strides in (
+            (first, (product.m, product.k), product.a), (second, (product.k, product.n), product.b)
+        )
+    ]  # fmt: skip
+    target = np.lib.stride_tricks.as_strided(
+        memories[{"forward": "y", "input_gradient": "x", "weight_gradient": "weight"}[direction]],
+        (product.m, product.n), tuple(8 * s for s in product.d),
+    )  # fmt: skip
+    target[...] = sides[0] @ sides[1]
+    np.testing.assert_allclose(result, wanted)
+
+
+def test_which_convolutions_are_no_products() -> None:
+    plain = one_by_one("forward")
+    assert pointwise.product_of(plain) is not None
+    assert pointwise.product_of(replace(plain, bias=True)).epilogue == "bias"  # type: ignore[union-attr]
+    assert pointwise.product_of(one_by_one("forward", last=False)) is None
+    assert pointwise.product_of(replace(plain, stride=(2, 2))) is None
+    assert pointwise.product_of(replace(plain, padding=(1, 1))) is None
+    assert pointwise.product_of(replace(plain, groups=2)) is None
+    assert pointwise.product_of(convolution(dtype=bfloat16)) is None
+
+
+@pytest.mark.parametrize("faster", [0, 1])
+def test_the_faster_library_is_kept_on_disk(
+    fake: SimpleNamespace, dnn: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, faster: int
+) -> None:
+    timed = []
+
+    def fastest(scratch: FakeScratch, runs: Any, failures: Any) -> int:
+        timed.append(len(runs))
+        for run in runs:
+            run()
+        return faster
+
+    monkeypatch.setattr(gpu, "Scratch", FakeScratch)
+    monkeypatch.setattr(gpu, "fastest", fastest)
+    kind = (cudnn.GraphCall, cublaslt.Matmul)[faster]
+    for _ in range(2):
+        libraries._prepared.clear()
+        assert isinstance(libraries.prepare(one_by_one("forward"), 0), kind)
+    assert timed == [2]
+    assert fake.lt.calls
+    assert dnn.streams[-1] == 0
+    small = libraries.prepare(one_by_one("forward", size=2), 0)
+    assert isinstance(small, cudnn.GraphCall)  # not worth a trial
+    dnn.version = "cudnn 2"
+    libraries._prepared.clear()
+    libraries.prepare(one_by_one("forward"), 0)
+    assert timed == [2, 2]
+
+
+def test_a_convolution_that_one_library_refuses_is_the_other_s(
+    fake: SimpleNamespace, dnn: SimpleNamespace
+) -> None:
+    dnn.refuses = True
+    assert isinstance(libraries.prepare(one_by_one("forward"), 0), cublaslt.Matmul)
+    assert libraries.prepare(convolution(), 0) is None
 
 
 def test_the_fastest_run_is_found() -> None:

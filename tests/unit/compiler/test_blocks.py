@@ -1,0 +1,151 @@
+"""Products that a loss reads, in blocks of rows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flame
+from flame import nn
+from flame.compiler.passes import optimize
+from flame.compiler.passes.blocks import blocks
+from flame.graph import Graph, interpret
+from flame.nn import functional as F
+from flame.recording.step import record
+
+pytestmark = pytest.mark.unit
+
+Loss = Callable[[Any, Any, Any, Any], Any]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[blocks.__module__]
+    for name, value in (("LEAST", 1), ("SHARE", 0.0), ("ROWS", 4)):
+        monkeypatch.setattr(module, name, value)
+
+
+def operands(*lead: int) -> tuple[Any, Any, Any, Any]:
+    flame.manual_seed(0)
+    x, w, b = flame.randn(*lead, 8), flame.randn(24, 8), flame.randn(24)
+    y = flame.randint(0, 24, lead)
+    y[(0,) * len(lead)] = -100  # counts for nothing
+    return x.requires_grad_(), w.requires_grad_(), b.requires_grad_(), y
+
+
+def recorded(loss: Loss, given: tuple[Any, ...]) -> Graph:
+    def step(*given: Any) -> Any:
+        x, w, b, _ = given
+        made = loss(*given)
+        made[0].backward() if isinstance(made, tuple) else made.backward()
+        found = [t.grad for t in (x, w, b) if t.grad is not None]
+        return made, found
+
+    graph: Graph = record(step, given, {}, list(given)).graph
+    return graph
+
+
+def scores_in_blocks(graph: Graph) -> int:
+    return sum(node.op.name == "cross_entropy" for node in graph.nodes)
+
+
+LOSSES: dict[str, Loss] = {
+    "linear": lambda x, w, b, y: F.cross_entropy(F.linear(x, w, b).flatten(0, -2), y.flatten()),
+    "tied": lambda x, w, b, y: F.cross_entropy((x @ w.T).flatten(0, -2), y.flatten()),
+    "sum": lambda x, w, b, y: F.cross_entropy(
+        F.linear(x, w, b).flatten(0, -2), y.flatten(), reduction="sum"
+    ),
+    "smoothed": lambda x, w, b, y: F.cross_entropy(
+        F.linear(x, w).flatten(0, -2), y.flatten(), label_smoothing=0.1
+    ),
+    "ignoring": lambda x, w, b, y: F.cross_entropy(
+        F.linear(x, w).flatten(0, -2), y.clamp(min=0).flatten(), ignore_index=3
+    ),
+    "scaled": lambda x, w, b, y: 0.25 * F.cross_entropy(
+        F.linear(x, w).flatten(0, -2), y.clamp(min=0).flatten()
+    ),
+    "turned": lambda x, w, b, y: F.cross_entropy(
+        (x @ w.T.contiguous()).flatten(0, -2), y.flatten()
+    ),
+}  # fmt: skip
+OTHERS: dict[str, Loss] = {
+    "another reader": lambda x, w, b, y: (
+        F.cross_entropy(s := F.linear(x, w, b).flatten(0, -2), y.flatten()), s.argmax(-1),
+    ),
+    "weights": lambda x, w, b, y: F.cross_entropy(
+        F.linear(x, w).flatten(0, -2), y.flatten(), b.detach().abs()
+    ),
+    "each row": lambda x, w, b, y: F.cross_entropy(
+        F.linear(x, w).flatten(0, -2), y.flatten(), reduction="none"
+    ).sum(),
+    "a slope of the loss": lambda x, w, b, y: F.cross_entropy(
+        F.linear(x, w).flatten(0, -2), y.flatten()
+    ).square(),
+    "no product": lambda x, w, b, y: F.cross_entropy((x * 2).flatten(0, -2), y.flatten() % 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lead", [(24,), (3, 7), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_blocks_give_what_the_whole_gives(name: str, lead: tuple[int, ...]) -> None:
+    given = operands(*lead)
+    graph = recorded(LOSSES[name], given)
+    made = optimize(graph)
+    made.verify()
+    assert scores_in_blocks(made) in (3, 4), made
+    values = [t.detach().numpy() for t in given]
+    for found, wanted in zip(interpret(made, values), interpret(graph, values), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_cannot_be_in_blocks_stays_whole(name: str) -> None:
+    made = optimize(recorded(OTHERS[name], operands(24)))
+    assert scores_in_blocks(made) <= 1
+
+
+def test_rows_that_all_count_for_nothing() -> None:
+    x, w, b, y = operands(24)
+    step = flame.compile(lambda x, w, y: LOSSES["linear"](x, w, b, y))
+    y.fill_(-100)
+    loss = step(x, w, y)
+    loss.backward()
+    assert np.isnan(loss.item())
+    assert not w.grad.numpy().any()
+
+
+@pytest.mark.parametrize("dtype", [flame.float32, flame.bfloat16], ids=str)
+def test_a_model_trains_in_blocks(dtype: flame.DType) -> None:
+    """Compiled with blocks as uncompiled, with half-width scores, too."""
+
+    def train(compiling: bool) -> tuple[list[float], Any]:
+        flame.manual_seed(1)
+        model = nn.Sequential(nn.Embedding(40, 16), nn.Linear(16, 16), nn.GELU())
+        head = nn.Linear(16, 40, bias=False)
+        head.weight = model[0].weight  # tied
+        optimizer = flame.optim.SGD(model.parameters(), lr=0.5)
+
+        def step(x: Any, y: Any) -> Any:
+            with flame.autocast("cpu", dtype=flame.bfloat16, enabled=dtype is flame.bfloat16):
+                scores = head(model(x))
+                loss = F.cross_entropy(scores.view(-1, 40), y.view(-1))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        run = flame.compile(step) if compiling else step
+        x, y = flame.randint(0, 40, (4, 16)), flame.randint(0, 40, (4, 16))
+        losses = [run(x, y).item() for _ in range(4)]
+        if compiling:
+            assert "cross_entropy" in run.report()
+        return losses, model[0].weight.detach().numpy()
+
+    (losses, weight), (wanted, other) = train(True), train(False)
+    tolerance = 1e-5 if dtype is flame.float32 else 1e-2
+    np.testing.assert_allclose(losses, wanted, rtol=tolerance)
+    np.testing.assert_allclose(weight, other, rtol=tolerance, atol=tolerance)
