@@ -44,6 +44,7 @@ from flame.render.cuda_geometry import (
 )
 from flame.render.cuda_held import Held, held_of
 from flame.render.cuda_index import carried, operands, walk
+from flame.render.cuda_rounding import OPTIONS, divides_quickly
 from flame.render.cuda_values import Scope
 from flame.render.cuda_vectors import VectorWriter
 
@@ -70,6 +71,8 @@ def render(
             f"are more than the {SHARED_BYTES} of shared memory; use device memory instead"
         )
     body = Renderer(kernel, geometry, held).text()
+    if divides_quickly(kernel):
+        body = f"{OPTIONS}\n{body}"
     digest = hashlib.sha256(body.encode()).hexdigest()[:20]
     symbol = f"flame_{re.sub(r'[^0-9A-Za-z_]', '_', bound.kernel.name)}_{digest}"
     blocks = grid_of(geometry, kernel, bound.extent)

@@ -341,6 +341,28 @@ def test_calls_of_cpu_libraries_are_refused() -> None:
         render(k.bind())
 
 
+def quotient(dtype: Any, *, result: Any = None, cut: bool = False) -> str:
+    """The text of x / (x + 1), or of its floor."""
+    k = KernelBuilder("quotient")
+    x = k.tensor("input", 0, tensor_type(dtype, (64,)))
+    y = k.tensor("output", 0, tensor_type(result or dtype, (64,)))
+    with k.parallel(64) as (p,):
+        value = values.cast(x[p], F32)
+        made = value / (value + 1.0)
+        k.store(y, (p,), values.unary("floor", made) if cut else made)
+    return render(k.bind()).text
+
+
+def test_what_is_rounded_further_divides_quickly() -> None:
+    option = "--prec-div=false"
+    assert option in quotient(dtypes.bfloat16).splitlines()[0]
+    assert option in quotient(dtypes.float16)
+    assert option not in quotient(F32)
+    assert option not in quotient(dtypes.bfloat16, result=F32)
+    assert option not in quotient(dtypes.bfloat16, cut=True)
+    assert option not in quotient(dtypes.bfloat16, result=dtypes.int32)
+
+
 def test_products_are_kept_apart_from_sums() -> None:
     """Else a compiler may join them, and a value would depend on what it stands beside."""
     k = KernelBuilder("apart")

@@ -125,8 +125,8 @@ class DeviceMemory:
 
     def leave_room(self) -> None:
         """Have `ROOM` bytes free outside of the pool, which code that is about to be loaded takes.
-        cuBLASLt, without memory for the code of a kernel, may return neither an error nor a result,
-        and fails until the process ends. Raises OutOfMemoryError."""
+        A library that found none for a kernel cannot load it any more, however much becomes free.
+        Raises OutOfMemoryError."""
         if self._free_outside() >= ROOM:
             return
         for _ in self._reclaim():

@@ -41,7 +41,11 @@ class Gpu:
         values = np.ascontiguousarray(values)
         pointer = self.allocate(values.nbytes + offset) + offset
         if values.nbytes:
-            gpu.checked("cuMemcpyHtoD", pointer, values.ctypes.data, values.nbytes)
+            # In the stream: from pageable memory the call may return before its last bytes have
+            # arrived, and this stream waits for no other.
+            at = values.ctypes.data
+            gpu.checked("cuMemcpyHtoDAsync", pointer, at, values.nbytes, self.raw_stream)
+            self.synchronize()
         return pointer
 
     def download(self, pointer: int, like: np.ndarray) -> np.ndarray:

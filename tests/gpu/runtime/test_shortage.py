@@ -19,8 +19,8 @@ def fill() -> list[Storage]:
     """What takes all memory but a few MiB."""
     held: list[Storage] = []
     flame.cuda.empty_cache()
-    size = 1 << 40
-    while size >= 1 << 20:
+    size = 1 << (flame.cuda.mem_get_info()[0].bit_length() - 1)
+    while size >= 1 << 22:
         try:
             held.append(Storage.allocate(size, "cuda:0"))
         except OutOfMemoryError:
@@ -44,24 +44,21 @@ def test_memory_that_was_freed_meets_a_shortage() -> None:
     assert device_memory(0).statistics().retries >= 1
 
 
-@pytest.mark.parametrize("dtype", [flame.float32, flame.float64, flame.float16, flame.bfloat16])
-@pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiled"])
-def test_products_without_room_for_their_code_are_refused(
-    dtype: flame.DType, compiling: bool
-) -> None:
-    """cuBLASLt itself may leave the result as it was, say nothing, and never work again."""
-    product = flame.compile(flame.matmul) if compiling else flame.matmul
+def test_products_without_room_for_their_code_are_refused_and_then_right() -> None:
+    """Left alone, cuBLASLt fails from then on: it does not load a kernel a second time."""
+    compiled = flame.compile(flame.matmul)
     random = np.random.default_rng(0)
     cases = []
     for m, n, k in [(130, 257, 33), (520, 512, 512)]:
-        a, b = random.standard_normal((m, k)), random.standard_normal((k, n))
-        x, y = (flame.tensor(values, dtype=dtype, device="cuda") for values in (a, b))
-        cases.append((a, b, x, y))
+        for dtype in (flame.float32, flame.bfloat16):
+            a, b = random.standard_normal((m, k)), random.standard_normal((k, n))
+            x, y = (flame.tensor(values, dtype=dtype, device="cuda") for values in (a, b))
+            cases += [(a @ b, x, y, product) for product in (flame.matmul, compiled)]
     held = fill()
-    for *_, x, y in cases:
+    for _, x, y, product in cases:
         with pytest.raises(OutOfMemoryError):
             product(x, y)
     held.clear()
-    for a, b, x, y in cases:
+    for wanted, x, y, product in cases:
         found = product(x, y).to(flame.float64).cpu().numpy()
-        assert np.linalg.norm(found - a @ b) < 0.02 * np.linalg.norm(a @ b)
+        assert np.linalg.norm(found - wanted) < 0.02 * np.linalg.norm(wanted)
