@@ -315,7 +315,9 @@ def test_single_elements_by_either_library(
         found = case.run(nvidia)
         assert found is not None, case.why_not()
         assert case.error(found) < TOLERANCES[dtype]
-    assert timed
+        # cuDNN refuses some of these; then there is nothing to choose
+        assert len(timed) == 1 or cudnn.prepare(case.problem, 0) is None
+        timed.clear()
 
 
 def counted(function: Any, calls: list[Any]) -> Any:
