@@ -42,7 +42,7 @@ mkdir -p "$logs"
 
 # Sizes of millions take hours where every access is looked at.
 large="10000000 or 1000001 or 300000 or 100000 or 50257 or 50000 or 5000 or 4096 or 768"
-quick="not ($large or sizes_that_depend or two_thousand or memory_running_out)"
+quick="not ($large or sizes_that_depend or ten_thousand or memory_running_out)"
 tests=(
     tests/gpu/test_generated.py tests/gpu/test_flash_attention.py tests/gpu/test_sorting.py
     tests/gpu/test_training.py tests/gpu/runtime/test_raw_kernel.py

@@ -26,4 +26,4 @@ def test_autocast() -> None:
 
 
 def test_long_run() -> None:
-    training.long_run(120)
+    training.long_run(120, compared=100)

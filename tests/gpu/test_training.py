@@ -16,5 +16,5 @@ def test_training(check: Callable[[], None]) -> None:
     check()
 
 
-def test_two_thousand_steps() -> None:
-    training.long_run(2000)
+def test_ten_thousand_steps() -> None:
+    training.long_run(10_000, compared=2000)
