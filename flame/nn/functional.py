@@ -1,7 +1,8 @@
 """Functions of layers under PyTorch's names. Their meaning stands in `flame.ops`."""
 
 from flame.api import guard_functions
-from flame.nn._composites import bilinear, glu
+from flame.nn._composites import bilinear, glu, linear_cross_entropy
+from flame.nn._grid_sampling import affine_grid, grid_sample
 from flame.ops.activations import (
     celu,
     elu,
@@ -121,6 +122,7 @@ __all__ = [
     "adaptive_max_pool1d",
     "adaptive_max_pool2d",
     "adaptive_max_pool3d",
+    "affine_grid",
     "alpha_dropout",
     "avg_pool1d",
     "avg_pool2d",
@@ -152,6 +154,7 @@ __all__ = [
     "gaussian_nll_loss",
     "gelu",
     "glu",
+    "grid_sample",
     "group_norm",
     "gumbel_softmax",
     "hardshrink",
@@ -167,6 +170,7 @@ __all__ = [
     "layer_norm",
     "leaky_relu",
     "linear",
+    "linear_cross_entropy",
     "local_response_norm",
     "log_softmax",
     "logsigmoid",
