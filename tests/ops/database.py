@@ -194,9 +194,20 @@ def _attribute(root: Any, path: str) -> Any:
     return root
 
 
+# Entries whose samples hold options that only PyTorch has.
+OPTIONS_OF_PYTORCH: Final = frozenset(
+    {
+        "nn.functional.linear_cross_entropy.chunked",
+        "nn.functional.linear_cross_entropy.chunked_none",
+    }
+)
+
+
 def function_of(entry: Entry) -> Callable[..., Any] | None:
     """FLAME's function for an entry, None where there is none."""
     name = full_name(entry)
+    if name in OPTIONS_OF_PYTORCH:
+        return None
     if entry.name in OPERATORS:
         method = METHODS_BEHIND.get(entry.name)
         return OPERATORS[entry.name] if method is None or hasattr(Tensor, method) else None

@@ -11,7 +11,13 @@ import torch
 from torch.nn import functional as T
 
 import flame
-from flame.core.errors import ArgumentError, DTypeError, IndexRangeError, ShapeError
+from flame.core.errors import (
+    ArgumentError,
+    DTypeError,
+    IndexRangeError,
+    ShapeError,
+    UnsupportedError,
+)
 from flame.nn import functional as F
 
 from .database import function_of, op_db, run_entry
@@ -239,6 +245,20 @@ def test_causal_attention() -> None:
             lambda q, k, v: T.scaled_dot_product_attention(q, k, v, is_causal=True),
             *attention_operands(),
         )
+
+
+def test_linear_cross_entropy() -> None:
+    target = torch.tensor([[1, 0], [4, 4], [2, -100]])
+    agree(
+        lambda x, w, b: F.linear_cross_entropy(x, w, to_flame(target), linear_bias=b),
+        lambda x, w, b: T.linear_cross_entropy(x, w, target, linear_bias=b),
+        draw(3, 4), draw(5, 2, 4, seed=1), draw(5, 2, seed=2),
+    )  # fmt: skip
+    x, w = to_flame(draw(3, 4)), to_flame(draw(5, 4, seed=1))
+    with pytest.raises(UnsupportedError, match=r"flame\.compile"):
+        F.linear_cross_entropy(x, w, flame.zeros(3, dtype=flame.int64), options=object())  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match=r"\(C, in\)"):
+        F.linear_cross_entropy(x, w[0], flame.zeros(3, dtype=flame.int64))
 
 
 def test_gradient_of_a_floating_mask() -> None:
