@@ -71,6 +71,16 @@ def linear_cross_entropy(
             f"{tuple(linear_weight.shape)}"
         )
     *outputs, size = linear_weight.shape
+    if input.ndim not in (1, 2):
+        raise ShapeError(
+            f"linear_cross_entropy: input must be (N, in) or (in,), got {tuple(input.shape)}; "
+            "flatten its first dimensions, and those of target"
+        )
+    if linear_bias is not None and tuple(linear_bias.shape) != tuple(outputs):
+        raise ShapeError(
+            f"linear_cross_entropy: linear_bias must be {tuple(outputs)}, as linear_weight without "
+            f"its last dimension, got {tuple(linear_bias.shape)}"
+        )
     bias = None if linear_bias is None else linear_bias.reshape(-1)
     scores = linear(input, linear_weight.reshape(-1, size), bias)
     if len(outputs) > 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ MODES = ("bilinear", "nearest", "bicubic")
 PADDINGS = ("zeros", "border", "reflection")
 _CUBIC = -0.75  # the slope of the cubic at distance 1, as everywhere in PyTorch
 
-Tap = tuple[Tensor, Tensor | None]  # a place along one dimension, and its weight (None: 1)
+Tap = tuple[Tensor, Tensor]  # a place along one dimension, and its weight
 Fold = Callable[[Tensor, int], Tensor]  # places beyond the edges to places within, for a size
 
 
@@ -63,9 +64,8 @@ def grid_sample(
     total: Tensor | None = None
     for chosen in itertools.product(*taps):
         value = _read(input, [at for at, _ in chosen])
-        weights = [weight for _, weight in chosen if weight is not None]
-        if weights:
-            value = value * functools.reduce(operator.mul, weights).unsqueeze(1)
+        weight = functools.reduce(operator.mul, (weight for _, weight in chosen))
+        value = value * weight.unsqueeze(1)
         total = value if total is None else total + value
     assert total is not None
     made: Tensor = total.to(input.dtype)
@@ -115,16 +115,19 @@ def _reflected(at: Tensor, size: int, *, corners: bool) -> Tensor:
 
 
 def _held(at: Tensor, size: int) -> Tensor:
-    """Places beyond the edges at the edges; there, and on them, nothing depends on the place."""
+    """Places beyond the edges at the edges; there, and on them, nothing depends on the place.
+    What is no number is the first."""
     within = (at > 0) & (at < size - 1)
-    made: Tensor = where(within, at, at.detach().clamp(0, size - 1))
+    made: Tensor = where(within, at, at.detach().nan_to_num().clamp(0, size - 1))
     return made
 
 
 def _taps(at: Tensor, size: int, mode: str, fold: Fold) -> Iterator[Tap]:
     """What is read along one dimension."""
     if mode == "nearest":
-        yield fold(at, size).round(), None
+        still = at.detach()
+        never = still.isnan() & still.isinf()
+        yield fold(still, size).round(), where(never, at, 1.0)  # a slope, which is 0
         return
     if mode == "bilinear":
         at = fold(at, size)
@@ -157,8 +160,9 @@ def _read(input: Tensor, places: Sequence[Tensor]) -> Tensor:
         known = (place >= 0) & (place <= size - 1)
         inside = known if inside is None else inside & known
         index = index * size + where(known, place, 0.0).long()
-    flat = index.reshape(samples, 1, -1).expand(samples, channels, -1)
-    found = input.reshape(samples, channels, -1).gather(2, flat)
+    count = math.prod(index.shape[1:])
+    flat = index.reshape(samples, 1, count).expand(samples, channels, count)
+    found = input.reshape(samples, channels, math.prod(sizes)).gather(2, flat)
     found = found.reshape(samples, channels, *index.shape[1:])
     made: Tensor = where(inside[:, None], found, 0.0)
     return made
@@ -174,6 +178,8 @@ def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None =
             f"affine_grid: theta {tuple(theta.shape)} does not fit the size {tuple(size)}; it must "
             "be (N, 2, 3) for (N, C, H, W), (N, 3, 4) for (N, C, D, H, W)"
         )
+    if min(size[2:]) < 1:
+        raise ShapeError(f"affine_grid: the size {tuple(size)} has no places")
     if theta.dtype.kind != "f":
         raise DTypeError(f"affine_grid: theta must be floating, got {theta.dtype.name}")
     sizes = list(size[2:])

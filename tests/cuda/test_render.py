@@ -353,6 +353,25 @@ def quotient(dtype: Any, *, result: Any = None, cut: bool = False) -> str:
     return render(k.bind()).text
 
 
+def far_from(kind: str) -> str:
+    """The text of a half-width result in which the last bit of a quotient may be much."""
+    k = KernelBuilder("far")
+    x = k.tensor("input", 0, tensor_type(dtypes.bfloat16, (64,)))
+    y = k.tensor("output", 0, tensor_type(dtypes.bfloat16, (64,)))
+    with k.parallel(64) as (p,):
+        value = values.cast(x[p], F32)
+        made = value / (value + 1.0)
+        if kind == "register":
+            made = values.read(k.register(made))
+        k.store(y, (p,), values.unary("acos", made) if kind == "function" else made - 1.0)
+    return render(k.bind()).text
+
+
+@pytest.mark.parametrize("kind", ["difference", "register", "function"])
+def test_what_makes_much_of_a_last_bit_divides_exactly(kind: str) -> None:
+    assert "--prec-div=false" not in far_from(kind)
+
+
 def test_what_is_rounded_further_divides_quickly() -> None:
     option = "--prec-div=false"
     assert option in quotient(dtypes.bfloat16).splitlines()[0]

@@ -257,6 +257,10 @@ def test_linear_cross_entropy() -> None:
     x, w = to_flame(draw(3, 4)), to_flame(draw(5, 4, seed=1))
     with pytest.raises(UnsupportedError, match=r"flame\.compile"):
         F.linear_cross_entropy(x, w, flame.zeros(3, dtype=flame.int64), options=object())  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match=r"input must be \(N, in\)"):
+        F.linear_cross_entropy(x[None], w, flame.zeros(1, 3, dtype=flame.int64))
+    with pytest.raises(ShapeError, match=r"linear_bias must be \(5,\)"):
+        F.linear_cross_entropy(x, w, flame.zeros(3, dtype=flame.int64), linear_bias=w[:, :1])
     with pytest.raises(ShapeError, match=r"\(C, in\)"):
         F.linear_cross_entropy(x, w[0], flame.zeros(3, dtype=flame.int64))
 

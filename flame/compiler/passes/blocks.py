@@ -36,8 +36,9 @@ def blocks(graph: Graph) -> Graph:
     finder = _Finder(graph)
     for node in graph.nodes:
         head = finder.head(node) if node.op is cross_entropy_op else None
-        if head is not None and finder.pays(head):
-            return _Blocks(graph, head, finder.early(head)).run()
+        early = None if head is None else finder.early(head)
+        if head is not None and early is not None and finder.pays(head):
+            return _Blocks(graph, head, early).run()
     return graph
 
 
@@ -110,7 +111,9 @@ class _Finder:
                 return None
             (symbol,) = maker.symbols
         x, w = (tensor_of(s) for s in found[0].symbols[:2])
-        fits = w.ndim == 2 and x.contiguous and x.shape[:-1] == tensor_of(symbol).shape[:-1]
+        fits = (
+            w.ndim == 2 <= x.ndim and x.contiguous and x.shape[:-1] == tensor_of(symbol).shape[:-1]
+        )
         return found if fits else None
 
     def _after(self, head: _Head, gradient: Symbol, *, turned: bool = False) -> bool:
@@ -143,11 +146,12 @@ class _Finder:
 
     def early(self, head: _Head) -> set[Node] | None:
         """What has to be computed before the blocks, as they read it; None where it depends on
-        what they compute."""
+        what all of them give together."""
         inside = set(head.nodes)
-        outputs = {s for node in inside for s in node.outputs}
+        local = {s for node in inside - head.ends.keys() for s in node.outputs}
+        local.remove(head.loss.outputs[0])
         found: set[Node] = set()
-        waiting = [s for node in inside for s in node.symbols if s not in outputs]
+        waiting = [s for node in inside for s in node.symbols if s not in local]
         while waiting:
             symbol = waiting.pop()
             maker = self.uses.makers.get(symbol)
@@ -190,14 +194,12 @@ def _joined_by(node: Node, gradient: Symbol, *, turned: bool) -> str | None:
 class _Blocks:
     """The graph with a head in blocks."""
 
-    def __init__(self, graph: Graph, head: _Head, early: set[Node] | None) -> None:
+    def __init__(self, graph: Graph, head: _Head, early: set[Node]) -> None:
         self.graph, self.head, self.early = graph, head, early
         self.rewriter = Rewriter(graph)
         self.rows, self.classes = tensor_of(head.loss.inputs[0]).shape
 
     def run(self) -> Graph:
-        if self.early is None:
-            return self.graph
         inside, done = set(self.head.nodes), set[Node]()
         for node in self.graph.nodes:
             if node is self.head.product:
@@ -215,20 +217,22 @@ class _Blocks:
         head = self.head
         step = -(-self.rows // BLOCKS)
         step = -(-step // ROWS) * ROWS
-        parts: dict[Symbol, list[Symbol]] = {}
+        rows: dict[Symbol, list[Symbol]] = {}
+        sums: dict[Symbol, Symbol] = {}
         slope, total = self._slope()
-        for start in range(0, self.rows, step):
-            for symbol, made in self._block(start, min(start + step, self.rows), slope):
-                parts.setdefault(symbol, []).append(made)
         (loss, *_) = head.loss.outputs
-        made = self._sum(parts.pop(loss), loss)
+        for start in range(0, self.rows, step):
+            for symbol, made, how in self._block(start, min(start + step, self.rows), slope):
+                if how == "rows":
+                    rows.setdefault(symbol, []).append(made)
+                else:
+                    sums[symbol] = self._added(sums.get(symbol), made)
+        for symbol, parts in rows.items():
+            self._put(symbol, self._joined(parts, symbol))
         if total is not None:
-            made = self.rewriter.emit(OPS["div"], (made, total), {}, like=loss)
-        self._put(loss, made)
-        for node, how in head.ends.items():
-            (symbol,) = node.outputs
-            join = self._rows if how == "rows" else self._sum
-            self._put(symbol, join(parts[symbol], symbol))
+            sums[loss] = self.rewriter.emit(OPS["div"], (sums[loss], total), {}, like=loss)
+        for symbol, made in sums.items():
+            self._put(symbol, self._narrowed(made, symbol))
 
     def _put(self, old: Symbol, new: Symbol) -> None:
         self.rewriter.replace(old, self.rewriter.laid_out(new, tensor_of(old)))
@@ -239,14 +243,17 @@ class _Blocks:
         slope = rewriter.now(self.head.backward.inputs[0])
         if loss.attributes["reduction"] == "sum":
             return slope, None
-        target, like = rewriter.now(loss.inputs[1]), loss.outputs[2]
+        target, like = tensor_symbol(rewriter.now(loss.inputs[1])), loss.outputs[2]
+        if tensor_of(target).dtype is not dtypes.int64:  # which may not hold the number to ignore
+            whole = {"dtype": dtypes.int64}
+            target = rewriter.emit(OPS["copy"], (target,), whole, like=target)
         counts = rewriter.emit(OPS["ne"], (target, loss.attributes["ignore_index"]), {}, like=like)
         numbers = rewriter.emit(OPS["copy"], (counts,), {"dtype": tensor_of(like).dtype}, like=like)
         total = rewriter.emit(OPS["sum"], (numbers,), {"dims": (0,), "keepdim": False}, like=like)
         return rewriter.emit(OPS["div"], (slope, total), {}, like=like), total
 
-    def _block(self, start: int, stop: int, slope: Operand) -> Iterator[tuple[Symbol, Symbol]]:
-        """Computes a block; gives what it adds to symbols of the old graph."""
+    def _block(self, start: int, stop: int, slope: Operand) -> Iterator[tuple[Symbol, Symbol, str]]:
+        """Computes a block; gives what it adds to symbols of the old graph, and how."""
         head, rewriter = self.head, self.rewriter
 
         def part(operand: Operand, dim: int = 0) -> Symbol:
@@ -276,7 +283,7 @@ class _Blocks:
                 line=head.loss.line,
             )
         )  # fmt: skip
-        yield head.loss.outputs[0], loss
+        yield head.loss.outputs[0], loss, "sum"
         (gradient,) = head.backward.outputs
         operands = (slope, scores, target, None, log_sum, total)
         made = rewriter.emit(
@@ -286,6 +293,10 @@ class _Blocks:
         for node in head.after:
             known[node.outputs[0]] = follow(node, known[node.symbols[0]])
         for node, how in head.ends.items():
+            (like,) = node.outputs
+            if node.op is OPS["sum"]:
+                yield like, self._column_sums(known[node.symbols[0]], like), how
+                continue
             sides = list(node.inputs)
             for i, operand in enumerate(node.inputs):
                 assert isinstance(operand, Symbol)
@@ -295,27 +306,41 @@ class _Blocks:
                     sides[i] = rewriter.now(operand)
                 else:  # the rows of the other factor
                     sides[i] = part(operand, dim=1 - i)
-            attributes, like = node.attributes, node.outputs[0]
-            yield like, rewriter.emit(node.op, tuple(sides), attributes, like=like, line=node.line)
+            made = rewriter.emit(node.op, tuple(sides), node.attributes, like=like, line=node.line)
+            yield like, made, how
+
+    def _column_sums(self, block: Symbol, like: Symbol) -> Symbol:
+        """As a product: sums would be fused with those of the other blocks, and so keep all of
+        them until the last."""
+        rewriter, type_ = self.rewriter, tensor_of(block)
+        ones = {"shape": (1, type_.shape[0]), "dtype": type_.dtype, "device": type_.device}
+        one = rewriter.emit(OPS["full"], (1,), ones, like=like)
+        made = rewriter.emit(OPS["matmul"], (one, block), {}, like=like)
+        if tensor_of(like).ndim == 1:
+            shape = {"shape": type_.shape[1:]}
+            made = rewriter.emit(OPS["view"], (made,), shape, like=like)
+        return made
 
     def _emit_all(self, emit: Callable[[], Symbol]) -> tuple[Symbol, ...]:
         emit()
         return self.rewriter.nodes[-1].outputs
 
-    def _sum(self, parts: list[Symbol], like: Symbol) -> Symbol:
-        """The sum, of half-width floats in float32."""
-        rewriter, dtype = self.rewriter, tensor_of(like).dtype
-        wide = {"dtype": dtypes.float32}
-        if dtype.bits < 32:
-            parts = [rewriter.emit(OPS["copy"], (s,), wide, like=like) for s in parts]
-        made, *others = parts
-        for other in others:
-            made = rewriter.emit(OPS["add"], (made, other), {}, like=like)
-        if dtype.bits < 32:
-            made = rewriter.emit(OPS["copy"], (made,), {"dtype": dtype}, like=like)
-        return made
+    def _added(self, total: Symbol | None, part: Symbol) -> Symbol:
+        """A running sum, of half-width floats in float32: what waited until the end to be widened
+        would keep its block."""
+        rewriter = self.rewriter
+        if tensor_of(part).dtype.bits < 32:
+            wide = {"dtype": dtypes.float32}
+            part = rewriter.emit(OPS["copy"], (part,), wide, like=part)
+        return part if total is None else rewriter.emit(OPS["add"], (total, part), {}, like=part)
 
-    def _rows(self, parts: list[Symbol], like: Symbol) -> Symbol:
+    def _narrowed(self, total: Symbol, like: Symbol) -> Symbol:
+        dtype = tensor_of(like).dtype
+        if tensor_of(total).dtype is dtype:
+            return total
+        return self.rewriter.emit(OPS["copy"], (total,), {"dtype": dtype}, like=like)
+
+    def _joined(self, parts: list[Symbol], like: Symbol) -> Symbol:
         made = self.rewriter.emit(OPS["cat"], tuple(parts), {"dim": 0}, like=like)
         shape = tensor_of(like).shape
         if tensor_of(made).shape != shape:

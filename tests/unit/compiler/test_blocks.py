@@ -13,6 +13,8 @@ import flame
 from flame import nn
 from flame.compiler.passes import optimize
 from flame.compiler.passes.blocks import blocks
+from flame.compiler.schedule.fusion import fuse
+from flame.compiler.schedule.memory import plan_memory
 from flame.graph import Graph, interpret
 from flame.nn import functional as F
 from flame.recording.step import record
@@ -106,6 +108,72 @@ def test_blocks_give_what_the_whole_gives(name: str, lead: tuple[int, ...]) -> N
 def test_what_cannot_be_in_blocks_stays_whole(name: str) -> None:
     made = optimize(recorded(OTHERS[name], operands(24)))
     assert scores_in_blocks(made) <= 1
+
+
+@pytest.mark.parametrize("dtype", [flame.uint8, flame.int8, flame.int32], ids=str)
+def test_a_number_to_ignore_that_targets_cannot_hold(dtype: flame.DType) -> None:
+    x, w, _, y = operands(24)
+    y = (y.clamp(min=0) + (156 if dtype is flame.uint8 else 0)).to(dtype)  # 156 is -100 in a byte
+    w = flame.randn(200, 8).requires_grad_()
+
+    def step(x: Any, w: Any, y: Any) -> Any:
+        loss = F.cross_entropy(F.linear(x, w), y)
+        loss.backward()
+        return loss.detach(), w.grad
+
+    found = flame.compile(step)(x, w, y)
+    w.grad = None
+    for a, b in zip(found, step(x, w, y), strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def natural(x: Any, w: Any, y: Any, *, first: str) -> Any:
+    """A gradient of the input from a gradient of the weight, or the other way round."""
+    scores = F.linear(x, w)
+    loss = F.cross_entropy(scores, y)
+    (g,) = flame.autograd.grad(loss, scores)
+    if first == "weight":
+        made = g.T @ x.detach()
+        return loss.detach(), made, g @ made
+    made = g @ w.detach()
+    return loss.detach(), g.T @ made, made
+
+
+@pytest.mark.parametrize("first", ["weight", "input"])
+def test_blocks_that_would_need_the_whole_of_others_stay_whole(
+    first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLAME_VERIFY", "1")
+    x, w, _, y = operands(24)
+    compiled = flame.compile(lambda x, w, y: natural(x, w, y, first=first))
+    for a, b in zip(compiled(x, w, y), natural(x, w, y, first=first), strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_block_is_gone_before_the_next(
+    bias: bool, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planned memory, not that of the graph alone: what is fused may keep operands."""
+    head, embedding = nn.Linear(8, 512, bias=bias), nn.Embedding(512, 8)
+    x, y = (flame.zeros(256, dtype=flame.int64) for _ in range(2))
+    optimizer = flame.optim.SGD([*head.parameters(), *embedding.parameters()], lr=0.1)
+
+    def step(x: Any, y: Any) -> Any:
+        optimizer.zero_grad()
+        with flame.autocast("cpu", dtype=flame.bfloat16, enabled=half):
+            loss = F.cross_entropy(head(embedding(x)), y)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    arenas = []
+    for least in (1 << 40, 1):
+        monkeypatch.setattr(sys.modules[blocks.__module__], "LEAST", least)
+        graph = optimize(record(step, (x, y), {}, [x, y]).graph)
+        arenas.append(plan_memory(fuse(graph)).arena)
+    assert arenas[1] < 0.45 * arenas[0]
 
 
 def test_rows_that_all_count_for_nothing() -> None:
