@@ -13,7 +13,7 @@ does not wait for the loss. It costs the reading of a dw for each block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -277,12 +277,10 @@ class _Blocks:
             scores = follow(node, scores)
         target = part(head.loss.inputs[1])
         options = {**head.loss.attributes, "reduction": "sum"}
-        loss, log_sum, total = self._emit_all(
-            lambda: rewriter.emit(
-                cross_entropy_op, (scores, target, None), options, like=head.loss.outputs[0],
-                line=head.loss.line,
-            )
-        )  # fmt: skip
+        inputs = (scores, target, None)
+        like, line = head.loss.outputs[0], head.loss.line
+        loss = rewriter.emit(cross_entropy_op, inputs, options, like=like, line=line)
+        _, log_sum, total = rewriter.nodes[-1].outputs
         yield head.loss.outputs[0], loss, "sum"
         (gradient,) = head.backward.outputs
         operands = (slope, scores, target, None, log_sum, total)
@@ -320,10 +318,6 @@ class _Blocks:
             shape = {"shape": type_.shape[1:]}
             made = rewriter.emit(OPS["view"], (made,), shape, like=like)
         return made
-
-    def _emit_all(self, emit: Callable[[], Symbol]) -> tuple[Symbol, ...]:
-        emit()
-        return self.rewriter.nodes[-1].outputs
 
     def _added(self, total: Symbol | None, part: Symbol) -> Symbol:
         """A running sum, of half-width floats in float32: what waited until the end to be widened
