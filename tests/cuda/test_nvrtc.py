@@ -18,6 +18,7 @@ import pytest
 import flame
 from flame.compiler.gpu.steps import KernelSpec
 from flame.render.cuda import render
+from tests.gpu.planted_faults import FAULTS
 
 from .dry import kernels_of
 from .foreach_cases import OPTIMIZERS, clipped, made, trained
@@ -108,3 +109,9 @@ def test_tables_of_calls_compile(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", [OLDER, NEWER])
 def test_every_instruction_compiles(architecture: str) -> None:
     compiled([render(bound).text for bound in kernels_of_many()], architecture)
+
+
+@pytest.mark.parametrize("architecture", [OLDER, NEWER])
+def test_planted_faults_compile(architecture: str) -> None:
+    code = compiled([text for text, _ in FAULTS.values()], architecture)
+    assert all(f"planted_{tool}".encode() in code for tool in FAULTS)
