@@ -1,26 +1,40 @@
-"""scripts/sanitize.sh with a stand-in for the sanitizer: shares, failures, time, the summary."""
+"""scripts/sanitize.sh with a stand-in for the sanitizer: shares, failures, time, the summary, what
+is planted, and whose kernels are looked at."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.cuda.host_compiler import kernels_of
+from tests.gpu.planted_faults import FAULTS
+
 ROOT = Path(__file__).parents[2]
 
-# Runs the program as the sanitizer would. $FOUND: the errors that it claims to have found; $STUCK:
-# a test that it does not get past.
+# Runs the program as the sanitizer would. $FOUND: the errors that it claims to have found in tests;
+# $STUCK: a test that it does not get past; $BLIND: a tool that finds no fault. Planted faults need
+# a GPU, so it only looks whether it was asked to look at their kernels.
 STAND_IN = r"""#!/usr/bin/env bash
 echo "$@" >>"$GIVEN"
 while [ "${1#--}" != "$1" ]; do
     [ "$1" != --log-file ] || report=${2/\%p/$$}
     [ "$1" != --tool ] || tool=$2
+    [ "$1" != --kernel-name ] || ours=${2#regex=}
     shift 2
 done
 echo "========= COMPUTE-SANITIZER" >"$report"
+if [ "$2 $3" = "-m tests.gpu.planted_faults" ]; then
+    FOUND=0
+    [ "$4" = "${BLIND:-}" ] || ! [[ planted_$4 =~ ${ours:-.} ]] || FOUND=1
+    echo "========= ERROR SUMMARY: $FOUND errors" >>"$report"
+    echo "one kernel was launched"
+    exit 99
+fi
 if [ -n "${STUCK:-}" ]; then
     echo "tests/test_seven.py::$STUCK"
     sleep 60
@@ -79,10 +93,52 @@ def test_parts_share_the_tests(tmp_path: Path) -> None:
                     if " PASSED" in line]  # fmt: skip
             assert f"{tool} {part}/2: ok;" in told
         assert sorted(ran) == [f"test_number[{n}]" for n in range(7)]
+        assert f"{tool}: finds the fault that is planted for it (1 errors reported)" in told
     given = (tmp_path / "given").read_text().splitlines()
-    assert len(given) == 4
+    assert len(given) == 6
     assert all("--target-processes all --error-exitcode 99" in line for line in given)
-    assert [("--kernel-name-exclude" in line) for line in given] == [False, False, True, True]
+    assert [("--kernel-name regex=" in line) for line in given] == [False] * 3 + [True] * 3
+    assert [("planted_faults" in line) for line in given] == [True, False, False] * 2
+
+
+def test_a_tool_that_misses_what_is_planted(tmp_path: Path) -> None:
+    tools = ("--tools", "racecheck synccheck", "--jobs", "1")
+    status, told = sanitize(tmp_path, *tools, BLIND="racecheck")
+    assert status == 1
+    missed = "racecheck: FAILED: it does not find the fault that is planted for it; exit status 99"
+    assert f"{missed}; one kernel was launched\n" in told
+    assert "racecheck 1/1" not in told
+    assert "synccheck 1/1: ok; 7 passed" in told
+    assert "== 1 parts FAILED" in told
+
+
+def filters(folder: Path) -> dict[str, str]:
+    """Tool -> the names of kernels that it is asked to look at."""
+    status, told = sanitize(folder, "--tools", " ".join(FAULTS), "--jobs", "1")
+    assert status == 0, told
+    found = {}
+    for line in (folder / "given").read_text().splitlines():
+        words = line.split()
+        if "tests.gpu.planted_faults" in words and "--kernel-name" in words:
+            found[words[1]] = words[words.index("--kernel-name") + 1].removeprefix("regex=")
+    return found
+
+
+def test_our_kernels_alone_are_looked_at(tmp_path: Path) -> None:
+    found = filters(tmp_path)
+    assert list(found) == ["racecheck", "initcheck"]
+    (pattern,) = set(found.values())
+    assert "," not in pattern  # parts the sanitizer's filters
+    assert not re.search(r"[(|][|)]", pattern)  # an empty name would let all through
+    texts = [path.read_text() for path in (ROOT / "flame" / "kernels").glob("*.cu")]
+    hand_written = [name for text in texts for name in kernels_of(text)]
+    assert len(hand_written) == sum(text.count("__global__") for text in texts) > 15
+    others = [f"planted_{tool}" for tool in FAULTS] + ["axpy", "square_called", "flame_add_3f"]
+    for name in hand_written + others:
+        assert re.search(pattern, name), name
+        assert re.fullmatch(pattern, name), name
+    for name in ("", "return", "cudnn_turn", "turn_kernel", "_called", "_Z10flame_copyPf", "void"):
+        assert not re.search(pattern, name), name
 
 
 def test_parts_without_tests(tmp_path: Path) -> None:
