@@ -51,34 +51,50 @@ __device__ __forceinline__ Pack<T> walked(Pack<T> pack) {
   return turned;
 }
 
-// Where in memory the pack from place i on lies, if all of it is there and can be had at once.
+// Where in memory the pack from place i on begins.
+#define BEGIN(line) ((line) + (REVERSE ? length - PACK - i : i))
+
+// Whether a pack of which `left` elements are wanted can be had at once.
 template <class T>
-__device__ __forceinline__ Pack<T>* at_once(T* line, i64 i, int left, i64 length) {
-  T* first = line + (REVERSE ? length - PACK - i : i);
-  bool fits = DENSE && left >= PACK && (unsigned long long)first % sizeof(Pack<T>) == 0;
-  return fits ? (Pack<T>*)first : nullptr;
+__device__ __forceinline__ bool is_whole(const T* begin, int left) {
+  return DENSE && left >= PACK && (unsigned long long)begin % sizeof(Pack<T>) == 0;
 }
 
-// The elements of a line from place i on, at most `left` of them.
+// The elements of a line from place i on, at most `left` of them, then zeros.
 template <class T>
 __device__ __forceinline__ Pack<T> take(const T* line, i64 step, i64 i, int left, i64 length) {
-  if (const Pack<T>* whole = at_once((T*)line, i, left, length)) return walked(*whole);
-  Pack<T> pack;
+  const T* begin = BEGIN(line);
+  if (is_whole(begin, left)) return walked(*(const Pack<T>*)begin);
+  Pack<T> pack{};
 #pragma unroll
   for (int n = 0; n < PACK; n++)
-    if (n < left) pack.items[n] = line[PLACE(i + n) * step];
+    if (n < left) pack.items[n] = line[PLACE(i + n) * (DENSE ? 1 : step)];
   return pack;
+}
+
+// A store that stays one: of a plain one, the compiler merges parts with the stores below it.
+template <int BYTES> struct Word;
+template <> struct Word<16> { using Type = uint4; };
+template <> struct Word<8> { using Type = uint2; };
+template <> struct Word<4> { using Type = unsigned; };
+template <> struct Word<2> { using Type = unsigned short; };
+template <class T>
+__device__ __forceinline__ void store_whole(T* begin, Pack<T> pack) {
+  typename Word<sizeof pack>::Type word;
+  memcpy(&word, &pack, sizeof pack);
+  __stwb((decltype(word)*)begin, word);
 }
 
 template <class T>
 __device__ __forceinline__ void give(T* line, i64 step, i64 i, int left, i64 length, Pack<T> pack) {
-  if (Pack<T>* whole = at_once(line, i, left, length)) {
-    *whole = walked(pack);
+  T* begin = BEGIN(line);
+  if (is_whole(begin, left)) {
+    store_whole(begin, walked(pack));
     return;
   }
 #pragma unroll
   for (int n = 0; n < PACK; n++)
-    if (n < left) line[PLACE(i + n) * step] = pack.items[n];
+    if (n < left) line[PLACE(i + n) * (DENSE ? 1 : step)] = pack.items[n];
 }
 
 // Of each operation: State, which is folded, and MEMBERS, a function of each member; Taken and Given,
@@ -132,11 +148,11 @@ struct Given { Pack<OUT> out; };
 #endif
 
 #if OPERATION == LAST_EXTREME
-// The extreme and its place, of equal ones the last; a NaN stays.
+// The extreme and its place, of equal ones the last; a NaN stays. AT: an integer for places.
 #define SOURCES const IN* x
 #define TARGETS OUT *out, i64 *places
 #define STEPS i64 step, i64 out_step, i64 place_step,
-struct State { WIDE value; i64 place; };
+struct State { WIDE value; AT place; };
 #define MEMBERS(f) {f(value), f(place)}
 
 __device__ __forceinline__ State nothing() { return {(WIDE)0, -1}; }
@@ -151,7 +167,7 @@ __device__ __forceinline__ State fold(State a, State b) {
 struct Taken { Pack<IN> x; };
 struct Given { Pack<OUT> out; Pack<i64> places; };
 #define TAKE(taken, i, left) taken.x = take(x, step, i, left, length)
-#define STATE(taken, n, i) State{(WIDE)taken.x.items[n], PLACE(i + n)}
+#define STATE(taken, n, i) State{(WIDE)taken.x.items[n], (AT)PLACE(i + n)}
 #define SET(given, n, state) \
   (given.out.items[n] = (OUT)state.value, given.places.items[n] = state.place)
 #define GIVE(given, i, left)                              \
@@ -287,7 +303,7 @@ __device__ __forceinline__ State fold_before(State (&states)[N], State* room) {
 }
 
 // A thread's place in row r of a tile, and how many elements of `tile` are there, or more.
-#define OF_ROW(r) (((r) * THREADS + (int)threadIdx.x % THREADS) * PACK)
+#define OF_ROW(r) (int)(((r) * THREADS + threadIdx.x % THREADS) * PACK)
 #define LEFT(r) (tile - OF_ROW(r))
 
 // Which line and chunk these threads take, and what they find in a tile of it; i64 part of `parts`.

@@ -12,7 +12,7 @@ from typing import Any, Final
 from flame.core.dtypes import DType, int64
 from flame.core.types import TensorType
 from flame.kernel.builder import Bound, Lowering, Ref
-from flame.ops.cuda_lines import Lines, each, launch, number_defines
+from flame.ops.cuda_lines import C_TYPES, SMALL, Lines, each, launch, number_defines
 from flame.ops.elementwise import compute_dtype
 from flame.ops.op import Types
 
@@ -66,6 +66,8 @@ def scan_calls(
     parts = count * chunks
     dense = bool(steps) and all(step == 1 for step in steps)
     defines = {**defines, "THREADS": threads, "DENSE": int(dense)}
+    if defines["OPERATION"] == LAST_EXTREME:
+        defines["AT"] = C_TYPES["int32" if length < SMALL else "int64"]
     places = (lines,) if entries is None else (lines, entries)
     sizes = (*steps, length, chunk, chunks, parts)
     block = BLOCK if threads == WARP else threads
