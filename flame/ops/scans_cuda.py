@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from flame.core.dtypes import DType
+from flame.core.dtypes import DType, int64
 from flame.core.types import TensorType
 from flame.kernel.builder import Bound, Lowering, Ref
-from flame.ops.cuda_lines import Lines, each, launch, number_defines
+from flame.ops.cuda_lines import C_TYPES, SMALL, Lines, each, launch, number_defines
 from flame.ops.elementwise import compute_dtype
 from flame.ops.op import Types
 
-THREADS: Final = 256
-TILE: Final = 2048  # elements that a block takes at a time, as in scan.cu
+EACH: Final = 8  # elements of a thread in a tile, as in scan.cu
+WARP: Final = 32
+BLOCK: Final = 128  # threads of a block where a warp takes a line
+THREADS: Final = (WARP, 64, 128, 256)  # that a line has: the fewest that take it in one tile
+TILE: Final = THREADS[-1] * EACH  # of longer lines
+PACK_BYTES: Final = 16  # the longest access of a GPU
 BLOCKS: Final = 1024  # about as many as long lines are cut into
 SIDE_BY_SIDE: Final = 16384  # lines that keep a GPU busy with one thread each
 SHORT: Final = 64  # elements that one thread scans by itself
@@ -31,7 +35,10 @@ def scan_defines(
     operation: int, wide: DType, *, dtypes: Mapping[str, DType], reverse: bool = False,
     largest: bool = False, combine: str = "add",
 ) -> dict[str, Any]:  # fmt: skip
-    """What scan.cu has to know; ``dtypes``: IN, OUT, and FACTOR of a recurrence."""
+    """What scan.cu has to know of numbers; ``dtypes``: IN, OUT, and FACTOR of a recurrence."""
+    widest = max(t.itemsize for t in dtypes.values())
+    if operation == LAST_EXTREME:
+        widest = max(widest, int64.itemsize)  # the places
     return {
         **number_defines(WIDE=wide, **dtypes),
         "OPERATION": operation,
@@ -39,6 +46,7 @@ def scan_defines(
         "REVERSE": int(reverse),
         "LARGEST": int(largest),
         "COMBINE": _COMBINES[combine],
+        "PACK": 4 if operation == SEGMENTS else min(PACK_BYTES // widest, EACH),
     }
 
 
@@ -51,28 +59,35 @@ def scan_calls(
     length: elements of a line. steps: what scan.cu calls so, of this operation.
     """
     count = lines.count
+    threads = next((n for n in THREADS if length <= n * EACH), THREADS[-1])
     wanted = max(1, min(BLOCKS // count, each(length, TILE)))
     chunk = each(each(length, wanted), TILE) * TILE
     chunks = each(length, chunk)
+    parts = count * chunks
+    dense = bool(steps) and all(step == 1 for step in steps)
+    defines = {**defines, "THREADS": threads, "DENSE": int(dense)}
+    if defines["OPERATION"] == LAST_EXTREME:
+        defines["AT"] = C_TYPES["int32" if length < SMALL else "int64"]
     places = (lines,) if entries is None else (lines, entries)
-    sizes = (*steps, length, chunk, chunks)
-    blocks = count * chunks
-    if chunks == 1:
-        call = launch(
-            "scan", "scan_chunks", defines, (*sources, *targets, sources[0]), sizes,
-            *places, blocks=blocks, threads=THREADS,
+    sizes = (*steps, length, chunk, chunks, parts)
+    block = BLOCK if threads == WARP else threads
+
+    def over_parts(symbol: str, *operands: Ref) -> Bound:
+        return launch(
+            "scan", symbol, defines, operands, sizes, *places,
+            blocks=each(parts, block // threads), threads=block,
         )  # fmt: skip
-        return [call], 0
+
+    if chunks == 1:
+        return [over_parts("scan_chunks", *sources, *targets, sources[0])], 0
     totals = Ref("temporary", temporary)
     calls: list[Bound] = [
-        launch("scan", "fold_chunks", defines, (*sources, totals), sizes, *places,
-               blocks=blocks, threads=THREADS),
+        over_parts("fold_chunks", *sources, totals),
         launch("scan", "scan_totals", defines, (totals,), (chunks,), *places,
-               blocks=count, threads=THREADS),
-        launch("scan", "scan_chunks", defines, (*sources, *targets, totals), sizes, *places,
-               blocks=blocks, threads=THREADS),
+               blocks=count, threads=threads),
+        over_parts("scan_chunks", *sources, *targets, totals),
     ]  # fmt: skip
-    return calls, blocks * STATE_BYTES
+    return calls, parts * STATE_BYTES
 
 
 def lower_scan(

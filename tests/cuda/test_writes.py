@@ -48,6 +48,17 @@ def test_scatter_reduce(reduce: str) -> None:
         close(got, a.scatter_reduce(1, i, c, reduce, include_self=keep), 1e-3)
 
 
+@pytest.mark.parametrize("size", [33, 257, 1025, 5000])
+def test_sums_of_runs_about_as_long_as_tiles(size: int) -> None:
+    for keys in (2, size):
+        x, index = RNG.integers(-9, 10, (3, size)), RNG.integers(0, keys, (3, size))
+        for dtype in (np.float64, np.int8):
+            (c, d), (i, j) = both(x.astype(dtype)), both(index)
+            a, b = (flame.zeros(3, keys, dtype=t.dtype, device=t.device) for t in (c, d))
+            same(b.scatter_add(1, j, d), a.scatter_add(1, i, c))
+            same(b.index_add(1, j[0], d), a.index_add(1, i[0], c))
+
+
 def test_of_values_set_twice_the_last_stays() -> None:
     x, source, index = numbers(9, 40), numbers(7, 90), RNG.integers(0, 40, (7, 90))
     (a, b), (c, d), (i, j) = both(x), both(source), both(index)
