@@ -72,7 +72,8 @@ __device__ __forceinline__ Pack<T> take(const T* line, i64 step, i64 i, int left
   return pack;
 }
 
-// A store that stays one: of a plain one, the compiler merges parts with the stores below it.
+// A store that stays one: the compiler splits a plain one, to share its parts with the element-wise
+// stores of the other branch.
 template <int BYTES> struct Word;
 template <> struct Word<16> { using Type = uint4; };
 template <> struct Word<8> { using Type = uint2; };
@@ -306,7 +307,7 @@ __device__ __forceinline__ State fold_before(State (&states)[N], State* room) {
 #define OF_ROW(r) (int)(((r) * THREADS + threadIdx.x % THREADS) * PACK)
 #define LEFT(r) (tile - OF_ROW(r))
 
-// Which line and chunk these threads take, and what they find in a tile of it; i64 part of `parts`.
+// Which line and chunk these threads take, of `parts`, and then what they find in a tile of it.
 #define FIND_PART                                                             \
   const unsigned part = blockIdx.x * TEAMS + threadIdx.x / THREADS;           \
   if (TEAMS > 1 && part >= parts) return;                                     \
