@@ -14,12 +14,12 @@ from flame.core.errors import ArgumentError, FlameError, ShapeError
 from flame.core.types import Shape, TensorType, contiguous_strides, like_strides, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
-from flame.kernel.values import Value, cast, const, select, unary
+from flame.kernel.values import Value, bitcast, cast, const, read, select, unary
 from flame.ops import philox
 from flame.ops.elementwise import compute_dtype, walk
 from flame.ops.loops import BLOCK, by_stride, coalesce
 from flame.ops.op import NOT_DIFFERENTIABLE, Arg, Op, Sample, Types, Vjp
-from flame.ops.schedules import block_of, on_gpu
+from flame.ops.schedules import on_gpu
 
 __all__ = ["Draw", "bernoulli", "drop", "exponential", "integers", "normal", "trial", "uniform"]
 
@@ -87,38 +87,46 @@ class Draw(Op):
         assert isinstance(key, Value)
         assert isinstance(offset, Value)
 
-        def element(index: tuple[Value, ...], words: philox.Words, where: Value | None) -> None:
-            loaded = [
-                cast(o.load(*index, where=where), compute_dtype(o.dtype))
-                if isinstance(o, Operand) else o
-                for o in operands[:-2]
-            ]  # fmt: skip
-            made = self.value(words, loaded, out.dtype, **attributes)
+        def load(index: tuple[Value, ...], where: Value | None = None) -> list[Value]:
+            return [
+                o.load(*index, where=where) if isinstance(o, Operand) else o for o in operands[:-2]
+            ]
+
+        def element(
+            index: tuple[Value, ...], words: philox.Words, loaded: list[Value],
+            where: Value | None = None,
+        ) -> None:  # fmt: skip
+            numbers = [
+                cast(v, compute_dtype(v.dtype)) if isinstance(o, Operand) else v
+                for o, v in zip(operands[:-2], loaded, strict=True)
+            ]
+            made = self.value(words, numbers, out.dtype, **attributes)
             k.store(target, index, cast(made, compute_dtype(out.dtype)), where=where)
             if error is not None and self.invalid is not None:
-                k.store(error, (const(0),), const(1), where=self.invalid(*loaded))
+                k.store(error, (const(0),), const(1), where=self.invalid(*numbers))
 
         def body(index: tuple[Value, ...]) -> None:
             position = const(0)
             for i, step in zip(index, steps, strict=True):
                 position = position + i * step
             if self.shared:
-                word = philox.shared_word(key, offset, position)
-                element(index, (word,) * 4, None)
+                words = (philox.shared_word(key, offset, position),) * 4
             else:
-                element(index, philox.words(key, offset + position), None)
+                words = philox.words(key, offset + position)
+            element(index, words, load(index))
 
         if self.shared and len(nest.sizes) == 1 and nest.strides[-1] == (1,):
-            by_groups = _by_blocks if on_gpu(out) else _by_groups
-            by_groups(k, nest.sizes[0], key, offset, element)
+            by_groups = _by_packs if on_gpu(out) else _by_groups
+            by_groups(k, nest.sizes[0], key, offset, load, element)
         else:
             walk(k, nest, body, light=False, device=out.device)
         return k.finish()
 
 
 def _by_groups(
-    k: KernelBuilder, count: int, key: Value, offset: Value, element: Callable[..., None]
-) -> None:
+    k: KernelBuilder, count: int, key: Value, offset: Value, load: Callable[..., list[Value]],
+    element: Callable[..., None],
+) -> None:  # fmt: skip
     """Each block is computed once, for its four elements; the last group is cut off by a mask."""
     total = -(-count // philox.GROUP)
     step = BLOCK // philox.GROUP
@@ -130,27 +138,37 @@ def _by_groups(
             first = (start + group) * philox.GROUP
             words = philox.words(key, offset + (start + group) * philox.RUN + lane)
             for number, word in enumerate(words):
-                index = first + number * philox.RUN + lane
-                element((index,), (word,) * 4, index < limit)
+                place = first + number * philox.RUN + lane
+                where = place < limit
+                element((place,), (word,) * 4, load((place,), where), where)
 
 
-def _by_blocks(
-    k: KernelBuilder, count: int, key: Value, offset: Value, element: Callable[..., None]
-) -> None:
-    """As `_by_groups`, with a thread for each block of random words."""
-    total = philox.shared_blocks(count)
-    step = max(32, block_of(count, "cuda") // 4)
+def _by_packs(
+    k: KernelBuilder, count: int, key: Value, offset: Value, load: Callable[..., list[Value]],
+    element: Callable[..., None],
+) -> None:  # fmt: skip
+    """As `_by_groups`, whole groups without masks, so that a thread takes neighbouring blocks, and
+    what it reads and writes moves in packs. All is read before anything is drawn."""
     limit = k.size(count)
-    with k.parallel(-(-total // step), work=BLOCK) as (part,):
-        start = part * step
-        with k.vector(values.binary("min", k.size(total) - start, const(step))) as lane:
-            block = start + lane
-            group = values.binary("udiv", block, const(philox.RUN))
-            place = values.binary("urem", block, const(philox.RUN))
-            words = philox.words(key, offset + block)
-            for number, word in enumerate(words):
-                index = group * philox.GROUP + number * philox.RUN + place
-                element((index,), (word,) * 4, index < limit)
+
+    def members(group: Value, lane: Value, *, whole: bool) -> None:
+        places = [group * philox.GROUP + number * philox.RUN + lane for number in range(4)]
+        inside = [None if whole else place < limit for place in places]
+        ahead = [
+            [read(k.register(v)) if v.op == "load" else v for v in load((place,), where)]
+            for place, where in zip(places, inside, strict=True)
+        ]
+        words = philox.words(key, offset + group * philox.RUN + lane)
+        for place, where, given, word in zip(places, inside, ahead, words, strict=True):
+            element((place,), (word,) * 4, given, where)
+
+    with k.parallel(-(-count // philox.GROUP), work=philox.GROUP) as (group,):
+        whole = group * philox.GROUP + philox.GROUP <= limit
+        with k.when(whole), k.vector(philox.RUN) as lane:
+            members(group, lane, whole=True)
+        if count % philox.GROUP:
+            with k.when(~whole), k.vector(philox.RUN) as lane:
+                members(group, lane, whole=False)
 
 
 def _kind(given: Any) -> type:
@@ -310,7 +328,9 @@ trial = Draw(
 
 def _kept(words: philox.Words, operands: list[Value], dtype: DType) -> Value:
     x, p, scale = operands
-    keep = philox.unit(words, dtypes.float32) >= cast(p, dtypes.float32)
+    # a number in [0, 1) of 24 bits against p, as whole numbers: both are scaled without rounding
+    least = cast(unary("ceil", cast(p, dtypes.float32) * 2.0**24), dtypes.int32)
+    keep = bitcast(words[0] >> 8, dtypes.int32) >= least
     return select(keep, x * cast(scale, x.dtype), const(0, x.dtype))
 
 

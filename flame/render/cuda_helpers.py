@@ -81,6 +81,27 @@ class Helpers:
             "}"
         ))  # fmt: skip
 
+    def product_half(self, *, high: bool) -> str:
+        """The upper or the lower 32 bits of a product of 64. Where both are wanted, as in random
+        bits, they are of one instruction: the compiler makes two of ``__umulhi`` and ``*``."""
+        self.add("product", (
+            f"{_HEAD} unsigned long long product(unsigned a, unsigned b) {{\n"
+            "#ifdef __CUDA_ARCH__\n"
+            "  unsigned long long made;\n"
+            '  asm("mul.wide.u32 %0, %1, %2;" : "=l"(made) : "r"(a), "r"(b));\n'
+            "  return made;\n"
+            "#else\n"
+            "  return (unsigned long long)a * b;\n"
+            "#endif\n"
+            "}"
+        ))  # fmt: skip
+        name, half = ("high_product", " >> 32") if high else ("low_product", "")
+        return self.add(name, (
+            f"{_HEAD} unsigned {name}(unsigned a, unsigned b) {{\n"
+            f"  return (unsigned)(product(a, b){half});\n"
+            "}"
+        ))  # fmt: skip
+
     def pack(self) -> str:
         """Neighbours in memory that one access moves."""
         return self.add("Pack", (

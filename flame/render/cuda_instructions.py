@@ -60,7 +60,6 @@ _INTEGER_SIGNS: Final = {
 _BOOL_SIGNS: Final = {"add": "|", "or": "|", "max": "|", "mul": "&", "and": "&", "min": "&"}
 _HIGH_PRODUCTS: Final = {
     dtypes.int32: "__mulhi",
-    dtypes.uint32: "__umulhi",
     dtypes.int64: "__mul64hi",
     dtypes.uint64: "__umul64hi",
 }
@@ -226,6 +225,8 @@ def binary(helpers: Helpers, op: str, dtype: DType, a: str, b: str) -> str:
     if dtype.kind == "b":
         return f"{a} != {b}" if op == "xor" else f"{a} {_BOOL_SIGNS[op]} {b}"
     type_ = C_TYPE[dtype]
+    if dtype is dtypes.uint32 and op in ("mul", "mulhi"):
+        return f"{helpers.product_half(high=op == 'mulhi')}({bare(a)}, {bare(b)})"
     if op in _INTEGER_SIGNS:
         return _wrapping(dtype, _INTEGER_SIGNS[op], a, b)
     if op in ("max", "min"):
