@@ -11,7 +11,7 @@ from typing import Final
 from flame.core import dtypes
 from flame.kernel.builder import BoundKernel
 from flame.kernel.geometry import WARP, Geometry
-from flame.kernel.program import Kernel, Loop, LoopKind, Transpose
+from flame.kernel.program import Accumulate, Declare, Kernel, Loop, LoopKind, Transpose
 from flame.render.cuda_held import Held, held_of, team_of
 from flame.render.cuda_index import Bounds, Indices, loops, walk
 from flame.render.cuda_packs import packs_of
@@ -26,6 +26,7 @@ ALIGN: Final = 16
 # the team for rows of so many elements; so few of the longest are under way that they stay in cache
 TEAMS: Final = ((1024, WARP), (2048, 128), (16384, 256), (32768, 512))
 LARGEST: Final = 1024
+PACKS: Final = 8  # that a thread reads of a row which is read once
 UNKNOWN: Final = 1024  # taken for the extent of a vector loop that depends on data
 
 
@@ -77,10 +78,20 @@ def _team(bound: BoundKernel, bounds: Bounds) -> int:
     lanes = power_of_two(longest)
     if lanes <= WARP or (columns and lanes <= 256):
         return lanes
-    team = next((team for most, team in TEAMS if longest <= most), LARGEST)
+    if _reads_once(bound.kernel):
+        team = min(LARGEST, max(WARP, power_of_two(most_packs // PACKS + 1) // 2))
+    else:
+        team = next((team for most, team in TEAMS if longest <= most), LARGEST)
     while team < 1024 and team * 4 < longest and bound.extent * team < PROCESSORS * RESIDENT:
         team *= 2
     return team
+
+
+def _reads_once(kernel: Kernel) -> bool:
+    """Whether rows are only summed up, or the like: in one vector loop, which stores nothing. What
+    its threads have found is then folded once a row, which larger teams wait for longer."""
+    vectors = [loop for loop in loops(kernel.body) if loop.kind is LoopKind.VECTOR]
+    return len(vectors) == 1 and all(isinstance(s, (Declare, Accumulate)) for s in vectors[0].body)
 
 
 def power_of_two(number: int) -> int:
