@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -223,13 +224,21 @@ class FillStep:
 
 
 def load(specs: Sequence[Spec], device: int) -> list[GpuStep]:
-    """Steps on a device; kernels are compiled together where neither cache has them."""
-    kernels = [s for s in specs if isinstance(s, KernelSpec)]
-    functions = iter(modules.load_many(device, [(s.text, s.symbol, s.shared) for s in kernels]))
-    return [_step(spec, functions, device) for spec in specs]
+    """Steps on a device. Kernels that neither cache has are compiled together, while libraries
+    make their plans and try them."""
+    kernels = [(s.text, s.symbol, s.shared) for s in specs if isinstance(s, KernelSpec)]
+    rest = [s for s in specs if not isinstance(s, KernelSpec)]
+    with ThreadPoolExecutor(1, "flame-kernels") as aside:
+        compiled = aside.submit(modules.compile_many, device, kernels) if kernels and rest else None
+        others = iter([_other(spec, device) for spec in rest])
+        if compiled is not None:
+            compiled.result()
+    functions = iter(modules.load_many(device, kernels))
+    return [
+        KernelStep(spec, next(functions)) if isinstance(spec, KernelSpec) else next(others)
+        for spec in specs
+    ]
 
 
-def _step(spec: Spec, functions: Iterator[int], device: int) -> GpuStep:
-    if isinstance(spec, KernelSpec):
-        return KernelStep(spec, next(functions))
+def _other(spec: CallSpec | FillSpec, device: int) -> GpuStep:
     return CallStep(spec, device) if isinstance(spec, CallSpec) else FillStep(spec)

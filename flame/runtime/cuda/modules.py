@@ -77,24 +77,35 @@ class Modules:
         """Many kernels; see `load_many`."""
         with self.lock:
             started = time.perf_counter()
-            new = [
-                request
-                for request in dict.fromkeys(requests)
-                if (device, *request) not in self._functions
-            ]
+            new = self._new(device, requests)
             self.statistics.memory_hits += len(requests) - len(new)
             if new:
-                capability = self.driver.properties(device).capability
-                symbols: dict[str, str] = {}
-                for text, symbol, _ in new:
-                    symbols.setdefault(text, symbol)
-                self._obtain(capability, symbols)
+                capability = self._obtain_all(device, new)
                 for text, symbol, shared in new:
                     module = self._module(device, self._images[capability, text])
                     handle = self.driver.function(module, symbol, shared)
                     self._functions[device, text, symbol, shared] = handle
                 self.statistics.seconds += time.perf_counter() - started
             return [self._functions[device, *request] for request in requests]
+
+    def compile_many(self, device: int, requests: Sequence[Request]) -> None:
+        """See `compile_many`."""
+        with self.lock:
+            started = time.perf_counter()
+            self._obtain_all(device, self._new(device, requests))
+            self.statistics.seconds += time.perf_counter() - started
+
+    def _new(self, device: int, requests: Sequence[Request]) -> list[Request]:
+        return [r for r in dict.fromkeys(requests) if (device, *r) not in self._functions]
+
+    def _obtain_all(self, device: int, requests: Sequence[Request]) -> tuple[int, int]:
+        """Machine code of all requests for the device's compute capability, which it returns."""
+        capability = self.driver.properties(device).capability
+        symbols: dict[str, str] = {}
+        for text, symbol, _ in requests:
+            symbols.setdefault(text, symbol)
+        self._obtain(capability, symbols)
+        return capability
 
     def _module(self, device: int, image: bytes) -> int:
         key = (device, image)
@@ -205,6 +216,12 @@ def load_many(device: int, requests: Sequence[Request]) -> list[int]:
     """As `load`, for many (text, symbol, shared) at once: what is not cached is compiled in several
     threads."""
     return modules().load_many(device, requests)
+
+
+def compile_many(device: int, requests: Sequence[Request]) -> None:
+    """The machine code of what `load_many` is to load; needs no device, so it can be made in a
+    thread of its own meanwhile."""
+    modules().compile_many(device, requests)
 
 
 def statistics() -> Statistics:
