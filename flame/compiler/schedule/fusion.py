@@ -60,10 +60,11 @@ def fusable(node: Node) -> bool:
 
 
 def _partition(flow: Flow) -> Groups:
-    groups = Groups()
+    nodes = _final_last(flow)
+    groups = Groups(len(nodes))
     bound = _bound(flow)
     readers: dict[Symbol, list[Group]] = {}
-    for node in _final_last(flow):
+    for node in nodes:
         before = {groups.of[producer] for producer in _producers(flow, node)}
         mine = groups.add(node, before, flow.position[node])
         mine.open = fusable(node) or can_be_head(node)

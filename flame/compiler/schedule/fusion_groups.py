@@ -1,15 +1,20 @@
 """Groups of nodes, and the order between them.
 
-Invariants: ``before`` and ``after`` of a group are all groups, direct or not, that must run before
-it and after it, as sets of bits; groups never depend on each other in a cycle.
+Invariants: rows ``before`` and ``after`` of a group are all groups, direct or not, that must run
+before it and after it, a bit for each; groups never depend on each other in a cycle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
 
 from flame.compiler.schedule.task import Task
 from flame.graph import Node
+
+Row = np.ndarray[Any, Any]  # of uint8: group n is bit n % 8 of byte n / 8
 
 
 class Group:
@@ -17,23 +22,23 @@ class Group:
     several nodes.
     """
 
-    __slots__ = ("after", "before", "into", "last", "nodes", "number", "open", "task")
+    __slots__ = ("into", "last", "nodes", "number", "open", "task")
 
     def __init__(self, number: int, node: Node, last: int) -> None:
         self.number, self.last = number, last
         self.nodes: list[Node] = [node]
-        self.before = self.after = 0
         self.open = True
         self.task: Callable[[], Task] | None = None
         self.into: Group | None = None
 
 
 class Groups:
-    """All groups of a graph."""
+    """All groups of a graph of so many nodes."""
 
-    def __init__(self) -> None:
+    def __init__(self, nodes: int) -> None:
         self.all: list[Group] = []
         self.of: dict[Node, Group] = {}
+        self.before, self.after = (np.zeros((nodes, -(-nodes // 8)), np.uint8) for _ in range(2))
 
     @property
     def live(self) -> list[Group]:
@@ -45,40 +50,58 @@ class Groups:
             group = group.into
         return group
 
-    def members(self, bits: int) -> Iterator[Group]:
-        while bits:
-            low = bits & -bits
-            yield self.all[low.bit_length() - 1]
-            bits ^= low
-
     def add(self, node: Node, before: set[Group], position: int) -> Group:
         """A group of one node, which needs the groups ``before``."""
         group = Group(len(self.all), node, position)
         self.all.append(group)
         self.of[node] = group
-        for other in before:
-            group.before |= other.before | 1 << other.number
-        for other in self.members(group.before):
-            other.after |= 1 << group.number
+        if before:
+            mine = self.before[group.number]
+            np.bitwise_or.reduce(self.before[[g.number for g in before]], axis=0, out=mine)
+            for other in before:
+                _add(mine, other.number)
+            byte, bit = divmod(group.number, 8)
+            self.after[_members(mine), byte] |= 1 << bit
         return group
 
     def may_merge(self, a: Group, b: Group) -> bool:
         """Whether no third group stands between the two."""
-        return not (a.after & b.before or b.after & a.before)
+        return not (
+            (self.after[a.number] & self.before[b.number]).any()
+            or (self.after[b.number] & self.before[a.number]).any()
+        )
 
     def merge(self, a: Group, b: Group, nodes: Sequence[Node]) -> Group:
         """Both as one group; ``nodes`` are theirs in order."""
         kept, gone = (a, b) if len(a.nodes) >= len(b.nodes) else (b, a)
-        both = 1 << kept.number | 1 << gone.number
-        kept.before = (kept.before | gone.before) & ~both
-        kept.after = (kept.after | gone.after) & ~both
         kept.nodes, kept.last = list(nodes), max(a.last, b.last)
         gone.into = kept
         for node in gone.nodes:
             self.of[node] = kept
-        mine = 1 << kept.number
-        for other in self.members(kept.before):
-            other.after = (other.after | mine | kept.after) & ~(1 << gone.number)
-        for other in self.members(kept.after):
-            other.before = (other.before | mine | kept.before) & ~(1 << gone.number)
+        before, after = self.before[kept.number], self.after[kept.number]
+        for row, other in ((before, self.before), (after, self.after)):
+            row |= other[gone.number]
+            for group in (a, b):
+                _drop(row, group.number)
+        # what stood on one side of either stands on that side of both, and of all behind them
+        for seen, row, rows in ((after, before, self.after), (before, after, self.before)):
+            beyond = seen.copy()
+            _add(beyond, kept.number)
+            found = _members(row)
+            rows[found] |= beyond
+            byte, bit = divmod(gone.number, 8)
+            rows[found, byte] &= ~np.uint8(1 << bit)
         return kept
+
+
+def _members(row: Row) -> Row:
+    """The numbers of the groups in a row."""
+    return np.flatnonzero(np.unpackbits(row, bitorder="little"))
+
+
+def _add(row: Row, number: int) -> None:
+    row[number // 8] |= 1 << number % 8
+
+
+def _drop(row: Row, number: int) -> None:
+    row[number // 8] &= ~np.uint8(1 << number % 8)
