@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from flame.core.errors import CompileError
@@ -56,14 +57,14 @@ class Node:
     attributes: Mapping[str, Any]
     line: str | None = None
 
-    @property
+    @cached_property
     def types(self) -> Types:
-        return tuple(type_of(x) for x in self.inputs)
+        return tuple([type_of(x) for x in self.inputs])
 
-    @property
+    @cached_property
     def symbols(self) -> tuple[Symbol, ...]:
         """The operands that are symbols."""
-        return tuple(x for x in self.inputs if isinstance(x, Symbol))
+        return tuple([x for x in self.inputs if isinstance(x, Symbol)])
 
     def __str__(self) -> str:
         results = ", ".join(map(str, self.outputs))

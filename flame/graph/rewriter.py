@@ -40,15 +40,15 @@ class Rewriter:
 
     def renewed(self, node: Node) -> Node:
         """The node with its operands of the new graph; itself where none has changed."""
-        inputs = tuple([self.now(x) for x in node.inputs])
-        if all(a is b for a, b in zip(inputs, node.inputs, strict=True)):
+        if self._stands.keys().isdisjoint(node.symbols):
             return node
+        inputs = tuple([self.now(x) for x in node.inputs])
         return Node(node.op, inputs, node.outputs, node.attributes, node.line)
 
     def keep(self, node: Node) -> None:
         """Take a node over. Where its operands have other layouts now, its results follow."""
         changed = self.renewed(node)
-        if changed.types != node.types:
+        if changed is not node and changed.types != node.types:
             if node.op.of_memory:
                 changed = self._as_before(node, changed)
             elif isinstance(node.op, ViewOp):
