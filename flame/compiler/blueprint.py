@@ -20,7 +20,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from flame.compiler.kernel_identity import kernel_identity
 from flame.compiler.pipeline import source_of
 from flame.compiler.report import TaskInfo, task_info
 from flame.compiler.schedule.memory import (
@@ -35,6 +34,7 @@ from flame.core.errors import DTypeError
 from flame.core.types import TensorType
 from flame.graph import Operand, Symbol
 from flame.kernel.builder import PARALLEL_WORK, BoundKernel, Ref
+from flame.kernel.identity import kernel_identity
 from flame.ops.conversion import copy as copy_op
 from flame.ops.elementwise import Elementwise
 from flame.ops.views import ViewOp

@@ -6,12 +6,26 @@ Invariant: kernels with one identity are rendered to one text; others may be too
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass, field
 from typing import Any
 
 from flame.core.dtypes import DType
 from flame.kernel import values
 from flame.kernel.program import Kernel
 from flame.kernel.values import Buffer, Register, Value
+
+
+@dataclass(frozen=True)
+class Alike:
+    """A kernel that stands for all that are equal to it: a step has many a kernel once for each
+    layer, or for each parameter, and what is made of it alone is made once."""
+
+    identity: tuple[Any, ...]
+    kernel: Kernel = field(compare=False)
+
+    @staticmethod
+    def to(kernel: Kernel) -> Alike:
+        return Alike(kernel_identity(kernel), kernel)
 
 
 def kernel_identity(kernel: Kernel) -> tuple[Any, ...]:

@@ -13,10 +13,12 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import lru_cache
 
 from flame.core.errors import CompileError
 from flame.kernel.builder import BoundKernel
 from flame.kernel.geometry import WARP, Geometry, KernelLaunch
+from flame.kernel.identity import Alike
 from flame.kernel.program import (
     Accumulate,
     Assign,
@@ -58,12 +60,37 @@ def render(
     the call arrive as pointers to their words on the device; for the suggested geometry. Raises
     CompileError for calls of the processor's libraries, and for kernels that break the grammar.
     """
+    alike = Alike.to(bound.kernel)
+    return _render(alike, bound.sizes, bound.extent, geometry, by_pointer)
+
+
+@lru_cache(maxsize=1024)
+def _render(
+    alike: Alike, sizes: tuple[int, ...], extent: int, geometry: Geometry | None, by_pointer: bool
+) -> KernelLaunch:
     if geometry is None:
+        bound = BoundKernel(alike.kernel, (), sizes, extent, grain=1)
         geometry = geometry_of(bound, by_pointer=by_pointer)
-    held = held_of(bound.kernel) if geometry.held else None
+    kernel, text, symbol = _text(alike, geometry)
+    private = scratch_bytes(kernel) * geometry.teams
+    blocks = grid_of(geometry, kernel, extent)
+    return KernelLaunch(
+        text,
+        symbol,
+        (blocks, 1, 1),
+        (geometry.block, 1, 1),
+        shared=0,
+        scratch=0 if geometry.shared else private * blocks,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _text(alike: Alike, geometry: Geometry) -> tuple[Kernel, str, str]:
+    """The kernel without what registers hold of it, its text, and its symbol."""
+    held = held_of(alike.kernel) if geometry.held else None
     if held is not None and geometry.width:
         held = replace(held, width=geometry.width)
-    kernel = bound.kernel if held is None else without(bound.kernel, held)
+    kernel = alike.kernel if held is None else without(alike.kernel, held)
     private = scratch_bytes(kernel) * geometry.teams
     if geometry.shared and private > SHARED_BYTES:
         raise CompileError(
@@ -74,16 +101,8 @@ def render(
     if divides_quickly(kernel):
         body = f"{OPTIONS}\n{body}"
     digest = hashlib.sha256(body.encode()).hexdigest()[:20]
-    symbol = f"flame_{re.sub(r'[^0-9A-Za-z_]', '_', bound.kernel.name)}_{digest}"
-    blocks = grid_of(geometry, kernel, bound.extent)
-    return KernelLaunch(
-        body.replace("@SYMBOL", symbol),
-        symbol,
-        (blocks, 1, 1),
-        (geometry.block, 1, 1),
-        shared=0,
-        scratch=0 if geometry.shared else private * blocks,
-    )
+    symbol = f"flame_{re.sub(r'[^0-9A-Za-z_]', '_', alike.kernel.name)}_{digest}"
+    return kernel, body.replace("@SYMBOL", symbol), symbol
 
 
 class Renderer(VectorWriter):

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from typing import Any
 
-from flame.compiler.kernel_identity import kernel_identity
 from flame.core.device import device_index
 from flame.kernel.builder import BoundKernel, Lowering
 from flame.kernel.geometry import Geometry, KernelLaunch
+from flame.kernel.identity import kernel_identity
 from flame.kernel.program import Accumulate, Kernel
 from flame.kernel.values import Buffer
 from flame.render.cuda import render

@@ -9,13 +9,13 @@ import pytest
 
 import flame  # noqa: F401 - gives the ops their interpreter
 from flame.compiler.blueprint import StepPlan
-from flame.compiler.kernel_identity import kernel_identity
 from flame.compiler.pipeline import source_of
 from flame.compiler.regions import Piece, arrange
 from flame.core import dtypes
 from flame.core.errors import CompileError, FlameError
 from flame.core.types import tensor_type
 from flame.graph import infer
+from flame.kernel.identity import kernel_identity
 from flame.ops.elementwise import Elementwise
 from flame.ops.op import OPS
 from flame.runtime.cpu.cache import DiskCache
