@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,10 +13,11 @@ from flame.core.determinism import (
     are_deterministic_algorithms_enabled,
     use_deterministic_algorithms,
 )
-from flame.core.errors import CudaError, DeviceError
+from flame.core.errors import CudaError, DeviceError, OutOfMemoryError
 from flame.core.precision import choose_float32_matmul_precision, get_float32_matmul_precision
 from flame.runtime.cuda.libraries import device as gpu
 from flame.runtime.cuda.libraries import prepare
+from flame.runtime.cuda.memory import ROOM
 from flame.runtime.cuda.packages import bindings
 
 
@@ -59,8 +61,19 @@ class Gpu:
         gpu.checked("cuStreamSynchronize", self.raw_stream)
 
     def run(self, prepared: Any, pointers: Sequence[int]) -> None:
+        self._wait_for_room()
         workspace = self.allocate(prepared.workspace) if prepared.workspace else 0
         prepared.enqueue(pointers, workspace, self.stream)
+
+    def _wait_for_room(self) -> None:
+        """Until there is memory for a kernel's code: of a library that finds none, every call with
+        that kernel fails from then on, and tests beside this one may have taken all for a while."""
+        for _ in range(300):
+            free, _ = gpu.checked("cuMemGetInfo")
+            if int(free) >= ROOM:
+                return
+            time.sleep(0.1)
+        raise OutOfMemoryError("other processes have left no room on the GPU for half a minute")
 
     def solve(self, problem: Any, pointers: Sequence[int]) -> bool:
         """Prepare and run; False where the library does not take the problem."""
