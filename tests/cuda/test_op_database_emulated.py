@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.usefixtures("eager_cuda"), pytest.mark.filterwarnings(
 
 ENTRIES = database.shared_entries()
 CHOSEN = (
-    "index_put", "nn.functional.avg_pool2d", "nn.functional.group_norm", "new_full",
+    "gcd", "index_put", "nn.functional.avg_pool2d", "nn.functional.group_norm", "new_full",
     "scatter_reduce.mean", "std_mean", "take_along_dim",
 )  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""Products of small integers against PyTorch: of which dtype they are, and that none is refused."""
+"""Products of small integers against PyTorch: of which dtype they are, and that none is refused.
+Divisors of the integers that have Euclid's algorithm take most steps."""
 
 from __future__ import annotations
 
@@ -30,3 +31,16 @@ def test_products(name: str, dtype: torch.dtype) -> None:
     y = torch.randint(0, 5, (2, 3, 2), dtype=dtype, generator=generator)
     call = CALLS[name]
     compare(call(flame, to_flame(x), to_flame(y)), call(torch, x, y), name)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_divisors_that_take_most_steps(dtype: torch.dtype) -> None:
+    """Neighbours among Fibonacci's numbers, in either order and with either sign."""
+    numbers = [1, 2]
+    while numbers[-1] + numbers[-2] <= torch.iinfo(dtype).max:
+        numbers.append(sum(numbers[-2:]))
+    *_, small, large = numbers
+    x = torch.tensor([large, small, large, 0, 0], dtype=dtype)
+    y = torch.tensor([small, large, 0, large, 0], dtype=dtype)
+    for a in (x, -x) if dtype.is_signed else (x,):
+        compare(flame.gcd(to_flame(a), to_flame(y)), torch.gcd(a, y), "gcd")
