@@ -142,10 +142,10 @@ def test_our_kernels_alone_are_looked_at(tmp_path: Path) -> None:
 
 
 def test_parts_without_tests(tmp_path: Path) -> None:
-    status, told = sanitize(tmp_path, "--tools", "memcheck", "--jobs", "16")
+    status, told = sanitize(tmp_path, "--tools", "memcheck", "--jobs", "8")  # and seven tests
     assert status == 0, told
-    assert "/16: ok; no test fell to this part" in told
-    assert "/16: ok;  1 passed" in told or "/16: ok; 1 passed" in told
+    assert "/8: ok; no test fell to this part" in told
+    assert re.search(r"/8: ok; +\d passed", told)
 
 
 def test_what_goes_wrong_is_told(tmp_path: Path) -> None:
