@@ -102,7 +102,7 @@ finds_what_is_planted() {
     local name=$1.planted errors
     under "$1" "$name" 120 "$python" -m tests.gpu.planted_faults "$1"
     errors=$(errors_of "$name")
-    if [ "$errors" -eq 0 ]; then
+    if [ "$errors" -eq 0 ] || ! grep -q "at planted_$1" "$logs/$name".*.report; then
         echo "$1: FAILED: it does not find the fault that is planted for it;" \
             "exit status $(cat "$logs/$name.status"); $(tail -n 1 "$logs/$name.output")"
         return 1

@@ -6,7 +6,7 @@ Invariant: kernels with one identity are rendered to one text; others may be too
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from flame.core.dtypes import DType
@@ -15,17 +15,19 @@ from flame.kernel.program import Kernel
 from flame.kernel.values import Buffer, Register, Value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Alike:
-    """A kernel that stands for all that are equal to it: a step has many a kernel once for each
-    layer, or for each parameter, and what is made of it alone is made once."""
+    """All kernels that are equal to one of them: a step has many a kernel once for each layer, or
+    for each parameter, and what is made of it alone is made once. There is one object for them."""
 
-    identity: tuple[Any, ...]
-    kernel: Kernel = field(compare=False)
+    kernel: Kernel
 
     @staticmethod
     def to(kernel: Kernel) -> Alike:
-        return Alike(kernel_identity(kernel), kernel)
+        return _known.setdefault(kernel_identity(kernel), Alike(kernel))
+
+
+_known: dict[tuple[Any, ...], Alike] = {}
 
 
 def kernel_identity(kernel: Kernel) -> tuple[Any, ...]:

@@ -6,7 +6,8 @@
 // chunk, one scans the chunks' results, one scans the chunks from there. So the order of combination
 // is fixed by sizes and dtypes alone, not by addresses, and a scan gives the same bits on every run.
 //
-// A target may be the memory of a source: each element is read by the thread that writes it, before.
+// A target may be the memory of a source (but of SEGMENTS): each element is read by the thread that
+// writes it, before.
 //
 // OPERATION: what is folded, below. IN, OUT: elements; WIDE: what is computed with. REVERSE: lines
 // are walked from their end. Line l of operand n starts at LINEn(l). DENSE: all steps are 1. THREADS

@@ -151,7 +151,7 @@ def _by_packs(
     what it reads and writes moves in packs. All is read before anything is drawn."""
     limit = k.size(count)
 
-    def members(group: Value, lane: Value, *, whole: bool) -> None:
+    def draw(group: Value, lane: Value, *, whole: bool) -> None:
         places = [group * philox.GROUP + number * philox.RUN + lane for number in range(4)]
         inside = [None if whole else place < limit for place in places]
         ahead = [
@@ -165,10 +165,10 @@ def _by_packs(
     with k.parallel(-(-count // philox.GROUP), work=philox.GROUP) as (group,):
         whole = group * philox.GROUP + philox.GROUP <= limit
         with k.when(whole), k.vector(philox.RUN) as lane:
-            members(group, lane, whole=True)
+            draw(group, lane, whole=True)
         if count % philox.GROUP:
             with k.when(~whole), k.vector(philox.RUN) as lane:
-                members(group, lane, whole=False)
+                draw(group, lane, whole=False)
 
 
 def _kind(given: Any) -> type:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Final
 
 from flame.core import dtypes
+from flame.kernel import values
 from flame.kernel.builder import BoundKernel
 from flame.kernel.geometry import WARP, Geometry
 from flame.kernel.program import Accumulate, Declare, Kernel, Loop, LoopKind, Transpose
@@ -60,6 +61,9 @@ def without(kernel: Kernel, held: Held) -> Kernel:
 
 
 def _team(bound: BoundKernel, bounds: Bounds) -> int:
+    fixed = _fixed_packs(bound.kernel)
+    if 0 < fixed <= WARP:
+        return power_of_two(fixed)
     longest, most_packs, columns = 1, 1, False
     for loop in loops(bound.kernel.body):
         if loop.kind is LoopKind.VECTOR:
@@ -87,10 +91,24 @@ def _team(bound: BoundKernel, bounds: Bounds) -> int:
     return team
 
 
+def _vectors(kernel: Kernel) -> list[Loop]:
+    return [loop for loop in loops(kernel.body) if loop.kind is LoopKind.VECTOR]
+
+
+def _fixed_packs(kernel: Kernel) -> int:
+    """The packs of a row, where all vector loops have a length of their own; else 0. What such a
+    kernel does element by element is the rest of its work."""
+    vectors = _vectors(kernel)
+    if not all(values.is_const(loop.extent) for loop in vectors):
+        return 0
+    found = ((loop, packs_of(loop)) for loop in vectors)
+    return max((int(values.number_of(v.extent)) // p.width for v, p in found if p), default=0)
+
+
 def _reads_once(kernel: Kernel) -> bool:
-    """Whether rows are only summed up, or the like: in one vector loop, which stores nothing. What
-    its threads have found is then folded once a row, which larger teams wait for longer."""
-    vectors = [loop for loop in loops(kernel.body) if loop.kind is LoopKind.VECTOR]
+    """Whether rows are only summed up, or the like: by one vector loop, which stores nothing. What
+    its threads have found is then folded, which larger teams wait for longer."""
+    vectors = _vectors(kernel)
     return len(vectors) == 1 and all(isinstance(s, (Declare, Accumulate)) for s in vectors[0].body)
 
 

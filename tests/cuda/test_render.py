@@ -18,9 +18,10 @@ from flame.graph import one_op
 from flame.kernel import values
 from flame.kernel.builder import BoundKernel, KernelBuilder
 from flame.kernel.geometry import Geometry, KernelLaunch
+from flame.kernel.identity import Alike, kernel_identity
 from flame.kernel.values import Value, const
 from flame.ops.op import OPS
-from flame.render.cuda import render
+from flame.render.cuda import _text, render
 from flame.render.cuda_geometry import geometry_of
 from flame.render.cuda_items import ARGUMENT_BYTES, columns_of, most_items
 
@@ -57,6 +58,47 @@ def test_elementwise_blocks_have_256_threads() -> None:
 def test_few_rows_get_large_teams() -> None:
     few, many = (geometry_of(lowered("softmax", (n, 8192), dim=1)).team for n in (4, 4096))
     assert few > many
+
+
+@pytest.mark.parametrize(
+    ("shape", "team"),
+    [
+        ((100000, 1024), 32), ((32768, 3072), 64), ((8192, 12288), 256), ((1024, 98304), 1024),
+        ((4, 98304), 1024),
+    ],
+)  # fmt: skip
+def test_rows_that_are_read_once_have_teams_that_read_much(
+    shape: tuple[int, int], team: int
+) -> None:
+    """Of four float32 numbers a pack: eight packs for a thread, where there are rows enough."""
+    assert geometry_of(lowered("sum", shape, dims=(1,), keepdim=False)).team == team
+
+
+@pytest.mark.parametrize("count", [1 << 12, (1 << 18) + 5, 1 << 24, (1 << 24) + 5])
+def test_no_thread_of_a_dropout_is_idle(count: int) -> None:
+    types = (tensor_type(F32, (count,), device="cuda:0"), float, float, int, int)
+    graph = one_op(OPS["dropout"], types, {})
+    (bound,) = lower(graph, results(graph, None)).kernels
+    assert geometry_of(bound).team == 4  # packs of the sixteen elements that share words
+
+
+def test_the_identity_of_kernels_goes_with_their_texts() -> None:
+    """Over kernels of several ops and sizes: what is equal to the caches has equal texts."""
+    calls: list[tuple[str, int, dict[str, Any]]] = [
+        ("sum", 1, {"dims": (1,), "keepdim": False}), ("sum", 1, {"dims": (0,), "keepdim": True}),
+        ("softmax", 1, {"dim": 1}), ("exp", 1, {}), ("add", 2, {}), ("maximum", 2, {}),
+        ("cumsum", 1, {"dim": 1}),
+    ]  # fmt: skip
+    texts: dict[Any, str] = {}
+    kernels = 0
+    for shape in ((900, 300), (1700, 300), (3, 5), (64, 1), (5000, 7000)):
+        for op, operands, attributes in calls:
+            bound = lowered(op, *[shape] * operands, **attributes)
+            kernels += 1
+            geometry = geometry_of(bound)
+            _, made, _ = _text.__wrapped__(Alike(bound.kernel), geometry)
+            assert texts.setdefault((kernel_identity(bound.kernel), geometry), made) == made
+    assert len(set(texts.values())) == len(texts) < kernels
 
 
 def test_equal_kernels_of_other_sizes_are_one_text() -> None:

@@ -31,6 +31,7 @@ echo "========= COMPUTE-SANITIZER" >"$report"
 if [ "$2 $3" = "-m tests.gpu.planted_faults" ]; then
     FOUND=0
     [ "$4" = "${BLIND:-}" ] || ! [[ planted_$4 =~ ${ours:-.} ]] || FOUND=1
+    [ "$FOUND" = 0 ] || echo "=========     at planted_$4+0x70" >>"$report"
     echo "========= ERROR SUMMARY: $FOUND errors" >>"$report"
     echo "one kernel was launched"
     exit 99

@@ -23,7 +23,7 @@ from typing import Any
 from flame.core.device import device_index
 from flame.kernel.builder import BoundKernel, Lowering
 from flame.kernel.geometry import Geometry, KernelLaunch
-from flame.kernel.identity import kernel_identity
+from flame.kernel.identity import Alike
 from flame.kernel.program import Accumulate, Kernel
 from flame.kernel.values import Buffer
 from flame.render.cuda import render
@@ -148,7 +148,7 @@ def kernels_to_group(lowering: Lowering) -> tuple[SharedKernel, ...] | None:
 def _shared_kernel(bound: BoundKernel) -> SharedKernel:
     geometry = geometry_of(bound)
     free = _is_free(bound.kernel) and not geometry.held  # rows that registers hold have a length
-    key = kernel_identity(bound.kernel), bound.operands, None if free else geometry
+    key = Alike.to(bound.kernel), bound.operands, None if free else geometry
     return SharedKernel(_kinds.setdefault(key, next(_numbers)), bound, geometry)
 
 

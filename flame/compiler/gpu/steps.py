@@ -227,18 +227,19 @@ def load(specs: Sequence[Spec], device: int) -> list[GpuStep]:
     """Steps on a device. Kernels that neither cache has are compiled together, while libraries
     make their plans and try them."""
     kernels = [(s.text, s.symbol, s.shared) for s in specs if isinstance(s, KernelSpec)]
-    rest = [s for s in specs if not isinstance(s, KernelSpec)]
-    with ThreadPoolExecutor(1, "flame-kernels") as aside:
-        compiled = aside.submit(modules.compile_many, device, kernels) if kernels and rest else None
-        others = iter([_other(spec, device) for spec in rest])
-        if compiled is not None:
-            compiled.result()
-    functions = iter(modules.load_many(device, kernels))
-    return [
-        KernelStep(spec, next(functions)) if isinstance(spec, KernelSpec) else next(others)
-        for spec in specs
-    ]
+    calls = [s for s in specs if isinstance(s, CallSpec)]
+    if kernels and calls:
+        with ThreadPoolExecutor(1, "flame-kernels") as aside:
+            wait = modules.meanwhile(aside, modules.compile_many, device, kernels)
+            prepared = [CallStep(spec, device) for spec in calls]
+            wait()
+    else:
+        prepared = [CallStep(spec, device) for spec in calls]
+    functions, made = iter(modules.load_many(device, kernels)), iter(prepared)
 
+    def step(spec: Spec) -> GpuStep:
+        if isinstance(spec, KernelSpec):
+            return KernelStep(spec, next(functions))
+        return next(made) if isinstance(spec, CallSpec) else FillStep(spec)
 
-def _other(spec: CallSpec | FillSpec, device: int) -> GpuStep:
-    return CallStep(spec, device) if isinstance(spec, CallSpec) else FillStep(spec)
+    return [step(spec) for spec in specs]

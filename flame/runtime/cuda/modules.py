@@ -13,10 +13,11 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from flame.core.errors import CompileError
 from flame.core.log import log
@@ -29,9 +30,13 @@ FORMAT_VERSION: Final = 1
 JOINED: Final = 16  # texts of one program, at most
 _JOINT: Final = "joint"  # marks an entry that names another one
 
+T = TypeVar("T")
 Request = tuple[str, str, int]  # text, symbol, bytes of dynamic shared memory
 
-_DIRECTIVE = re.compile(r"^\s*#\s*(?!include\b|pragma\b)", re.MULTILINE)
+# What reaches beyond a namespace, or cannot be told.
+_DIRECTIVE = re.compile(
+    r"^\s*#\s*(?!(?:include|pragma|if|ifdef|ifndef|elif|else|endif)\b)", re.MULTILINE
+)
 
 
 @dataclass
@@ -128,15 +133,12 @@ class Modules:
         if not missing:
             return
         groups = joined_groups([(text, symbols[text]) for text in missing], compile_threads())
-
-        def work(group: Sequence[tuple[str, str]]) -> list[tuple[list[str], bytes]]:
-            return self._compile(capability, group)
-
         if len(groups) == 1:
-            made = [work(groups[0])]
+            made = [self._compile(capability, groups[0])]
         else:
             with ThreadPoolExecutor(min(compile_threads(), len(groups)), "flame-nvrtc") as threads:
-                made = list(threads.map(work, groups))
+                waits = [meanwhile(threads, self._compile, capability, group) for group in groups]
+                made = [wait() for wait in waits]
         for texts, image in (program for programs in made for program in programs):
             self._keep(capability, texts, image)
 
@@ -179,6 +181,15 @@ class Modules:
         return _digest(str(FORMAT_VERSION), identity, f"{capability[0]}.{capability[1]}", text)
 
 
+def meanwhile(threads: ThreadPoolExecutor, work: Callable[..., T], *given: Any) -> Callable[[], T]:
+    """Begin with some work in a thread; what is returned waits for its result. Where no thread can
+    begin any more, as the interpreter is about to end, it is done in waiting."""
+    try:
+        return threads.submit(work, *given).result
+    except RuntimeError:
+        return partial(work, *given)
+
+
 def joined_groups(texts: Sequence[tuple[str, str]], threads: int) -> list[list[tuple[str, str]]]:
     """(text, symbol) pairs in groups to be compiled together, enough of them for all threads.
 
@@ -219,8 +230,8 @@ def load_many(device: int, requests: Sequence[Request]) -> list[int]:
 
 
 def compile_many(device: int, requests: Sequence[Request]) -> None:
-    """The machine code of what `load_many` is to load; needs no device, so it can be made in a
-    thread of its own meanwhile."""
+    """Make the machine code of what `load_many` is to load. No context has to be current, so a
+    thread of its own can do it."""
     modules().compile_many(device, requests)
 
 

@@ -1,5 +1,6 @@
 """Kernels from memory, disk and the compiler."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,27 @@ def test_many_texts_are_compiled_together_and_found_one_by_one(
     assert again.statistics.compiled == 0
 
 
+def test_what_was_compiled_before_is_only_loaded(fake: FakeDriver) -> None:
+    requests = [(text(name), name, 0) for name in ("a", "b", "c")]
+    modules.compile_many(0, requests)
+    made = modules.statistics().programs
+    assert made
+    assert not fake.named("load_module")
+    modules.load_many(0, requests)
+    assert modules.statistics().programs == made
+    assert fake.named("load_module")
+
+
+def test_work_meanwhile_is_done_though_no_thread_begins() -> None:
+    with ThreadPoolExecutor(1) as threads:
+        waits = [modules.meanwhile(threads, divmod, 7, 2)]
+        failing = modules.meanwhile(threads, divmod, 7, 0)
+    waits.append(modules.meanwhile(threads, divmod, 7, 2))  # it has shut down, as at the very end
+    assert [wait() for wait in waits] == [(3, 1), (3, 1)]
+    with pytest.raises(ZeroDivisionError):
+        failing()
+
+
 def test_a_damaged_entry_is_compiled_again(fake: FakeDriver, tmp_path: Path) -> None:
     requests = [(text(name), name, 0) for name in ("a", "b", "c")]
     modules.load_many(0, requests)
@@ -98,7 +120,8 @@ def test_one_wrong_text_is_named_and_the_others_are_not_to_blame(
 def test_texts_that_do_not_join_stand_alone() -> None:
     macro = "#define N 3\n" + text("m")
     options = "// nvrtc: --maxrregcount=64\n" + text("o")
-    plain = [(text(f"k{i}"), f"k{i}") for i in range(5)]
+    condition = f"#ifdef __CUDA_ARCH__\n#else\n#endif\n{text('k0')}"  # leaves nothing behind
+    plain = [(condition, "k0"), *((text(f"k{i}"), f"k{i}") for i in range(1, 5))]
     pragma = (f"#pragma once\n{text('p')}", "p")
     groups = joined_groups([(macro, "m"), (options, "o"), pragma, *plain, ("twice", "k0")], 2)
     assert [[symbol for _, symbol in group] for group in groups] == [
