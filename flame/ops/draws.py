@@ -14,7 +14,7 @@ from flame.core.errors import ArgumentError, FlameError, ShapeError
 from flame.core.types import Shape, TensorType, contiguous_strides, like_strides, tensor_type
 from flame.kernel import values
 from flame.kernel.builder import KernelBuilder, Lowering, Operand
-from flame.kernel.values import Value, bitcast, cast, const, read, select, unary
+from flame.kernel.values import Value, cast, const, read, select, unary
 from flame.ops import philox
 from flame.ops.elementwise import compute_dtype, walk
 from flame.ops.loops import BLOCK, by_stride, coalesce
@@ -328,10 +328,7 @@ trial = Draw(
 
 def _kept(words: philox.Words, operands: list[Value], dtype: DType) -> Value:
     x, p, scale = operands
-    # a number in [0, 1) of 24 bits against p, as whole numbers: both are scaled without rounding
-    least = cast(unary("ceil", cast(p, dtypes.float32) * 2.0**24), dtypes.int32)
-    keep = bitcast(words[0] >> 8, dtypes.int32) >= least
-    return select(keep, x * cast(scale, x.dtype), const(0, x.dtype))
+    return select(philox.at_least(words, p), x * cast(scale, x.dtype), const(0, x.dtype))
 
 
 # Dropping is linear and each element sees itself alone, so it is its own transpose: backward draws

@@ -20,7 +20,7 @@ import numpy as np
 
 from flame.core import dtypes
 from flame.core.dtypes import DType
-from flame.kernel.values import Value, binary, bitcast, cast, compare, const, select
+from flame.kernel.values import Value, binary, bitcast, cast, compare, const, select, unary
 
 MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS: Final = (0x9E3779B9, 0xBB67AE85)  # of the golden ratio and the root of 3
@@ -82,9 +82,21 @@ def unit(word: Words, dtype: DType) -> Value:
         high = cast(word[0], dtypes.float64) * 2.0**-32
         return high + cast(word[1] >> 11, dtypes.float64) * 2.0**-53
     bits = UNIFORM_BITS[dtype.name]
-    # as a signed integer, which converts faster
-    whole = bitcast(word[0] >> (32 - bits), dtypes.int32)
-    return cast(whole, dtypes.float32) * 2.0**-bits
+    return cast(_upper(word, bits), dtypes.float32) * 2.0**-bits
+
+
+def at_least(word: Words, p: Value) -> Value:
+    """Whether `unit` of float32 is at least ``p``, in [0, 1]: compared as whole numbers, to which
+    both are scaled without rounding."""
+    bits = UNIFORM_BITS["float32"]
+    return _upper(word, bits) >= cast(
+        unary("ceil", cast(p, dtypes.float32) * 2.0**bits), dtypes.int32
+    )
+
+
+def _upper(word: Words, bits: int) -> Value:
+    """The upper bits of the first word, as a signed integer, which converts faster."""
+    return bitcast(word[0] >> (32 - bits), dtypes.int32)
 
 
 def unit_above_zero(first: Value, second: Value, dtype: DType) -> Value:
