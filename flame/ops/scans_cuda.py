@@ -12,12 +12,12 @@ from typing import Any, Final
 from flame.core.dtypes import DType, int64
 from flame.core.types import TensorType
 from flame.kernel.builder import Bound, Lowering, Ref
+from flame.kernel.geometry import WARP
 from flame.ops.cuda_lines import C_TYPES, SMALL, Lines, each, launch, number_defines
 from flame.ops.elementwise import compute_dtype
 from flame.ops.op import Types
 
 EACH: Final = 8  # elements of a thread in a tile, as in scan.cu
-WARP: Final = 32
 BLOCK: Final = 128  # threads of a block where a warp takes a line
 THREADS: Final = (WARP, 64, 128, 256)  # that a line has: the fewest that take it in one tile
 TILE: Final = THREADS[-1] * EACH  # of longer lines
