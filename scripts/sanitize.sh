@@ -81,8 +81,8 @@ under() {
         --show-backtrace device
     )
     case $tool in
-        # NVIDIA's own kernels synchronise in ways that these two do not follow, and some of them
-        # crash under racecheck. No list of words knows the names of all of them.
+        # NVIDIA's own kernels synchronise in ways that these two do not follow, and no list of
+        # words knows the names of all of them.
         racecheck | initcheck) options+=(--kernel-name "regex=$ours") ;;
     esac
     timeout --kill-after=20 "$seconds" "$sanitizer" "${options[@]}" "$@" \
