@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import flame
 from flame import nn, optim
 from flame.compiler import program_store
 from flame.compiler.gpu import program as gpu_program
+from flame.core.errors import CompileError
+from flame.runtime.cuda import modules
 
 pytestmark = pytest.mark.cuda
 
@@ -30,6 +33,39 @@ def _losses(steps: int) -> list[float]:
 
     x, y = flame.arange(5, device="cuda"), flame.tensor([0, 1, 2, 0, 1], device="cuda")
     return [step(x, y).item() for _ in range(steps)]
+
+
+@pytest.mark.usefixtures("eager_cuda")
+def test_kernels_are_compiled_beside_the_plans_of_libraries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled, compile_many = [], modules.compile_many
+
+    def aside(device: int, requests: Any) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        compiled.append(len(requests))
+        compile_many(device, requests)
+
+    monkeypatch.setattr(modules, "compile_many", aside)
+    x = flame.arange(6.0, device="cuda").reshape(2, 3)
+    flame.compile(lambda x: (x @ x.T).exp().cumsum(0))(x)
+    assert compiled
+    compiled.clear()
+    flame.compile(lambda x: x.cumsum(1))(x)  # no library has a part in it
+    assert not compiled
+
+
+@pytest.mark.usefixtures("eager_cuda")
+def test_kernels_that_do_not_compile_beside_libraries_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(device: int, requests: Any) -> None:
+        raise CompileError("no text is right today")
+
+    monkeypatch.setattr(modules, "compile_many", failing)
+    x = flame.arange(6.0, device="cuda").reshape(2, 3)
+    with pytest.raises(CompileError, match="no text is right today"):
+        flame.compile(lambda x: (x @ x.T).exp().cumsum(0))(x)
 
 
 @pytest.mark.usefixtures("eager_cuda")
